@@ -1,0 +1,120 @@
+# Everything runs inside .venv; nothing outside this folder is changed (except that `setup`, run as
+# root on Debian or Ubuntu, installs the missing python3-venv package).
+
+SHELL    := /bin/bash
+ARGS     ?=
+PYTHON   ?= python3.13 python3.12 python3.11 python3
+IMAGE    ?= flux-redux-server
+VENV     := .venv
+BIN      := $(VENV)/bin
+RUNTIME  := $(VENV)/.installed
+DEV      := $(VENV)/.installed-dev
+MAKEFLAGS += --no-print-directory
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev serve demo test test-all check lint format types imports dockerfile \
+        bench bench-server docker clean
+
+help:  ## show this list
+	@printf 'FLUX Redux Server: \033[1mmake serve\033[0m starts it, \033[1mmake test\033[0m tests it.\n\n'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-13s\033[0m %s\n", $$1, $$2}' Makefile
+	@printf '\nPass flags on with ARGS, for example: make serve ARGS="--port 9000"\n'
+
+# --- set up ---------------------------------------------------------------------------------------
+
+setup: $(RUNTIME)  ## make .venv and install what the server needs
+	@echo 'Ready. Next: make serve, or make demo'
+
+setup-dev: $(DEV)  ## the same, plus what tests and checks need
+	@echo 'Ready. Next: make test, or make check'
+
+# Sets $$py to the first Python that is new enough; says what to do when there is none, or when
+# Debian's split packaging left out ensurepip. A .venv without a working Python is made anew.
+define make_venv
+	if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+	  py=; for name in $(PYTHON); do \
+	    if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      py=$$name; break; fi; done; \
+	  if [ -z "$$py" ]; then \
+	    echo 'Python 3.11 or newer is needed, and none was found (looked for: $(PYTHON)).'; \
+	    echo 'Install one (Debian, Ubuntu: apt install python3 python3-venv), or name yours: make setup PYTHON=/path/to/python'; \
+	    exit 1; fi; \
+	  if ! "$$py" -c 'import ensurepip, venv' 2>/dev/null; then \
+	    package=$$("$$py" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	      echo "Installing $$package, which $$py needs to make a virtual environment ..."; \
+	      apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$$package" >/dev/null; \
+	    else \
+	      echo "$$py cannot make a virtual environment: its ensurepip module is missing."; \
+	      echo "Install it (Debian, Ubuntu: sudo apt install $$package) and run make again."; exit 1; \
+	    fi; fi; \
+	  echo "Making $(VENV) with $$("$$py" --version) ..."; \
+	  rm -rf $(VENV) && "$$py" -m venv $(VENV); \
+	fi
+endef
+
+# $(call install,REQUIREMENT,NAME): quiet but for the large downloads; the whole story is in install.log.
+define install
+	@set -e; $(make_venv); \
+	echo 'Installing $(2). The first time takes minutes: the CUDA build of torch is 3 GB ...'; \
+	set -o pipefail; $(BIN)/pip install --no-input -c constraints.txt -e '$(1)' 2>&1 \
+	  | tee $(VENV)/install.log \
+	  | awk '/^ *Downloading .*([0-9][0-9] MB|GB)\)/ {n = split($$2, part, "/"); print "  " part[n], $$3, $$4} \
+	         /^Installing collected/ {print "  unpacking ..."} {fflush()}' \
+	  || { tail -n 20 $(VENV)/install.log; echo 'Installing failed; all of it is in $(VENV)/install.log'; exit 1; }
+endef
+
+$(RUNTIME): pyproject.toml constraints.txt
+	$(call install,.,the server)
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt
+	$(call install,.[dev],the server and the development tools)
+	@touch $@ $(RUNTIME)
+
+# --- use ------------------------------------------------------------------------------------------
+
+serve: $(RUNTIME)  ## start the server with the embedded model (ARGS="--help" lists the settings)
+	@exec $(BIN)/flux-redux serve $(ARGS)
+
+demo: $(RUNTIME)  ## make variations of the bundled photo in demo-output/, with a server of its own
+	@$(BIN)/flux-redux demo --out demo-output $(ARGS)
+
+docker:  ## build the container image (IMAGE=flux-redux-server)
+	docker build -t $(IMAGE) $(ARGS) .
+
+# --- develop --------------------------------------------------------------------------------------
+
+test: $(DEV)  ## run the quick tests (what lacks hardware or a service is skipped, with its reason)
+	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(DEV)  ## run the slow tests too
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint types imports dockerfile  ## run every static check (make -k check: do not stop at the first)
+
+lint: $(DEV)  ## ruff: rules and format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(DEV)  ## ruff: repair what can be repaired
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+types: $(DEV)  ## mypy, strict
+	@$(BIN)/mypy
+
+imports: $(DEV)  ## import-linter: server -> pipelines -> kernels, weights on the side
+	@$(BIN)/lint-imports
+
+dockerfile: $(DEV)  ## hadolint
+	@$(BIN)/hadolint Dockerfile && echo 'Dockerfile: no complaints'
+
+bench:  ## list the benchmarks
+	@awk -F ':.*## ' '/^bench-[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+
+bench-server: $(RUNTIME)  ## measure the server alone, with a model that does nothing
+	@$(BIN)/python server/benchmarks/bench_server.py $(ARGS)
+
+clean:  ## delete .venv, caches and build results (never data/ or demo-output/)
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

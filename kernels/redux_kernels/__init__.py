@@ -1,0 +1,1 @@
+"""GPU operators of FLUX Redux Server (torch and triton only)."""

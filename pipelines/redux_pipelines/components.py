@@ -1,0 +1,93 @@
+"""The parts of a checkpoint, from a directory in diffusers' layout to modules on a device.
+
+Expects files that are complete (``redux_weights.layout`` checks that); knows no hub and no model
+names.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from transformers import SiglipVisionModel
+
+from redux_pipelines.autoencoder import Autoencoder
+from redux_pipelines.denoiser import DiffusersDenoiser
+from redux_pipelines.errors import WeightsError
+from redux_pipelines.image_encoder import ImageEncoder, Preprocessing
+from redux_pipelines.redux import Components
+from redux_pipelines.text_encoders import TextEncoders, TextSizes
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_components(base: Path, redux: Path, *, device: str, dtype: str) -> Components:
+    """Load everything but the text encoders, which load themselves when first used.
+
+    Raises ``ValueError`` for a device or dtype that is not there, ``WeightsError`` for files that
+    are not what their place says.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    try:
+        transformer = FluxTransformer2DModel.from_pretrained(base / "transformer", dtype=kind)
+        vae = AutoencoderKL.from_pretrained(base / "vae", dtype=kind)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base / "scheduler")
+        siglip = SiglipVisionModel.from_pretrained(redux / "image_encoder", dtype=kind)
+        embedder = ReduxImageEncoder.from_pretrained(redux / "image_embedder", dtype=kind)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise WeightsError(f"{base} and {redux} cannot be loaded: {error}") from error
+    preprocessing = Preprocessing.read(redux / "feature_extractor" / "preprocessor_config.json")
+    _check_fit(transformer, vae, siglip, embedder)
+    sizes = TextSizes.of(transformer.config, base)
+    return Components(
+        image_encoder=ImageEncoder(_ready(siglip, place), _ready(embedder, place), preprocessing),
+        text_encoders=TextEncoders(base, sizes, device=place, dtype=kind),
+        denoiser=DiffusersDenoiser(_ready(transformer, place)),
+        autoencoder=Autoencoder(_ready(vae, place)),
+        scheduler=scheduler,
+        device=place,
+        dtype=kind,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not (device in ("cpu", "cuda") or device.startswith("cuda:")):
+        raise ValueError(f"device={device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch sees no CUDA device: use device='cpu'")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype meant by its name; ``auto`` is bfloat16 on cuda, float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        names = ", ".join(repr(name) for name in ("auto", *_DTYPES))
+        raise ValueError(f"dtype={dtype!r} is not one of {names}")
+    return _DTYPES[dtype]
+
+
+def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _check_fit(
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    siglip: SiglipVisionModel,
+    embedder: ReduxImageEncoder,
+) -> None:
+    """Raise ``WeightsError`` where a base and a Redux of different families were mixed."""
+    pairs = (
+        ("Redux tokens", embedder.config.txt_in_features, transformer.config.joint_attention_dim),
+        ("SigLIP features", siglip.config.hidden_size, embedder.config.redux_dim),
+        ("latent channels", 4 * vae.config.latent_channels, transformer.config.in_channels),
+    )
+    for what, given, expected in pairs:
+        if given != expected:
+            raise WeightsError(f"{what} are {given} wide, but {expected} is expected of them")

@@ -1,0 +1,123 @@
+"""The transformer behind a small interface: prepare a request once, predict at every step.
+
+``prepare`` receives all that stays the same over the steps, so that a faster backend can embed the
+text once, compute every modulation of the schedule in one go, keep RoPE tables per grid and fold
+equal text tokens; ``DiffusersDenoiser`` runs diffusers' own network and does none of this.
+Knows no images and no sampling loop.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from redux_pipelines.sampling import Grid, Schedule, image_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Conditioning tokens ``values (N, D)``, each standing for ``copies`` equal ones.
+
+    They all have RoPE position 0, so they are a set: their order means nothing.
+    """
+
+    values: Tensor
+    copies: int = 1
+
+    def expanded(self) -> Tensor:
+        """All ``N · copies`` tokens, written out."""
+        return self.values.repeat(self.copies, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What steers a request: text tokens, Redux tokens, pooled text ``vec (P,)``, guidance."""
+
+    txt: Tokens
+    redux: Tokens
+    vec: Tensor
+    guidance: float
+
+
+class PreparedDenoiser(Protocol):
+    """A transformer made ready for one conditioning, schedule and grid. Not shared by requests."""
+
+    def predict(self, img: Tensor, step: int) -> Tensor:
+        """Velocity of ``img (B, L, C)`` at step ``step`` of the schedule, same shape and dtype."""
+        ...
+
+
+class Denoiser(Protocol):
+    """A loaded transformer. Holds no state of a request."""
+
+    @property
+    def name(self) -> str:
+        """Backend name for ``ModelInfo``."""
+        ...
+
+    def prepare(
+        self, conditioning: Conditioning, schedule: Schedule, grid: Grid
+    ) -> PreparedDenoiser:
+        """Compute what does not change over the steps of a request."""
+        ...
+
+
+class DiffusersDenoiser:
+    """diffusers' ``FluxTransformer2DModel``, called as ``FluxPipeline`` calls it.
+
+    A model without guidance embedding (FLUX.1-schnell) is given none.
+    """
+
+    name = "diffusers"
+
+    def __init__(self, transformer: Any) -> None:
+        self._transformer = transformer
+
+    def prepare(
+        self, conditioning: Conditioning, schedule: Schedule, grid: Grid
+    ) -> "_PreparedDiffusers":
+        """Write out the tokens and put positions, times and guidance on the device."""
+        model = self._transformer
+        txt = torch.cat([conditioning.txt.expanded(), conditioning.redux.expanded()])
+        txt = txt.to(model.device, model.dtype)
+        embeds_guidance = model.config.guidance_embeds
+        return _PreparedDiffusers(
+            transformer=model,
+            txt=txt,
+            vec=conditioning.vec.to(model.device, model.dtype),
+            txt_ids=torch.zeros(len(txt), 3, device=model.device),
+            img_ids=image_ids(grid).to(model.device),
+            # the scheduler's float32 arithmetic: time = sigma * 1000, fed back divided by 1000
+            times=torch.tensor(schedule.sigmas[:-1], device=model.device) * 1000,
+            guidance=(
+                torch.tensor([conditioning.guidance], device=model.device)
+                if embeds_guidance
+                else None
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _PreparedDiffusers:
+    transformer: Any
+    txt: Tensor
+    vec: Tensor
+    txt_ids: Tensor
+    img_ids: Tensor
+    times: Tensor
+    guidance: Tensor | None
+
+    def predict(self, img: Tensor, step: int) -> Tensor:
+        batch = len(img)
+        velocity: Tensor = self.transformer(
+            hidden_states=img,
+            timestep=self.times[step].expand(batch).to(img.dtype) / 1000,
+            guidance=None if self.guidance is None else self.guidance.expand(batch),
+            pooled_projections=self.vec.expand(batch, -1),
+            encoder_hidden_states=self.txt.expand(batch, -1, -1),
+            txt_ids=self.txt_ids,
+            img_ids=self.img_ids,
+            return_dict=False,
+        )[0]
+        return velocity

@@ -1,0 +1,69 @@
+"""From a picture to Redux tokens: SigLIP's last hidden state through the Redux embedder.
+
+Preprocessing is what FLUX.1-Redux was trained with: RGB, squashed to the encoder's square without
+regard to its proportions, PIL bicubic, normalised. Size, mean and deviation come from the
+checkpoint's ``feature_extractor``. Knows no text and no transformer.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from redux_pipelines.errors import WeightsError
+from redux_pipelines.images import to_rgb
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a picture becomes the encoder's input: side lengths in pixels, statistics of 0…1 RGB."""
+
+    width: int
+    height: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+
+    @classmethod
+    def read(cls, path: Path) -> "Preprocessing":
+        """Read ``preprocessor_config.json``. Raises ``WeightsError`` if it has no square size."""
+        config = json.loads(path.read_text())
+        try:
+            return cls(
+                width=int(config["size"]["width"]),
+                height=int(config["size"]["height"]),
+                mean=tuple(config["image_mean"]),
+                std=tuple(config["image_std"]),
+                rescale_factor=float(config.get("rescale_factor", 1 / 255)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} lacks a usable size, image_mean or image_std") from error
+
+    def apply(self, image: Image.Image) -> Tensor:
+        """Pixels ``(1, 3, height, width)``, float32."""
+        squashed = to_rgb(image).resize((self.width, self.height), Image.Resampling.BICUBIC)
+        pixels = (np.asarray(squashed).astype(np.float64) * self.rescale_factor).astype(np.float32)
+        normal = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(normal.transpose(2, 0, 1)[None].copy())
+
+
+class ImageEncoder:
+    """SigLIP vision tower and Redux embedder on one device."""
+
+    def __init__(self, siglip: Any, embedder: Any, preprocessing: Preprocessing) -> None:
+        self._siglip = siglip
+        self._embedder = embedder
+        self._preprocessing = preprocessing
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> Tensor:
+        """Redux tokens ``(N, D)`` of one picture, D the transformer's text width."""
+        pixels = self._preprocessing.apply(image).to(self._siglip.device, self._siglip.dtype)
+        hidden = self._siglip(pixel_values=pixels).last_hidden_state
+        tokens: Tensor = self._embedder(hidden).image_embeds[0]
+        return tokens

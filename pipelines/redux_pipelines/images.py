@@ -1,0 +1,96 @@
+"""Pictures at the edges of a pipeline: any PIL image to RGB, and RGB to PNG with provenance.
+
+PIL and numpy only. Knows no network and no file or web address.
+"""
+
+import io
+from collections.abc import Mapping
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from redux_pipelines.errors import ImageError
+
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's term for "created by a trained algorithm", which tools look for in XMP."""
+
+_PNG_COMPRESSION = 1
+# 1024² on one core: level 1 takes 0.06-0.11 s; level 4 doubles that for 13-16 % smaller files,
+# level 6 takes up to 0.35 s for another 0-4 %.
+
+_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about=""
+ xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType={source_type}/>
+</rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="r"?>"""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright, opaque, 8-bit RGB copy without metadata.
+
+    The EXIF orientation is applied, transparency is flattened onto white. 16-bit values are scaled
+    down; 32-bit integers too if any exceeds 255; floats are 0…1 unless any exceeds 1, else 0…255.
+    Of an animation the current frame is taken. Raises ``ImageError`` for pixels that cannot be
+    decoded.
+    """
+    try:
+        image.load()
+        rgb = _flatten(_to_8_bit(_upright(image)))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"the picture cannot be decoded: {error}") from error
+    rgb.info = {}
+    return rgb
+
+
+def encode_png(image: Image.Image, provenance: Mapping[str, str]) -> bytes:
+    """PNG bytes that say the picture is AI generated.
+
+    Each pair of ``provenance`` becomes a text chunk (keys: 1–79 Latin-1 characters). An XMP packet
+    states IPTC's digital source type, and a text chunk ``AI-Generated: true`` says it in words.
+    """
+    chunks = PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", _XMP.format(source_type=quoteattr(DIGITAL_SOURCE_TYPE)))
+    for key, value in {"AI-Generated": "true", **provenance}.items():
+        chunks.add_itxt(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=chunks, compress_level=_PNG_COMPRESSION)
+    return buffer.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError):  # broken EXIF, sound pixels
+        return image.copy()
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Modes with more than 8 bits a channel to ``L``; others as they are."""
+    if image.mode.startswith("I;16"):
+        return _scaled_to_l(np.asarray(image).astype(np.float64), 65535)
+    if image.mode == "I":
+        values = np.asarray(image).astype(np.float64)
+        return _scaled_to_l(values, 65535 if values.max() > 255 else 255)
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        return _scaled_to_l(values, 255 if values.max() > 1 else 1)
+    return image
+
+
+def _scaled_to_l(values: np.ndarray, white: float) -> Image.Image:
+    levels = (values * (255 / white)).round().clip(0, 255)
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")

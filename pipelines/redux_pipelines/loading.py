@@ -1,0 +1,186 @@
+"""From a model's name or a checkpoint's place to a pipeline.
+
+Finds or downloads the files, checks them before the slow load, and turns what can go wrong into
+``WeightsError`` with what to do. Imports torch only when a real model is asked for.
+
+FLUX.1-dev and FLUX.1-Redux-dev come under the FLUX.1 [dev] Non-Commercial License; so does every
+use of Redux with FLUX.1-schnell.
+"""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
+
+from redux_pipelines.errors import WeightsError
+from redux_pipelines.fakes import FakePipeline
+from redux_pipelines.types import Pipeline
+
+if TYPE_CHECKING:
+    from redux_pipelines.redux import ReduxPipeline
+
+logger = logging.getLogger(__name__)
+
+ModelName = Literal["mini", "tiny", "flux-dev", "flux-schnell", "fake"]
+Backend = Literal["diffusers", "engine"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
+FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
+FLUX_REDUX = "black-forest-labs/FLUX.1-Redux-dev"
+"""Non-commercial and gated: licence to be accepted at https://huggingface.co/<name>."""
+
+_BASES = {"flux-dev": FLUX_DEV, "flux-schnell": FLUX_SCHNELL}
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    backend: str
+    device: str
+    dtype: str
+    max_batch_size: int
+
+
+def load_pipeline(
+    *,
+    model: str | None = None,
+    base: str | Path | None = None,
+    redux: str | Path | None = None,
+    revision: str | None = None,
+    backend: str = "diffusers",
+    device: str = "auto",
+    dtype: str = "auto",
+    max_batch_size: int = 1,
+) -> Pipeline:
+    """Load a pipeline by name, or from ``base`` and ``redux``.
+
+    ``model``: ``mini`` (embedded), ``tiny`` (random weights), ``fake`` (no network at all),
+    ``flux-dev`` or ``flux-schnell``; these two and Redux are for non-commercial use. ``base`` and
+    ``redux`` are directories in diffusers' layout or hub repository ids and override the name's;
+    without ``redux`` FLUX.1-Redux-dev is taken. ``revision`` is that of ``base`` on the hub.
+
+    ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else float32.
+    ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` work as in huggingface_hub. Raises
+    ``WeightsError`` for a checkpoint that cannot be had, ``ValueError`` for an unknown option.
+    """
+    if backend not in ("diffusers", "engine"):
+        raise ValueError(f"backend={backend!r} is not one of 'diffusers', 'engine'")
+    if model is None and base is None:
+        raise ValueError("load_pipeline needs a model name or a base checkpoint")
+    if model == "fake":
+        return FakePipeline()
+    placement = _Placement(backend, device, dtype, max_batch_size)
+    if model in ("mini", "tiny") and base is None:
+        return _load_tiny(model, placement)
+    source = base if base is not None else _BASES.get(str(model))
+    if source is None:
+        names = ", ".join(("mini", "tiny", "fake", *_BASES))
+        raise ValueError(f"model={model!r} is not one of {names}")
+    return _load(source, redux or FLUX_REDUX, revision, _name(model, source), placement)
+
+
+def _name(model: str | None, source: str | Path) -> str:
+    return model or Path(source).name
+
+
+def _load(
+    base: str | Path, redux: str | Path, revision: str | None, name: str, placement: _Placement
+) -> "ReduxPipeline":
+    logger.warning(
+        "%s with Redux: FLUX.1 [dev] weights and Redux are licensed for non-commercial use only",
+        name,
+    )
+    base_dir = locate(base, BASE_FILES, option="--base", revision=revision)
+    redux_dir = locate(redux, REDUX_FILES, option="--redux")
+    problems = find_missing(base_dir, redux_dir)
+    if problems:
+        raise WeightsError("the checkpoint is incomplete:\n" + "\n".join(problems))
+    return _assemble(base_dir, redux_dir, name, placement)
+
+
+def _load_tiny(model: str, placement: _Placement) -> "ReduxPipeline":
+    """The random-weight model; text encoders are loaded at once, for its files do not stay."""
+    from redux_pipelines.tiny import build_tiny
+
+    if model == "mini":
+        logger.warning("no trained mini model is embedded yet: using the tiny random model")
+    with tempfile.TemporaryDirectory(prefix="redux-tiny-") as directory:
+        base, redux = build_tiny(Path(directory))
+        return _assemble(base, redux, "tiny", placement, preload_text=True)
+
+
+def _assemble(
+    base: Path, redux: Path, name: str, placement: _Placement, *, preload_text: bool = False
+) -> "ReduxPipeline":
+    from redux_pipelines.components import load_components
+    from redux_pipelines.redux import ReduxPipeline
+
+    components = load_components(base, redux, device=placement.device, dtype=placement.dtype)
+    if preload_text:
+        components.text_encoders.load()
+    pipeline = ReduxPipeline(components, name=name, max_batch_size=placement.max_batch_size)
+    logger.info("loaded %s", pipeline.info)
+    return pipeline
+
+
+def locate(
+    source: str | Path, patterns: Sequence[str], *, option: str, revision: str | None = None
+) -> Path:
+    """The local directory of a checkpoint; files of a hub repository are downloaded if need be.
+
+    Only files that match ``patterns`` are fetched. ``option`` names the setting to change in error
+    texts. Raises ``WeightsError``.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not _is_repository_id(str(source)):
+        raise WeightsError(
+            f"{source} is neither a directory nor a hub repository id: "
+            f"give {option} a directory in diffusers' layout"
+        )
+    return _download(str(source), patterns, option, revision)
+
+
+def _is_repository_id(source: str) -> bool:
+    owner, _, name = source.partition("/")
+    return bool(owner and name) and "/" not in name and not source.startswith((".", "~"))
+
+
+def _download(repository: str, patterns: Sequence[str], option: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except errors.GatedRepoError as error:
+        reason = (
+            f"access is gated: accept the licence at https://huggingface.co/{repository}, "
+            "set HF_TOKEN to a token of that account"
+        )
+        raise _weights_error(repository, reason, option) from error
+    except errors.RevisionNotFoundError as error:
+        reason = f"it has no revision {revision!r}: correct --revision"
+        raise _weights_error(repository, reason, option) from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "it does not exist or needs a login: check the name, set HF_TOKEN"
+        raise _weights_error(repository, reason, option) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        reason = (
+            "it is not in the local cache and the hub cannot be reached (or HF_HUB_OFFLINE is "
+            "set): connect, or download it elsewhere with `hf download`"
+        )
+        raise _weights_error(repository, reason, option) from error
+    except OSError as error:  # every other hub, network or disk error derives from it
+        raise _weights_error(repository, f"{type(error).__name__}: {error}", option) from error
+
+
+def _weights_error(repository: str, reason: str, option: str) -> WeightsError:
+    return WeightsError(
+        f"cannot get {repository}: {reason}, or pass {option} DIR with a directory in "
+        "diffusers' layout"
+    )

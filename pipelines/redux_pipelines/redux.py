@@ -1,0 +1,182 @@
+"""The pipeline: encode a picture and a prompt, denoise, decode, crop.
+
+It steps diffusers' modules itself, as a generator, so that progress, cancelling and memory belong
+to the caller. Knows neither where checkpoints come from nor which transformer backend runs.
+"""
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from redux_pipelines import sampling
+from redux_pipelines.autoencoder import Autoencoder
+from redux_pipelines.denoiser import Conditioning, Denoiser, PreparedDenoiser, Tokens
+from redux_pipelines.image_encoder import ImageEncoder
+from redux_pipelines.sampling import Grid, Scheduler
+from redux_pipelines.text_encoders import TextEncoders
+from redux_pipelines.types import GenerationRequest, ModelInfo, Progress, Result
+from redux_pipelines.validation import check_request
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The loaded parts of a checkpoint, on one device in one dtype."""
+
+    image_encoder: ImageEncoder
+    text_encoders: TextEncoders
+    denoiser: Denoiser
+    autoencoder: Autoencoder
+    scheduler: Scheduler
+    device: torch.device
+    dtype: torch.dtype
+
+
+class ReduxPipeline:
+    """FLUX.1 + Redux: variations of a picture.
+
+    With ``max_batch_size=1`` each image of a request is denoised on its own and is bitwise the
+    same however many are asked for; larger batches agree to about one grey level in 255.
+    """
+
+    def __init__(self, components: Components, *, name: str, max_batch_size: int = 1) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
+        self._parts = components
+        self._max_batch_size = max_batch_size
+        self._info = ModelInfo(
+            name=name,
+            backend=components.denoiser.name,
+            device=str(components.device),
+            dtype=str(components.dtype).removeprefix("torch."),
+            size_multiple=sampling.PATCH * components.autoencoder.factor,
+        )
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+        return self._info
+
+    def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
+        """Check the request at once; then yield a ``Progress`` per step and one ``Result``.
+
+        Nothing is computed before the first ``next``. Closing the generator frees all it holds.
+        A step of a batch of images counts once for each. On a GPU the step last reported may
+        still be running. Raises ``RequestError``.
+        """
+        check_request(request)
+        if _needs_text(request):
+            self._parts.text_encoders.require()
+        return self._run(request)
+
+    def _run(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
+        clock = _Clock(self._parts.device)
+        grid = sampling.grid_for(request.width, request.height, self._info.size_multiple)
+        conditioning = self._encode(request)
+        clock.lap("encode_s")
+        images: list[Image.Image] = []
+        for seeds in _chunks(request, self._max_batch_size):
+            img = yield from self._denoise(request, conditioning, grid, seeds)
+            clock.lap("denoise_s")
+            images += self._decode(img, grid, request)
+            clock.lap("decode_s")
+        yield Result(tuple(images), tuple(_seeds(request)), clock.seconds)
+
+    def _encode(self, request: GenerationRequest) -> Conditioning:
+        text = self._parts.text_encoders
+        txt, vec = text.encode(request.prompt) if _needs_text(request) else text.zeros()
+        redux = Tokens(self._parts.image_encoder.encode(request.image))
+        return Conditioning(txt, redux, vec, guidance=float(request.guidance_scale))
+
+    def _denoise(
+        self, request: GenerationRequest, conditioning: Conditioning, grid: Grid, seeds: list[int]
+    ) -> Generator[Progress, None, Tensor]:
+        """Latent tokens ``(len(seeds), L, C)`` after all steps.
+
+        Inference mode is entered per step: held across a yield it would leak to the caller.
+        """
+        steps = request.num_inference_steps
+        done, total = steps * (seeds[0] - request.seed), steps * request.num_images
+        scheduler = sampling.start(self._parts.scheduler, steps, grid.tokens, self._parts.device)
+        prepared = self._prepare(conditioning, scheduler, grid)
+        img = self._noise(seeds, grid)
+        fence = _fence(self._parts.device)
+        for step in range(steps):
+            img = _advance(prepared, scheduler, img, step)
+            previous, fence = fence, _fence(self._parts.device)
+            if previous is not None:  # never more than one step queued beyond what is reported
+                previous.synchronize()
+            yield Progress(done + (step + 1) * len(seeds), total)
+        return img
+
+    @torch.inference_mode()
+    def _prepare(
+        self, conditioning: Conditioning, scheduler: Scheduler, grid: Grid
+    ) -> PreparedDenoiser:
+        schedule = sampling.schedule_of(scheduler)
+        return self._parts.denoiser.prepare(conditioning, schedule, grid)
+
+    def _noise(self, seeds: list[int], grid: Grid) -> Tensor:
+        channels = self._parts.autoencoder.channels
+        latents = torch.cat([sampling.noise(seed, channels, grid) for seed in seeds])
+        return sampling.pack(latents).to(self._parts.device, self._parts.dtype)
+
+    def _decode(self, img: Tensor, grid: Grid, request: GenerationRequest) -> list[Image.Image]:
+        decoded = self._parts.autoencoder.decode(sampling.unpack(img, grid))
+        return [centre_crop(image, request.width, request.height) for image in decoded]
+
+
+@torch.inference_mode()
+def _advance(prepared: PreparedDenoiser, scheduler: Scheduler, img: Tensor, step: int) -> Tensor:
+    velocity = prepared.predict(img, step)
+    return scheduler.step(velocity, scheduler.timesteps[step], img, return_dict=False)[0]
+
+
+def centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle ``width`` × ``height`` pixels; the picture itself where nothing is to be cut."""
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _needs_text(request: GenerationRequest) -> bool:
+    return request.prompt != "" or request.empty_prompt == "encode"
+
+
+def _seeds(request: GenerationRequest) -> list[int]:
+    return [request.seed + index for index in range(request.num_images)]
+
+
+def _chunks(request: GenerationRequest, size: int) -> Iterator[list[int]]:
+    seeds = _seeds(request)
+    for first in range(0, len(seeds), size):
+        yield seeds[first : first + size]
+
+
+def _fence(device: torch.device) -> torch.cuda.Event | None:
+    """A mark on the device's queue to wait for; None on a CPU, where nothing is queued."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+class _Clock:
+    """Seconds per stage, summed over laps; waits for the device before reading the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now

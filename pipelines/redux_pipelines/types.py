@@ -1,0 +1,93 @@
+"""The contract between a caller and a pipeline: a request in, progress and a result out.
+
+Imports no torch, so that a server can speak of requests without loading a model.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from PIL import Image
+
+MIN_SIDE = 512
+MAX_SIDE = 1536
+MAX_STEPS = 50
+MAX_IMAGES = 4
+MIN_GUIDANCE = 1.0
+MAX_GUIDANCE = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request for variations of ``image``.
+
+    Sizes are pixels of the output. ``seed`` is that of the first image; image *i* uses
+    ``seed + i``. ``empty_prompt`` says what ``prompt == ""`` means: ``"zeros"`` feeds zero
+    embeddings (the Redux model card's way), ``"encode"`` encodes the empty string (BFL's way).
+    """
+
+    image: Image.Image
+    prompt: str = ""
+    width: int = 1024
+    height: int = 1024
+    seed: int = 0
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.5
+    num_images: int = 1
+    empty_prompt: Literal["zeros", "encode"] = "zeros"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``step`` of ``total_steps`` denoising steps are done, over all images of the request."""
+
+    step: int
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The finished images (RGB, exactly the size asked for), one seed each.
+
+    ``timings`` holds seconds per stage: ``encode_s``, ``denoise_s``, ``decode_s``.
+    """
+
+    images: tuple[Image.Image, ...]
+    seeds: tuple[int, ...]
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What was loaded, for logs, ``/version`` and provenance."""
+
+    name: str
+    backend: str
+    device: str
+    dtype: str
+    size_multiple: int
+
+
+class Pipeline(Protocol):
+    """Anything that turns a request into images.
+
+    ``generate`` is a generator: closing it between two steps abandons the work and frees its
+    memory. It raises ``redux_pipelines.errors.RequestError`` for a caller's mistake.
+    """
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> Iterator[Progress | Result]:
+        """Yield a ``Progress`` per denoising step, then one ``Result``."""
+        ...
+
+
+class SafetyChecker(Protocol):
+    """Judges finished images."""
+
+    def check(self, images: tuple[Image.Image, ...]) -> tuple[bool, ...]:
+        """True for each image that must not be shown."""
+        ...

@@ -1,0 +1,212 @@
+"""The command line: verbs, their flags, and which function runs each. Holds no work of its own.
+
+Verbs are imported when they run, so that ``keys list`` does not wait for a web framework, nor
+``serve`` for torch.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redux_server import __version__
+from redux_server.settings import (
+    ClientSettings,
+    ModelSettings,
+    ServerSettings,
+    SettingsError,
+    add_flags,
+    build,
+)
+
+EXIT_USAGE = 2
+Verb = Callable[[argparse.Namespace], int]
+
+_LICENCE = (
+    "FLUX.1 [dev] and FLUX.1 Redux [dev] weights are licensed for non-commercial use only; "
+    "with Redux that goes for [schnell] too."
+)
+_KEY_FIELDS = ("data_dir",)
+_DEMO_FIELDS = ("model", "base", "redux", "revision", "backend", "device", "dtype")
+
+
+class UsageError(Exception):
+    """Something the user can put right; the text says how."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse ``arguments`` and run their verb; returns the exit code."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    try:
+        verb: Verb = given.verb
+        return verb(given)
+    except (UsageError, SettingsError) as error:
+        print(f"flux-redux: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="flux-redux",
+        description="Image variations with FLUX.1 Redux, on your own GPU.",
+        epilog=f"{_LICENCE} Each flag has a variable: --max-queue is FLUX_REDUX_MAX_QUEUE.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_serving(verbs)
+    _add_generate(verbs)
+    _add_client(verbs)
+    _add_keys(verbs)
+    version = verbs.add_parser("version", help="print the version")
+    version.set_defaults(verb=_version)
+    doctor = verbs.add_parser("doctor", help="say what this machine has and what is missing")
+    add_flags(doctor, ServerSettings)
+    doctor.set_defaults(verb=_doctor)
+    return parser
+
+
+def _add_serving(verbs: Any) -> None:
+    serve = verbs.add_parser("serve", help="run the API and its workers", epilog=_LICENCE)
+    add_flags(serve, ServerSettings)
+    serve.set_defaults(verb=_serve)
+    worker = verbs.add_parser(
+        "worker", help="run one more worker for a server's data directory", epilog=_LICENCE
+    )
+    add_flags(worker, ServerSettings)
+    worker.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    worker.set_defaults(verb=_worker)
+
+
+def _add_generate(verbs: Any) -> None:
+    generate = verbs.add_parser(
+        "generate", help="make variations of a picture here and now", epilog=_LICENCE
+    )
+    generate.add_argument("image", metavar="IMAGE", help="the picture")
+    generate.add_argument(
+        "-o", "--out", default="out.png", metavar="OUT.png", help="where to write"
+    )
+    add_flags(generate, ModelSettings)
+    _add_parameters(generate)
+    generate.add_argument(
+        "--no-safety-checker", action="store_true", help="do not check the images"
+    )
+    generate.add_argument("--json", action="store_true", help="end with a line of JSON")
+    generate.set_defaults(verb=_generate)
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    """The request's parameters, as flags."""
+    parser.add_argument("--prompt", default="", help="what the image should also show")
+    parser.add_argument("--size", default="1024*1024", help="WIDTH*HEIGHT (default: 1024*1024)")
+    parser.add_argument("--seed", type=int, default=-1, help="-1 picks one (default)")
+    parser.add_argument("--num-inference-steps", type=int, default=28, help="1 to 50 (default: 28)")
+    parser.add_argument("--guidance-scale", type=float, default=3.5, help="1 to 20 (default: 3.5)")
+    parser.add_argument("--num-images", type=int, default=1, help="1 to 4 (default: 1)")
+
+
+def _add_client(verbs: Any) -> None:
+    submit = verbs.add_parser("submit", help="send a picture to a running server")
+    submit.add_argument("image", metavar="IMAGE", help="a file or a URL")
+    add_flags(submit, ClientSettings)
+    _add_parameters(submit)
+    submit.add_argument("--wait", action="store_true", help="wait, and save the images")
+    submit.add_argument("-o", "--out", default=".", metavar="DIR", help="where to save them")
+    submit.set_defaults(verb=_submit)
+    demo = verbs.add_parser(
+        "demo", help="start a server, send it the sample photo, save the images"
+    )
+    add_flags(demo, ServerSettings, only=_DEMO_FIELDS)
+    _add_parameters(demo)
+    demo.add_argument(
+        "--image", default="", metavar="IMAGE", help="another picture than the sample"
+    )
+    demo.add_argument("-o", "--out", default="demo-output", metavar="DIR", help="where to save")
+    demo.set_defaults(verb=_demo, size="512*512", num_images=2)
+
+
+def _add_keys(verbs: Any) -> None:
+    keys = verbs.add_parser("keys", help="create, list or revoke API keys")
+    actions = keys.add_subparsers(title="actions", metavar="ACTION", required=True)
+    create = actions.add_parser("create", help="make a key and print it, this once")
+    create.add_argument("--name", required=True, help="whose key it is")
+    revoke = actions.add_parser("revoke", help="make a key useless")
+    revoke.add_argument("id", metavar="ID", help="its id, from `keys list`")
+    list_ = actions.add_parser("list", help="show all keys, without their secrets")
+    for action, verb in ((create, _keys_create), (revoke, _keys_revoke), (list_, _keys_list)):
+        add_flags(action, ServerSettings, only=_KEY_FIELDS)
+        action.set_defaults(verb=verb)
+
+
+def _server_settings(given: argparse.Namespace) -> ServerSettings:
+    return build(ServerSettings, vars(given), os.environ)
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from redux_server.serve import serve
+
+    return serve(_server_settings(given))
+
+
+def _worker(given: argparse.Namespace) -> int:
+    from redux_server import logs
+    from redux_server.engine import devices
+    from redux_server.worker_main import run_worker
+
+    settings = _server_settings(given)
+    found = devices(settings.device)
+    if len(found) > 1:
+        raise UsageError(f"a worker has one device; choose --device from {', '.join(found)}")
+    logs.configure(format_=settings.log_format, level=settings.log_level)
+    return run_worker(settings, device=found[0], is_supervised=given.supervised)
+
+
+def _generate(given: argparse.Namespace) -> int:
+    from redux_server.generate import generate
+
+    return generate(given, build(ModelSettings, vars(given), os.environ))
+
+
+def _submit(given: argparse.Namespace) -> int:
+    from redux_server.client import submit
+
+    return submit(given, build(ClientSettings, vars(given), os.environ))
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from redux_server.demo import demo
+
+    return demo(given, _server_settings(given))
+
+
+def _keys_create(given: argparse.Namespace) -> int:
+    from redux_server.keys_cli import create
+
+    return create(_server_settings(given), given.name)
+
+
+def _keys_list(given: argparse.Namespace) -> int:
+    from redux_server.keys_cli import list_keys
+
+    return list_keys(_server_settings(given))
+
+
+def _keys_revoke(given: argparse.Namespace) -> int:
+    from redux_server.keys_cli import revoke
+
+    return revoke(_server_settings(given), given.id)
+
+
+def _version(_given: argparse.Namespace) -> int:
+    print(__version__)
+    return 0
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from redux_server.doctor import doctor
+
+    return doctor(_server_settings(given))

@@ -1,0 +1,207 @@
+"""Fetch a caller's picture over http(s) without becoming a door into the operator's network.
+
+Holds ``ImageFetcher``: redirects, limits and what an answer must look like. Synchronous; knows
+nothing of pictures, tasks or the HTTP API. The rules on hosts and addresses are in
+``redux_server.netguard``, the sockets behind them in ``redux_server.netbackend``.
+"""
+
+import ssl
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from urllib.parse import urljoin
+
+import httpcore
+
+from redux_server import __version__
+from redux_server.netbackend import (
+    BoundedLookup,
+    Clock,
+    Connector,
+    Deadline,
+    GuardedBackend,
+    Resolver,
+    connect,
+    resolve,
+)
+from redux_server.netguard import AddressPolicy, FetchError, Reason, Target, parse_url, quoted
+
+SPOOL_BYTES = 512 * 1024
+USER_AGENT = f"flux-redux-server/{__version__}"
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_ANOTHER_WAY = "send the picture as a data URI or upload it"
+_USUAL_ADVICE = f"Check the URL, or {_ANOTHER_WAY}."
+_ADVICE: dict[Reason, str] = {
+    "address": f"Instead, {_ANOTHER_WAY}, or let the operator allow this host with --fetch-allow.",
+    "encoding": f"Instead, {_ANOTHER_WAY}.",
+    "redirect": "Give the final URL of the picture.",
+    "status": "Check that the URL opens without a login, and has not expired.",
+    "too_large": "Send a smaller picture.",
+    "tls": f"Instead, {_ANOTHER_WAY}.",
+}
+
+
+class ImageFetcher:
+    """Fetches pictures by URL, each over fresh sockets of its own. Safe to share among threads."""
+
+    def __init__(
+        self,
+        policy: AddressPolicy,
+        *,
+        deadline_s: float = 10.0,
+        max_bytes: int = 20 * 2**20,
+        max_redirects: int = 3,
+        resolver: Resolver = resolve,
+        connector: Connector = connect,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._policy = policy
+        self._deadline_s = deadline_s
+        self._max_bytes = max_bytes
+        self._max_redirects = max_redirects
+        self._lookup = BoundedLookup(resolver)
+        self._connector = connector
+        self._clock = clock
+
+    @cached_property
+    def _ssl_context(self) -> ssl.SSLContext:
+        return ssl.create_default_context()
+
+    def fetch(self, url: str) -> bytes:
+        """Return the body that ``url`` leads to.
+
+        Raises:
+            FetchError: for every reason that lies with the URL, its host or the network.
+        """
+        deadline = Deadline(self._deadline_s, self._clock)
+        try:
+            return self._follow(url, deadline)
+        except FetchError as error:
+            advice = _ADVICE.get(error.reason, _USUAL_ADVICE)
+            raise FetchError(error.reason, f"{error.public_message} {advice}") from error
+
+    def _follow(self, url: str, deadline: Deadline) -> bytes:
+        for _ in range(self._max_redirects + 1):
+            target = parse_url(url)
+            with self._request(target, deadline) as response:
+                if response.status not in _REDIRECTS:
+                    return self._body(response, target, deadline)
+                url = _redirect_url(response, target)
+        raise FetchError(
+            "redirect", f"The URL redirects more than {self._max_redirects} times (or in a circle)."
+        )
+
+    @contextmanager
+    def _request(self, target: Target, deadline: Deadline) -> Iterator[httpcore.Response]:
+        backend = GuardedBackend(
+            policy=self._policy,
+            lookup=self._lookup,
+            connector=self._connector,
+            deadline=deadline,
+            max_wire_bytes=2 * self._max_bytes + 2**18,  # room for headers and chunk framing
+        )
+        pool = httpcore.ConnectionPool(
+            ssl_context=self._ssl_context if target.scheme == "https" else None,
+            max_connections=1,
+            max_keepalive_connections=0,
+            network_backend=backend,
+        )
+        with (
+            _public_errors(target, deadline),
+            pool,
+            pool.stream("GET", _wire_url(target), headers=_headers(target)) as response,
+        ):
+            yield response
+
+    def _body(self, response: httpcore.Response, target: Target, deadline: Deadline) -> bytes:
+        _check_answer(response, target)
+        if int(_header(response, b"content-length") or 0) > self._max_bytes:
+            raise self._too_large(target)
+        size_bytes = 0
+        # On disk beyond SPOOL_BYTES: many endless bodies at once must not fill the memory.
+        with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
+            for chunk in response.iter_stream():
+                size_bytes += len(chunk)
+                if size_bytes > self._max_bytes:
+                    raise self._too_large(target)
+                deadline.remaining_s()
+                spool.write(chunk)
+            spool.seek(0)
+            return spool.read()
+
+    def _too_large(self, target: Target) -> FetchError:
+        return FetchError(
+            "too_large",
+            f"The file at host {quoted(target.host)} has more than {self._max_bytes:,} bytes, the "
+            "largest that is fetched.",
+        )
+
+
+def _wire_url(target: Target) -> httpcore.URL:
+    return httpcore.URL(
+        scheme=target.scheme.encode(),
+        host=target.host.encode(),
+        port=target.port,
+        target=target.path_and_query.encode(),
+    )
+
+
+def _headers(target: Target) -> list[tuple[bytes | str, bytes | str]]:
+    return [
+        ("Host", target.host_header),
+        ("User-Agent", USER_AGENT),
+        ("Accept", "image/*, */*;q=0.5"),
+        ("Accept-Encoding", "identity"),
+        ("Connection", "close"),
+    ]
+
+
+def _header(response: httpcore.Response, name: bytes) -> str:
+    values = [
+        value.decode("utf-8", "replace") for key, value in response.headers if key.lower() == name
+    ]
+    return ", ".join(values)
+
+
+def _redirect_url(response: httpcore.Response, target: Target) -> str:
+    location = _header(response, b"location")
+    try:
+        if location and location.isprintable():
+            return urljoin(target.url, location)
+    except ValueError:
+        pass
+    raise FetchError(
+        "redirect",
+        f"The host {quoted(target.host)} answered with a redirect (status {response.status}) to "
+        "no usable URL.",
+    )
+
+
+def _check_answer(response: httpcore.Response, target: Target) -> None:
+    host = quoted(target.host)
+    if response.status != 200:
+        raise FetchError(
+            "status", f"The host {host} answered with status {response.status}, not with 200."
+        )
+    encoding = _header(response, b"content-encoding").strip().lower()
+    if encoding not in ("", "identity"):
+        raise FetchError(
+            "encoding", f"The host {host} compressed its answer though asked for it as it is."
+        )
+
+
+@contextmanager
+def _public_errors(target: Target, deadline: Deadline) -> Iterator[None]:
+    """Turn what httpcore raises into ``FetchError``."""
+    try:
+        yield
+    except httpcore.TimeoutException as error:
+        raise deadline.error() from error
+    except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+        raise FetchError(
+            "connect",
+            f"The host {quoted(target.host)} broke off, or did not answer as a web server should.",
+        ) from error

@@ -1,0 +1,62 @@
+"""Prometheus metrics. Worker processes write theirs to a folder that the API process reads.
+
+``enable_sharing`` must run before this module, or prometheus_client, is imported anywhere else in
+the process: the library decides at import whether its values live in memory or in shared files.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+
+TASKS = Counter("flux_redux_tasks", "Tasks ended, by how.", ["status", "reason"])
+ACCEPTED = Counter("flux_redux_tasks_accepted", "Tasks accepted.")
+REJECTED = Counter("flux_redux_rejected", "Requests refused.", ["reason"])
+FENCED = Counter("flux_redux_fenced_finishes", "Results dropped because a later attempt exists.")
+REDELIVERIES = Counter("flux_redux_redeliveries", "Tasks started again after a worker was lost.")
+FETCH_BLOCKED = Counter("flux_redux_fetch_blocked", "Image URLs not fetched.", ["reason"])
+QUEUED = Histogram("flux_redux_task_queue_seconds", "From accepting to starting.", buckets=_SECONDS)
+INFERENCE = Histogram("flux_redux_task_inference_seconds", "On the device.", buckets=_SECONDS)
+E2E = Histogram("flux_redux_task_e2e_seconds", "From accepting to the end.", buckets=_SECONDS)
+STAGES = Histogram("flux_redux_stage_seconds", "Parts of a task.", ["stage"], buckets=_SECONDS)
+HTTP = Histogram(
+    "flux_redux_http_request_duration_seconds",
+    "Answers of the API.",
+    ["method", "route", "status"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
+)
+
+Gauges = dict[tuple[str, str], float]
+
+
+class _Now(Collector):
+    """Gauges that are read at the moment of the scrape."""
+
+    def __init__(self, read: Callable[[], Gauges]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Prometheus entry."""
+        for (name, help_), value in self._read().items():
+            yield GaugeMetricFamily(f"flux_redux_{name}", help_, value=value)
+
+
+def enable_sharing(folder: Path) -> None:
+    """Let the processes of one server share their counters through files in ``folder``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+
+
+def exposition(read_gauges: Callable[[], Gauges]) -> bytes:
+    """All metrics in Prometheus' text format."""
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(_Now(read_gauges))
+    return generate_latest(registry)

@@ -1,0 +1,87 @@
+"""Which workers there are and how they are, so that any API process can answer `/readyz`."""
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sqlalchemy import Engine, delete, insert, select, update
+
+from redux_server.database import reader, workers
+
+
+class WorkerState(StrEnum):
+    """What a worker is doing."""
+
+    LOADING = "loading"  # reading weights and making its warm-up image
+    READY = "ready"  # takes tasks
+    FAILED = "failed"  # could not load; the detail says why
+    GONE = "gone"  # has not been heard of for too long
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker, as last heard of."""
+
+    id: str
+    device: str
+    state: WorkerState
+    detail: str
+
+
+def worker_id(device: str) -> str:
+    """The name under which the worker of ``device`` on this machine holds tasks."""
+    return f"{socket.gethostname()}/{device}"
+
+
+class Presence:
+    """The list of workers; each writes its own row."""
+
+    def __init__(
+        self, engine: Engine, *, silent_s: float = 30.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._engine = engine
+        self._reader = reader(engine)
+        self._silent_s = silent_s
+        self._clock = clock
+
+    def announce(self, worker_id: str, device: str, state: WorkerState, detail: str = "") -> None:
+        """Add or replace a worker's row."""
+        values = {
+            "device": device,
+            "state": state,
+            "detail": detail,
+            "heartbeat_at": self._clock(),
+        }
+        with self._engine.begin() as db:
+            changed = db.execute(update(workers).where(workers.c.id == worker_id).values(values))
+            if not changed.rowcount:
+                db.execute(insert(workers), {"id": worker_id, **values})
+
+    def heartbeat(self, worker_id: str) -> None:
+        """Say that a worker still lives."""
+        with self._engine.begin() as db:
+            db.execute(
+                update(workers).where(workers.c.id == worker_id).values(heartbeat_at=self._clock())
+            )
+
+    def leave(self, worker_id: str) -> None:
+        """Forget a worker."""
+        with self._engine.begin() as db:
+            db.execute(delete(workers).where(workers.c.id == worker_id))
+
+    def all(self) -> list[WorkerStatus]:
+        """Every worker known; a silent one counts as gone."""
+        with self._reader.connect() as db:
+            rows = db.execute(select(workers).order_by(workers.c.id)).all()
+        oldest = self._clock() - self._silent_s
+        return [
+            WorkerStatus(
+                id=row.id,
+                device=row.device,
+                state=WorkerState(row.state) if row.heartbeat_at >= oldest else WorkerState.GONE,
+                detail=row.detail,
+            )
+            for row in rows
+        ]

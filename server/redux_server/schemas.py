@@ -1,0 +1,209 @@
+"""The shapes of the wire: the request's parameters, and the prediction object clients read.
+
+Parameter names, defaults, ranges and descriptions are those of the hosted service's documentation.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from redux_pipelines.types import (
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_SIDE,
+    MAX_STEPS,
+    MIN_GUIDANCE,
+    MIN_SIDE,
+)
+
+from redux_server.tasks import Outcome, Status, Task
+
+MAX_SEED = 9_999_999_999
+MAX_PROMPT = 10_000
+MODELS: Final = (
+    "wavespeed-ai/flux-pro-redux",
+    "wavespeed-ai/flux-redux-pro",
+    "wavespeed-ai/flux-redux-dev",
+)
+
+_SIZE = re.compile(r"(\d{1,9})\s*[*x×]\s*(\d{1,9})", re.IGNORECASE)
+_EXAMPLE_IMAGE = (
+    "https://d2g64w682n9w0w.cloudfront.net/media/images/1745413935078739480_xIVRNKGD.png"
+)
+
+# What each parameter takes, in the words of an error message.
+ALLOWED: Final = {
+    "image": "an http(s) URL, a data URI (data:image/png;base64,...) or base64 of a picture",
+    "prompt": f"a text of at most {MAX_PROMPT} characters",
+    "size": f'"WIDTH*HEIGHT", each from {MIN_SIDE} to {MAX_SIDE}, such as "1024*1024"',
+    "seed": f"an integer from -1 (random) to {MAX_SEED}",
+    "num_inference_steps": f"an integer from 1 to {MAX_STEPS}",
+    "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
+    "num_images": f"an integer from 1 to {MAX_IMAGES}",
+    "enable_safety_checker": "true or false",
+}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels of ``"1024*768"`` (``x`` is understood too).
+
+    Raises:
+        ValueError: not of that form, or a side out of range.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("not a size")
+    width, height = int(match[1]), int(match[2])
+    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
+        raise ValueError("out of range")
+    return width, height
+
+
+def _check_size(text: str) -> str:
+    width, height = parse_size(text)
+    return f"{width}*{height}"
+
+
+def _whole(value: Any) -> Any:
+    """Let 28.0 pass as 28 (JavaScript and JSON know one kind of number); never true as 1."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+class PredictionRequest(BaseModel):
+    """Parameters of one task. Unknown fields are ignored; null means absent."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    image: str = Field(
+        min_length=1,
+        description="The URL of the image to generate an image from. A data URI or plain base64 "
+        "is taken too. The picture is fetched after the task is accepted.",
+        examples=[_EXAMPLE_IMAGE],
+    )
+    prompt: str = Field(
+        "", max_length=MAX_PROMPT, description="The prompt to generate an image from."
+    )
+    size: Annotated[str, AfterValidator(_check_size)] = Field(
+        "1024*1024",
+        description=f"The size of the generated image, {MIN_SIDE} ~ {MAX_SIDE} per dimension.",
+        examples=["1024*1024"],
+    )
+    seed: Whole = Field(
+        -1,
+        ge=-1,
+        le=MAX_SEED,
+        description="The same seed and the same prompt given to the same version of the model "
+        "will output the same image every time. -1 (or none) picks one and reports it.",
+    )
+    num_inference_steps: Whole = Field(
+        28, ge=1, le=MAX_STEPS, description="The number of inference steps to perform."
+    )
+    guidance_scale: float = Field(
+        3.5,
+        ge=MIN_GUIDANCE,
+        le=MAX_GUIDANCE,
+        description="How close the model is to stick to the prompt (FLUX's distilled guidance).",
+    )
+    num_images: Whole = Field(
+        1, ge=1, le=MAX_IMAGES, description="The number of images to generate."
+    )
+    enable_safety_checker: bool = Field(
+        True, description="If set to true, the safety checker will be enabled."
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """All parameters but the image, the seed picked."""
+        values = self.model_dump(exclude={"image"})
+        if self.seed == -1:
+            values["seed"] = secrets.randbelow(2**31)
+        return values
+
+
+def parse_request(body: Any) -> PredictionRequest:
+    """Validate a decoded JSON body.
+
+    Raises:
+        pydantic.ValidationError: see ``complaint`` for its text.
+    """
+    if isinstance(body, dict):
+        body = {name: value for name, value in body.items() if value is not None}
+    return PredictionRequest.model_validate(body)
+
+
+def complaint(errors: Sequence[Any]) -> str:
+    """One sentence per wrong parameter: its name, what is allowed, what was given."""
+    return " ".join(_complain(error) for error in errors)
+
+
+def _complain(error: Any) -> str:
+    if not error["loc"]:
+        return f"The body must be a JSON object, got {type(error['input']).__name__}."
+    name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{name} is required: {ALLOWED[name]}."
+    return f"{name} must be {ALLOWED[name]}; got {_shown(error['input'])}."
+
+
+def _shown(value: Any) -> str:
+    text = f'"{value}"' if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def prediction(task: Task, *, base_url: str, sign: Callable[[str, float], str]) -> dict[str, Any]:
+    """The ``data`` object that satisfies all known clients at once (wire contract, section 2).
+
+    ``sign`` turns a blob key and the time the task ended into a path; ``base_url`` has no
+    trailing slash.
+    """
+    outcome = task.outcome or Outcome(status=task.status)
+    ended = task.finished_at or 0.0
+    return {
+        "id": task.id,
+        "model": task.model,
+        "input": public_input(task),
+        "outputs": [base_url + sign(key, ended) for key in outcome.outputs],
+        "urls": {"get": f"{base_url}/api/v3/predictions/{task.id}/result"},
+        "has_nsfw_contents": outcome.has_nsfw_contents,
+        "seeds": outcome.seeds,
+        "status": task.status.value,
+        "progress": _progress(task),
+        "created_at": timestamp(task.created_at),
+        "error": outcome.error,
+        "code": outcome.code,
+        "executionTime": outcome.timings.get("inference", 0),
+        "timings": {"inference": 0, **outcome.timings},
+    }
+
+
+def public_input(task: Task) -> dict[str, Any]:
+    """The task's parameters; a picture that was sent inline is left out."""
+    return {
+        name: value
+        for name, value in task.input.items()
+        if name != "image" or not value.startswith("blob:")
+    }
+
+
+def _progress(task: Task) -> dict[str, int]:
+    total = task.progress_total
+    step = total if task.status is Status.COMPLETED else task.progress_step
+    return {"step": step, "total_steps": total}
+
+
+def timestamp(unix_s: float) -> str:
+    """RFC 3339 in UTC with milliseconds and a Z."""
+    moment = datetime.fromtimestamp(unix_s, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def envelope(data: Any) -> dict[str, Any]:
+    """What every answer with status 200 looks like."""
+    return {"code": 200, "message": "success", "data": data}

@@ -1,0 +1,136 @@
+"""``flux-redux serve``: checks what can be checked early, builds the parts, runs uvicorn."""
+
+import socket
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import uvicorn
+from redux_weights.layout import find_missing
+
+from redux_server import __version__, logs, metrics
+from redux_server.app import build_app
+from redux_server.auth import KeyFileError, KeyRing
+from redux_server.blobs import Blobs, Signer, signing_secret
+from redux_server.cli import UsageError
+from redux_server.coalescer import Coalescer
+from redux_server.database import open_database
+from redux_server.engine import LocalEngine
+from redux_server.netguard import AddressPolicy
+from redux_server.presence import Presence
+from redux_server.services import Services
+from redux_server.settings import ServerSettings
+from redux_server.store import TaskStore
+
+_SAMPLE_KEY = "sample/photo.jpg"
+_SAMPLE_EXPIRES = 2**33
+
+
+def serve(settings: ServerSettings) -> int:
+    """Serve until a signal. Raises ``UsageError`` for what the user has to change first."""
+    logs.configure(format_=settings.log_format, level=settings.log_level)
+    check(settings)
+    listener = _listen(settings)
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        metrics.enable_sharing(settings.data_dir / "metrics")
+        services = build_services(settings)
+        _greet(settings, services, listener.getsockname()[1])
+        config = uvicorn.Config(
+            build_app(services),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=10,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+    return 0
+
+
+def check(settings: ServerSettings) -> None:
+    """Find what would stop the server, before anything is started."""
+    if settings.redux and not settings.base:
+        raise UsageError("--redux needs --base: which FLUX.1 weights it goes with")
+    base, redux = Path(settings.base), Path(settings.redux)
+    if settings.base and base.is_dir() and redux.is_dir():
+        missing = find_missing(base, redux)
+        if missing:
+            raise UsageError("the weights are incomplete:\n  " + "\n  ".join(missing))
+    try:
+        AddressPolicy.from_entries(settings.fetch_allow_entries)
+    except ValueError as error:
+        raise UsageError(f"--fetch-allow: {error}") from None
+
+
+def build_services(settings: ServerSettings) -> Services:
+    """The API process's parts over the data directory of ``settings``."""
+    engine = open_database(settings.database_url)
+    store = TaskStore(engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+    try:
+        keys = KeyRing(engine, file=settings.api_keys_file)
+    except KeyFileError as error:
+        raise UsageError(str(error)) from None
+    return Services(
+        settings=settings,
+        store=store,
+        accept=Coalescer(lambda new: store.accept(new, max_open=settings.max_queue), name="accept"),
+        find=Coalescer(store.get, name="find"),
+        keys=keys,
+        presence=Presence(engine),
+        blobs=Blobs(settings.blobs_dir),
+        signer=Signer(signing_secret(engine), clock=time.time),
+        engine=LocalEngine(settings, store),
+    )
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
+            "choose another --port (0 picks a free one) or --host"
+        ) from None
+    return listener
+
+
+def _greet(settings: ServerSettings, services: Services, port: int) -> None:
+    """Say where we are; on the very first start, make a key and show how to use it."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = settings.public_url.rstrip("/") or f"http://{host}:{port}"
+    print(f"FLUX Redux Server {__version__} on {url}  (docs: {url}/docs)", flush=True)
+    if not services.keys.is_empty():
+        return
+    if not settings.is_loopback:
+        raise UsageError(
+            f"refusing to listen on {settings.host} while nobody has an API key; "
+            f"make one first: flux-redux keys create --name me --data-dir {settings.data_dir}"
+        )
+    key = services.keys.create("first")
+    services.blobs.put(
+        _SAMPLE_KEY, files("redux_server").joinpath("static/sample.jpg").read_bytes()
+    )
+    sample = url + services.signer.path(_SAMPLE_KEY, _SAMPLE_EXPIRES)
+    print(_FIRST_START.format(key=key, url=url, sample=sample), flush=True)
+
+
+_FIRST_START = """
+Your API key, shown this once (flux-redux keys create makes more):
+
+    {key}
+
+Try it as soon as {url}/readyz says "ready":
+
+    curl --location --request POST "{url}/api/v2/wavespeed-ai/flux-pro-redux" \\
+      --header "Content-Type: application/json" \\
+      --header "Authorization: Bearer {key}" \\
+      --data-raw '{{"image": "{sample}", "size": "512*512", "seed": 0}}'
+
+    curl --header "Authorization: Bearer {key}" \\
+      "{url}/api/v2/wavespeed-ai/flux/<the id from the answer>/result"
+"""

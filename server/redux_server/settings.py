@@ -1,0 +1,239 @@
+"""Every setting of every verb, declared once.
+
+A field here is a command-line flag (``--max-queue``), an environment variable
+(``FLUX_REDUX_MAX_QUEUE``), a line of ``--help`` and a row of the README's table. Flags win over the
+environment. Settings are built once, at the start of a verb, and passed down; nothing below this
+module reads the environment.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+PREFIX = "FLUX_REDUX_"
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+
+S = TypeVar("S", bound="ModelSettings | ServerSettings | ClientSettings")
+
+
+class SettingsError(Exception):
+    """A flag or variable that cannot be used; the text says which, and what is allowed."""
+
+
+def option(default: Any, help_: str, **extra: Any) -> Any:
+    """Declare one setting: its default, its help text and, optionally, ``choices``."""
+    return field(default=default, metadata={"help": help_, **extra})
+
+
+def default_data_dir() -> Path:
+    """``$XDG_DATA_HOME/flux-redux``, or ``~/.local/share/flux-redux``."""
+    root = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(root) / "flux-redux"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model runs, and on what."""
+
+    model: str = option(
+        "mini",
+        "mini (embedded), flux-dev or flux-schnell (downloaded from the Hugging Face Hub; with "
+        "Redux their licence is non-commercial), tiny (random weights, for tests), "
+        "fake (no network at all, for load tests)",
+        choices=("mini", "flux-dev", "flux-schnell", "tiny", "fake"),
+    )
+    base: str = option("", "FLUX.1 weights: a diffusers folder or a Hub repository, with --redux")
+    redux: str = option("", "FLUX.1-Redux weights: a diffusers folder or a Hub repository")
+    revision: str = option("", "Hub revision of --base or of the named model (default: newest)")
+    backend: str = option("engine", "what runs the transformer", choices=("engine", "diffusers"))
+    device: str = option(
+        "auto", "auto (every GPU, else the CPU), cpu, cuda, or a list such as cuda:0,cuda:1"
+    )
+    dtype: str = option(
+        "auto",
+        "auto is bfloat16 on a GPU and float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    max_batch_size: int = option(
+        1, "images denoised together; 1 keeps results bitwise independent of batching", minimum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(ModelSettings):
+    """What ``serve`` and ``worker`` need."""
+
+    host: str = option("127.0.0.1", "address to listen on; others than loopback need an API key")
+    port: int = option(8000, "port to listen on; 0 picks a free one", minimum=0)
+    public_url: str = option("", "base of the URLs we hand out (default: as the client called us)")
+    data_dir: Path = option(Path(), "where tasks, keys and images are kept", computed=True)
+    api_keys_file: str = option("", "file with one `name:key` per line, beside the stored keys")
+    max_queue: int = option(1000, "open tasks beyond which a submit is answered 429", minimum=1)
+    max_attempts: int = option(3, "times a task is started before it is given up", minimum=1)
+    lease_s: float = option(30.0, "seconds after which a silent worker loses its task", minimum=1)
+    drain_timeout_s: float = option(
+        60.0, "seconds a stopping worker may finish its task", minimum=0
+    )
+    retention_hours: float = option(168.0, "how long ended tasks and their images stay", minimum=0)
+    force_safety_checker: bool = option(False, "check every image, whatever the request says")
+    safety_threshold: float = option(0.8, "score from which an image is withheld", minimum=0)
+    fetch_allow: str = option(
+        "", "private hosts or networks that `image` may point to, separated by commas"
+    )
+    log_format: str = option("json", "shape of the log lines", choices=("json", "text"))
+    log_level: str = option("info", "least severe line", choices=("debug", "info", "warning"))
+
+    @property
+    def database_url(self) -> str:
+        """Where tasks and keys are kept, as a SQLAlchemy URL."""
+        return f"sqlite:///{self.data_dir / 'tasks.db'}"
+
+    @property
+    def fetch_allow_entries(self) -> tuple[str, ...]:
+        """The hosts and networks of ``--fetch-allow``."""
+        return tuple(part.strip() for part in self.fetch_allow.split(",") if part.strip())
+
+    @property
+    def blobs_dir(self) -> Path:
+        """Where pictures are kept."""
+        return self.data_dir / "blobs"
+
+    @property
+    def is_loopback(self) -> bool:
+        """True when only this machine can reach the server."""
+        return self.host in LOOPBACK_HOSTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """What ``submit`` needs to reach a server."""
+
+    url: str = option("http://127.0.0.1:8000", "base URL of the server")
+    key: str = option("", "API key (better in FLUX_REDUX_KEY than on the command line)")
+
+
+SETTINGS_CLASSES = (ServerSettings, ClientSettings)
+
+
+def environment_name(name: str) -> str:
+    """The environment variable that sets the field ``name``."""
+    return PREFIX + name.upper()
+
+
+def flag_name(name: str) -> str:
+    """The command-line flag that sets the field ``name``."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type[S], *, only: Iterable[str] = ()) -> None:
+    """Give ``parser`` a flag for each field of ``cls`` (or for those named in ``only``)."""
+    wanted = set(only) or {f.name for f in fields(cls)}
+    for item in fields(cls):
+        if item.name in wanted:
+            _add_flag(parser, cls, item)
+
+
+def _add_flag(parser: argparse.ArgumentParser, cls: type[S], item: "Field[Any]") -> None:
+    kind = get_type_hints(cls)[item.name]
+    default = default_data_dir() if item.metadata.get("computed") else item.default
+    shown = "" if default in ("", False) else f" (default: {default})"
+    arguments: dict[str, Any] = {
+        "help": item.metadata["help"] + shown,
+        "default": argparse.SUPPRESS,
+        "dest": item.name,
+    }
+    if kind is bool:
+        arguments["action"] = argparse.BooleanOptionalAction
+    else:
+        arguments["metavar"] = item.name.upper()
+        if "choices" in item.metadata:
+            arguments["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
+    parser.add_argument(flag_name(item.name), **arguments)
+
+
+def build(cls: type[S], given: Mapping[str, Any], environ: Mapping[str, str]) -> S:
+    """Build settings from flags (``given``), then ``environ``, then defaults.
+
+    Raises:
+        SettingsError: a value of the wrong type or out of range, or a variable with our prefix
+            that no setting has (a typing error would otherwise pass unnoticed).
+    """
+    _refuse_unknown_variables(environ)
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in fields(cls):
+        variable = environment_name(item.name)
+        if item.name in given:
+            source, raw = flag_name(item.name), given[item.name]
+        elif environ.get(variable, "") != "":
+            source, raw = variable, environ[variable]
+        else:
+            continue
+        values[item.name] = _convert(source, raw, hints[item.name], item.metadata)
+    if "data_dir" in hints and "data_dir" not in values:
+        values["data_dir"] = default_data_dir()
+    return cls(**values)
+
+
+def to_environment(settings: ServerSettings) -> dict[str, str]:
+    """The variables from which a child process builds these very settings."""
+    return {environment_name(f.name): str(getattr(settings, f.name)) for f in fields(settings)}
+
+
+def describe(cls: type[S]) -> list[tuple[str, str, str, str]]:
+    """``(flag, variable, default, help)`` per field, for the README's table."""
+    rows = []
+    for item in fields(cls):
+        default = "~/.local/share/flux-redux" if item.metadata.get("computed") else item.default
+        text = "" if default is MISSING or default in ("", False) else str(default)
+        rows.append(
+            (flag_name(item.name), environment_name(item.name), text, item.metadata["help"])
+        )
+    return rows
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = {environment_name(f.name) for cls in SETTINGS_CLASSES for f in fields(cls)}
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise SettingsError(
+            f"unknown environment variable {', '.join(unknown)}; "
+            f"known are {', '.join(sorted(known))}"
+        )
+
+
+def _convert(source: str, raw: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
+    try:
+        value = _parse(raw, kind)
+    except ValueError:
+        raise SettingsError(f"{source} must be {_KINDS[kind]}, got {raw!r}") from None
+    if "choices" in metadata and value not in metadata["choices"]:
+        allowed = ", ".join(metadata["choices"])
+        raise SettingsError(f"{source} must be one of {allowed}, got {raw!r}")
+    if "minimum" in metadata and not value >= metadata["minimum"]:
+        raise SettingsError(f"{source} must be at least {metadata['minimum']}, got {raw!r}")
+    return value
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
+_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
+
+
+def _parse(raw: Any, kind: Any) -> Any:
+    if kind is bool and not isinstance(raw, bool):
+        if str(raw).lower() not in _BOOLEANS:
+            raise ValueError
+        return _BOOLEANS[str(raw).lower()]
+    if kind is Path:
+        return Path(raw).expanduser().absolute()
+    return kind(raw)

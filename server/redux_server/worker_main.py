@@ -1,0 +1,137 @@
+"""The worker process: loads the pipeline, warms it up, then works until told to stop.
+
+The one module of the server that loads torch (through the pipeline).
+"""
+
+import fcntl
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+from PIL import Image
+from redux_pipelines.errors import ReduxError
+from redux_pipelines.types import GenerationRequest, Pipeline, SafetyChecker
+
+from redux_server.blobs import Blobs, Signer, signing_secret
+from redux_server.database import open_database
+from redux_server.fetch import ImageFetcher
+from redux_server.images import ImageLoader
+from redux_server.netguard import AddressPolicy
+from redux_server.presence import Presence, WorkerState, worker_id
+from redux_server.settings import ServerSettings
+from redux_server.store import TaskStore
+from redux_server.worker import Worker
+
+EXIT_CANNOT_LOAD = 3
+_log = structlog.get_logger("redux_server.worker_main")
+
+
+def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) -> int:
+    """Run the worker of one device until a signal; returns an exit code.
+
+    With ``is_supervised``, each line on standard input means "there is work", and its end means
+    "your supervisor is gone: finish and leave".
+    """
+    engine = open_database(settings.database_url)
+    presence = Presence(engine)
+    name = worker_id(device)
+    store = TaskStore(engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+
+    def announce(state: WorkerState, detail: str = "") -> None:
+        presence.announce(name, device, state, detail)
+
+    lock = settings.data_dir / f"worker-{device.replace(':', '-')}.lock"
+    with _device_lock(lock, lambda detail: announce(WorkerState.LOADING, detail)):
+        store.release(name)  # left by a predecessor that died: the lock says it is gone
+        announce(WorkerState.LOADING)
+        try:
+            pipeline, safety = _load(settings, device)
+        except ReduxError as error:
+            announce(WorkerState.FAILED, str(error))
+            _log.error("cannot load the model", reason=str(error))
+            return EXIT_CANNOT_LOAD
+        blobs = Blobs(settings.blobs_dir)
+        worker = Worker(
+            name,
+            store=store,
+            presence=presence,
+            blobs=blobs,
+            images=_image_loader(settings, blobs, Signer(signing_secret(engine), clock=time.time)),
+            pipeline=pipeline,
+            safety=safety,
+            force_safety=settings.force_safety_checker,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: worker.stop())
+        if is_supervised:
+            threading.Thread(target=_listen, args=(worker,), daemon=True).start()
+        announce(WorkerState.READY, _describe(pipeline))
+        _log.info("worker ready", device=device, model=pipeline.info.name)
+        worker.run()
+        presence.leave(name)
+    return 0
+
+
+def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
+    from redux_pipelines.loading import load_pipeline
+    from redux_pipelines.safety import OpenNsfwChecker
+
+    started = time.perf_counter()
+    pipeline = load_pipeline(
+        model=None if settings.base else settings.model,
+        base=settings.base or None,
+        redux=settings.redux or None,
+        revision=settings.revision or None,
+        backend=settings.backend,
+        device=device,
+        dtype=settings.dtype,
+        max_batch_size=settings.max_batch_size,
+    )
+    safety = OpenNsfwChecker(threshold=settings.safety_threshold)
+    _warm_up(pipeline, safety)
+    _log.info("model loaded", seconds=round(time.perf_counter() - started, 1))
+    return pipeline, safety
+
+
+def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
+    """Make one small image, so that the first task does not pay for lazy start-up."""
+    request = GenerationRequest(
+        Image.new("RGB", (64, 64), "gray"), width=512, height=512, num_inference_steps=1
+    )
+    *_, result = pipeline.generate(request)
+    safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
+
+
+def _describe(pipeline: Pipeline) -> str:
+    info = pipeline.info
+    return f"{info.name}, {info.backend} backend, {info.dtype} on {info.device}"
+
+
+def _image_loader(settings: ServerSettings, blobs: Blobs, signer: Signer) -> ImageLoader:
+    policy = AddressPolicy.from_entries(settings.fetch_allow_entries)
+    return ImageLoader(blobs, signer, ImageFetcher(policy))
+
+
+def _listen(worker: Worker) -> None:
+    while sys.stdin.buffer.readline():
+        worker.wake()
+    worker.stop()
+
+
+@contextmanager
+def _device_lock(path: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold the one lock per device: a restarted server's worker waits for its predecessor."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting = "waiting for the previous worker of this device to end"
+            report(waiting)
+            _log.warning(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
