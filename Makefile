@@ -17,9 +17,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
         bench bench-server docker clean
 
 help:  ## show this list
-	@printf 'FLUX Redux Server: \033[1mmake serve\033[0m starts it, \033[1mmake test\033[0m tests it.\n\n'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-13s\033[0m %s\n", $$1, $$2}' Makefile
-	@printf '\nPass flags on with ARGS, for example: make serve ARGS="--port 9000"\n'
+	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
+	echo "FLUX Redux Server: $${bold}make serve$$plain starts it, $${bold}make test$$plain tests it."; echo; \
+	awk -F ':.*## ' -v b="$$bold" -v p="$$plain" \
+	  '/^[a-z-]+:.*## / {printf "  %s%-13s%s %s\n", b, $$1, p, $$2}' Makefile; echo; \
+	echo 'Flags are passed on with ARGS, for example: make serve ARGS="--port 9000"'
 
 # --- set up ---------------------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ $(DEV): pyproject.toml constraints.txt
 # --- use ------------------------------------------------------------------------------------------
 
 serve: $(RUNTIME)  ## start the server with the embedded model (ARGS="--help" lists the settings)
-	@exec $(BIN)/flux-redux serve $(ARGS)
+	@$(BIN)/flux-redux serve $(ARGS) || [ $$? -eq 130 ]  # 130: stopped with Ctrl-C
 
 demo: $(RUNTIME)  ## make variations of the bundled photo in demo-output/, with a server of its own
 	@$(BIN)/flux-redux demo --out demo-output $(ARGS)

@@ -13,6 +13,9 @@ from redux_pipelines.images import to_rgb
 from redux_pipelines.types import GenerationRequest, ModelInfo, Progress, Result
 from redux_pipelines.validation import check_request
 
+SLOW_STEP_S = 0.02
+"""What a step of the model ``fake-slow`` takes."""
+
 
 class FakePipeline:
     """Plain-coloured pictures; the colour depends on seed, prompt and the input's mean colour.

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
 
 from redux_pipelines.errors import WeightsError
-from redux_pipelines.fakes import FakePipeline
+from redux_pipelines.fakes import SLOW_STEP_S, FakePipeline
 from redux_pipelines.types import Pipeline
 
 if TYPE_CHECKING:
@@ -25,17 +25,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ModelName = Literal["mini", "tiny", "flux-dev", "flux-schnell", "fake"]
-Backend = Literal["diffusers", "engine"]
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 FLUX_REDUX = "black-forest-labs/FLUX.1-Redux-dev"
 """Non-commercial and gated: licence to be accepted at https://huggingface.co/<name>."""
 
-_BASES = {"flux-dev": FLUX_DEV, "flux-schnell": FLUX_SCHNELL}
+_REPOSITORIES = {"flux-dev": FLUX_DEV, "flux-schnell": FLUX_SCHNELL}
+
+MODELS = ("mini", "tiny", "fake", "fake-slow", *_REPOSITORIES)
+"""Names that ``load_pipeline`` knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +58,10 @@ def load_pipeline(
     """Load a pipeline by name, or from ``base`` and ``redux``.
 
     ``model``: ``mini`` (embedded), ``tiny`` (random weights), ``fake`` (no network at all),
-    ``flux-dev`` or ``flux-schnell``; these two and Redux are for non-commercial use. ``base`` and
-    ``redux`` are directories in diffusers' layout or hub repository ids and override the name's;
-    without ``redux`` FLUX.1-Redux-dev is taken. ``revision`` is that of ``base`` on the hub.
+    ``fake-slow`` (the same, but its steps take time), ``flux-dev`` or ``flux-schnell``; these two
+    and Redux are for non-commercial use. ``base`` and ``redux`` are directories in diffusers'
+    layout or hub repository ids and override the name's; without ``redux`` FLUX.1-Redux-dev is
+    taken. ``revision`` is that of ``base`` on the hub.
 
     ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else float32.
     ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` work as in huggingface_hub. Raises
@@ -70,22 +69,18 @@ def load_pipeline(
     """
     if backend not in ("diffusers", "engine"):
         raise ValueError(f"backend={backend!r} is not one of 'diffusers', 'engine'")
-    if model is None and base is None:
-        raise ValueError("load_pipeline needs a model name or a base checkpoint")
-    if model == "fake":
-        return FakePipeline()
+    if model not in (None, *MODELS):
+        raise ValueError(f"model={model!r} is not one of {', '.join(MODELS)}")
+    if model in ("fake", "fake-slow"):
+        return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S)
     placement = _Placement(backend, device, dtype, max_batch_size)
-    if model in ("mini", "tiny") and base is None:
+    if base is None and model in ("mini", "tiny"):
         return _load_tiny(model, placement)
-    source = base if base is not None else _BASES.get(str(model))
+    source = base or _REPOSITORIES.get(str(model))
     if source is None:
-        names = ", ".join(("mini", "tiny", "fake", *_BASES))
-        raise ValueError(f"model={model!r} is not one of {names}")
-    return _load(source, redux or FLUX_REDUX, revision, _name(model, source), placement)
-
-
-def _name(model: str | None, source: str | Path) -> str:
-    return model or Path(source).name
+        raise ValueError("load_pipeline needs a model name or a base checkpoint")
+    name = model if model in _REPOSITORIES else Path(source).name
+    return _load(source, redux or FLUX_REDUX, revision, str(name), placement)
 
 
 def _load(

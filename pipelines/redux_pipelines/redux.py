@@ -24,7 +24,10 @@ from redux_pipelines.validation import check_request
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """The loaded parts of a checkpoint, on one device in one dtype."""
+    """The loaded parts of a checkpoint, on one device in one dtype.
+
+    ``scheduler`` is a template that is copied, never stepped.
+    """
 
     image_encoder: ImageEncoder
     text_encoders: TextEncoders
@@ -77,9 +80,10 @@ class ReduxPipeline:
         grid = sampling.grid_for(request.width, request.height, self._info.size_multiple)
         conditioning = self._encode(request)
         clock.lap("encode_s")
+        prepared = self._prepare(conditioning, request, grid)
         images: list[Image.Image] = []
         for seeds in _chunks(request, self._max_batch_size):
-            img = yield from self._denoise(request, conditioning, grid, seeds)
+            img = yield from self._denoise(request, prepared, grid, seeds)
             clock.lap("denoise_s")
             images += self._decode(img, grid, request)
             clock.lap("decode_s")
@@ -92,7 +96,7 @@ class ReduxPipeline:
         return Conditioning(txt, redux, vec, guidance=float(request.guidance_scale))
 
     def _denoise(
-        self, request: GenerationRequest, conditioning: Conditioning, grid: Grid, seeds: list[int]
+        self, request: GenerationRequest, prepared: PreparedDenoiser, grid: Grid, seeds: list[int]
     ) -> Generator[Progress, None, Tensor]:
         """Latent tokens ``(len(seeds), L, C)`` after all steps.
 
@@ -100,8 +104,7 @@ class ReduxPipeline:
         """
         steps = request.num_inference_steps
         done, total = steps * (seeds[0] - request.seed), steps * request.num_images
-        scheduler = sampling.start(self._parts.scheduler, steps, grid.tokens, self._parts.device)
-        prepared = self._prepare(conditioning, scheduler, grid)
+        scheduler = self._scheduler(request, grid)
         img = self._noise(seeds, grid)
         fence = _fence(self._parts.device)
         for step in range(steps):
@@ -114,10 +117,14 @@ class ReduxPipeline:
 
     @torch.inference_mode()
     def _prepare(
-        self, conditioning: Conditioning, scheduler: Scheduler, grid: Grid
+        self, conditioning: Conditioning, request: GenerationRequest, grid: Grid
     ) -> PreparedDenoiser:
-        schedule = sampling.schedule_of(scheduler)
+        schedule = sampling.schedule_of(self._scheduler(request, grid))
         return self._parts.denoiser.prepare(conditioning, schedule, grid)
+
+    def _scheduler(self, request: GenerationRequest, grid: Grid) -> Scheduler:
+        template, steps = self._parts.scheduler, request.num_inference_steps
+        return sampling.start(template, steps, grid.tokens, self._parts.device)
 
     def _noise(self, seeds: list[int], grid: Grid) -> Tensor:
         channels = self._parts.autoencoder.channels

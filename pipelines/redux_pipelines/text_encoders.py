@@ -60,12 +60,14 @@ class TextEncoders:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names of the text components that are not on disk."""
+        """Names of the text components that are neither loaded nor on disk."""
+        if self.__dict__.keys() >= {"_clip", "_t5"}:
+            return ()
         return tuple(name for name in COMPONENTS if not (self._base / name).is_dir())
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the encoders occupy memory."""
+        """Whether one of the encoders occupies memory."""
         return "_clip" in self.__dict__ or "_t5" in self.__dict__
 
     def load(self) -> None:

@@ -139,7 +139,7 @@ def _transformer(guidance: bool) -> FluxTransformer2DModel:
 
 def _autoencoder(vae_factor: int) -> AutoencoderKL:
     levels = vae_factor.bit_length()
-    channels = [16 if level >= levels - 2 else 8 for level in range(levels)]
+    channels = [4 if level < levels - 2 else 16 for level in range(levels)]
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,

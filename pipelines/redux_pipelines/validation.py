@@ -35,9 +35,8 @@ def check_request(request: GenerationRequest) -> None:
     _check_integer("seed", request.seed, 0, MAX_SEED - MAX_IMAGES)
     _check_guidance(request.guidance_scale)
     if request.empty_prompt not in _EMPTY_PROMPTS:
-        raise RequestError(
-            f"empty_prompt is {request.empty_prompt!r}: it must be one of {_EMPTY_PROMPTS}"
-        )
+        allowed = " or ".join(map(repr, _EMPTY_PROMPTS))
+        raise RequestError(f"empty_prompt is {_given(request.empty_prompt)}: it must be {allowed}")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -14,7 +14,7 @@ from redux_server import __version__, housekeeping, metrics, routes
 from redux_server.auth import AuthMiddleware
 from redux_server.errors import ApiError, error_response
 from redux_server.inline_image import MAX_BYTES
-from redux_server.middleware import BodyLimit, RequestContext
+from redux_server.middleware import RequestContext
 from redux_server.presence import WorkerState
 from redux_server.services import Services
 
@@ -31,11 +31,11 @@ def build_app(services: Services) -> FastAPI:
         description="Runs FLUX.1 [dev] with FLUX.1 Redux [dev], whose licence is non-commercial.",
         lifespan=_lifespan,
         redoc_url=None,
+        max_body_size=BODY_LIMIT,
     )
     app.state.services = services
     app.include_router(routes.router)
     app.include_router(_probes())
-    app.add_middleware(BodyLimit, limit=BODY_LIMIT)
     app.add_middleware(AuthMiddleware, recognise=services.keys.recognise)
     app.add_middleware(RequestContext)
     app.add_exception_handler(ApiError, _api_error)
@@ -99,12 +99,17 @@ async def _api_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    status, headers = error.status_code, error.headers
+    if status == 405 and request.scope.get("endpoint") is routes.unknown_model:
+        status, headers = 404, None  # only the catch-all would take this path, by another method
     messages = {
         404: f"No path {request.url.path[:100]!r} here; /docs lists the paths.",
+        413: f"The request is larger than the {BODY_LIMIT >> 20} MiB allowed; "
+        "send a smaller picture, or its URL.",
         405: f"{request.method} is not possible on {request.url.path[:100]!r}; see /docs.",
     }
-    message = messages.get(error.status_code, str(error.detail))
-    return error_response(error.status_code, message, "http_error", error.headers)
+    message = messages.get(status, str(error.detail))
+    return error_response(status, message, "http_error", headers)
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from redux_server import __version__
 from redux_server.settings import (
@@ -18,6 +18,7 @@ from redux_server.settings import (
     SettingsError,
     add_flags,
     build,
+    flag_name,
 )
 
 EXIT_USAGE = 2
@@ -35,11 +36,21 @@ class UsageError(Exception):
     """Something the user can put right; the text says how."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that complains in one line, not in a page of usage, and takes no shortened flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ``UsageError``."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Parse ``arguments`` and run their verb; returns the exit code."""
-    parser = build_parser()
-    given = parser.parse_args(arguments)
     try:
+        given = build_parser().parse_args(arguments)
         verb: Verb = given.verb
         return verb(given)
     except (UsageError, SettingsError) as error:
@@ -51,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="flux-redux",
         description="Image variations with FLUX.1 Redux, on your own GPU.",
         epilog=f"{_LICENCE} Each flag has a variable: --max-queue is FLUX_REDUX_MAX_QUEUE.",
@@ -99,14 +110,21 @@ def _add_generate(verbs: Any) -> None:
     generate.set_defaults(verb=_generate)
 
 
-def _add_parameters(parser: argparse.ArgumentParser) -> None:
+def _add_parameters(
+    parser: argparse.ArgumentParser, *, size: str = "1024*1024", num_images: int = 1
+) -> None:
     """The request's parameters, as flags."""
-    parser.add_argument("--prompt", default="", help="what the image should also show")
-    parser.add_argument("--size", default="1024*1024", help="WIDTH*HEIGHT (default: 1024*1024)")
-    parser.add_argument("--seed", type=int, default=-1, help="-1 picks one (default)")
-    parser.add_argument("--num-inference-steps", type=int, default=28, help="1 to 50 (default: 28)")
-    parser.add_argument("--guidance-scale", type=float, default=3.5, help="1 to 20 (default: 3.5)")
-    parser.add_argument("--num-images", type=int, default=1, help="1 to 4 (default: 1)")
+
+    def add(name: str, default: Any, help_: str) -> None:
+        shown = f"{help_} (default: {default})" if default != "" else help_
+        parser.add_argument(flag_name(name), default=default, type=type(default), help=shown)
+
+    add("prompt", "", "what the image should also show")
+    add("size", size, "WIDTH*HEIGHT")
+    add("seed", -1, "-1 picks one")
+    add("num_inference_steps", 28, "1 to 50")
+    add("guidance_scale", 3.5, "1 to 20")
+    add("num_images", num_images, "1 to 4")
 
 
 def _add_client(verbs: Any) -> None:
@@ -121,12 +139,12 @@ def _add_client(verbs: Any) -> None:
         "demo", help="start a server, send it the sample photo, save the images"
     )
     add_flags(demo, ServerSettings, only=_DEMO_FIELDS)
-    _add_parameters(demo)
+    _add_parameters(demo, size="512*512", num_images=2)
     demo.add_argument(
         "--image", default="", metavar="IMAGE", help="another picture than the sample"
     )
     demo.add_argument("-o", "--out", default="demo-output", metavar="DIR", help="where to save")
-    demo.set_defaults(verb=_demo, size="512*512", num_images=2)
+    demo.set_defaults(verb=_demo)
 
 
 def _add_keys(verbs: Any) -> None:
@@ -147,9 +165,13 @@ def _server_settings(given: argparse.Namespace) -> ServerSettings:
 
 
 def _serve(given: argparse.Namespace) -> int:
+    from redux_server.metrics_sharing import share_metrics
+
+    settings = _server_settings(given)
+    share_metrics()
     from redux_server.serve import serve
 
-    return serve(_server_settings(given))
+    return serve(settings)
 
 
 def _worker(given: argparse.Namespace) -> int:

@@ -49,12 +49,13 @@ class Coalescer(Generic[A, B]):
                 items = [item for item, _ in batch]
                 try:
                     results = await loop.run_in_executor(self._thread, self._run, items)
+                    answered = list(zip(batch, results, strict=True))
                 except Exception as error:
                     for _, future in batch:
                         if not future.done():
                             future.set_exception(error)
                 else:
-                    for (_, future), result in zip(batch, results, strict=True):
+                    for (_, future), result in answered:
                         if not future.done():  # its caller may have gone away
                             future.set_result(result)
         finally:

@@ -43,7 +43,6 @@ tasks = Table(
     Column("owner", String(128)),
     Column("attempt", Integer, nullable=False, default=0),
     Column("progress_step", Integer, nullable=False, default=0),
-    Column("progress_total", Integer, nullable=False, default=0),
     Column("outcome", JSON),
     Index("tasks_queued", "queued_at"),
     Index("tasks_leased", "lease_until"),

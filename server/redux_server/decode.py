@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import PIL
-import redux_pipelines
 from PIL import Image, features
 from redux_pipelines.errors import ImageError
 
@@ -29,9 +29,11 @@ from redux_server.decode_child import HEADER_BYTES, STRIP_BYTES, Order
 
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 16
-LIMIT_S = 5.0
+LIMIT_S = 10.0
 MEMORY_BYTES = 1536 * 2**20
 PIPE_BYTES = 2**20
+# Nothing of ours, secrets least of all. Threads would reserve address space per processor core.
+CHILD_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 _AVIF_BRANDS = (b"avif", b"avis")
 _ACCEPTED_MAGIC = (
@@ -123,10 +125,12 @@ def decode_image(
         return child.read_image(size)
 
 
+@cache
 def _import_path() -> tuple[str, ...]:
-    """The folders that hold PIL and redux_pipelines, be they installed, editable or neither."""
-    found = (PIL.__file__, redux_pipelines.__file__)
-    return tuple(dict.fromkeys(str(Path(str(file)).resolve().parents[1]) for file in found))
+    """The folders that hold what the child imports, be it installed, editable or neither."""
+    specs = [find_spec(name) for name in ("PIL", "numpy", "redux_pipelines")]
+    found = [Path(spec.origin).absolute().parents[1] for spec in specs if spec and spec.origin]
+    return tuple(dict.fromkeys(map(str, found)))
 
 
 def _format_error(data: bytes) -> DecodeError:
@@ -196,13 +200,20 @@ class _Child:
         self._order = order
         self._ends_at = time.monotonic() + order.limit_s
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", decode_child.__file__, order.to_json()],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-B",
+                os.path.abspath(decode_child.__file__),
+                order.to_json(),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
             cwd="/",
-            env={},
+            env=CHILD_ENVIRONMENT,
             start_new_session=True,
         )
         assert self._process.stdin is not None and self._process.stdout is not None

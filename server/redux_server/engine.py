@@ -2,20 +2,24 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
+from redux_server.device_lock import is_free, lock_path
 from redux_server.presence import worker_id
 from redux_server.settings import ServerSettings, to_environment
 from redux_server.store import TaskStore
 
 _MAX_PAUSE_S = 30.0
 _HEALTHY_S = 60.0  # a worker that lived this long is restarted at once
+_WORKER = (sys.executable, "-m", "redux_server", "worker", "--supervised")
 _log = structlog.get_logger("redux_server.engine")
 
 
@@ -23,14 +27,18 @@ class LocalEngine:
     """Starts a worker per device, wakes them when work arrives, restarts those that die.
 
     A worker's tasks are taken back the moment its process is gone, not when its lease runs out.
+    ``command`` starts a worker; its settings come by the environment.
     """
 
-    def __init__(self, settings: ServerSettings, store: TaskStore) -> None:
+    def __init__(
+        self, settings: ServerSettings, store: TaskStore, *, command: Sequence[str] = _WORKER
+    ) -> None:
         self._settings = settings
         self._store = store
+        self._command = command
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._supervisors: list[asyncio.Task[None]] = []
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
 
     async def start(self) -> None:
         """Start one supervised worker per device."""
@@ -50,7 +58,7 @@ class LocalEngine:
 
     async def stop(self) -> None:
         """Let workers finish what is on their device, within the drain time, then end them."""
-        self._is_stopping = True
+        self._stopping.set()
         for process in self._processes.values():
             if process.stdin is not None:
                 process.stdin.close()
@@ -67,30 +75,36 @@ class LocalEngine:
 
     async def _supervise(self, device: str) -> None:
         pause_s = 0.0
-        while not self._is_stopping:
-            await asyncio.sleep(pause_s)
+        while not self._stopping.is_set():
             started = time.monotonic()
-            code = await self._run_one(device)
-            released = await asyncio.to_thread(self._store.release, worker_id(device))
-            if self._is_stopping:
-                return
+            try:
+                code = await self._run_one(device)
+                released = await asyncio.to_thread(self._take_back, device)
+                _log.log(
+                    logging.INFO if self._stopping.is_set() else logging.ERROR,
+                    "worker ended",
+                    device=device,
+                    exit_code=code,
+                    tasks_returned=released,
+                )
+            except Exception as error:  # no memory for a process, a full disk: try again later
+                _log.error("cannot keep the worker alive", device=device, exc_info=error)
             lived_s = time.monotonic() - started
             pause_s = 0.0 if lived_s > _HEALTHY_S else min(_MAX_PAUSE_S, max(0.5, pause_s * 2))
-            _log.error(
-                "worker ended, restarting",
-                device=device,
-                exit_code=code,
-                tasks_returned=released,
-                pause_s=pause_s,
-            )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+
+    def _take_back(self, device: str) -> int:
+        # A server that was killed leaves its worker to finish. Ours then only waited for the
+        # device, under the same name, and what is leased under it is still being worked on.
+        if not is_free(lock_path(self._settings, device)):
+            return 0
+        has_crashed = not self._stopping.is_set()
+        return self._store.release(worker_id(device), has_crashed=has_crashed)
 
     async def _run_one(self, device: str) -> int:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "redux_server",
-            "worker",
-            "--supervised",
+            *self._command,
             stdin=asyncio.subprocess.PIPE,
             env={**os.environ, **to_environment(replace(self._settings, device=device))},
             # Ctrl-C in a terminal reaches the whole group; the worker must outlive it to finish.
@@ -98,7 +112,7 @@ class LocalEngine:
         )
         self._processes[device] = process
         try:
-            if self._is_stopping and process.stdin is not None:
+            if self._stopping.is_set() and process.stdin is not None:
                 process.stdin.close()
             return await process.wait()
         finally:

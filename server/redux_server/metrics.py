@@ -1,13 +1,9 @@
 """Prometheus metrics. Worker processes write theirs to a folder that the API process reads.
 
-``enable_sharing`` must run before this module, or prometheus_client, is imported anywhere else in
-the process: the library decides at import whether its values live in memory or in shared files.
+See ``redux_server.metrics_sharing`` for how the folder is set up, which must come first.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
 from prometheus_client.core import GaugeMetricFamily
@@ -45,13 +41,6 @@ class _Now(Collector):
         """Prometheus entry."""
         for (name, help_), value in self._read().items():
             yield GaugeMetricFamily(f"flux_redux_{name}", help_, value=value)
-
-
-def enable_sharing(folder: Path) -> None:
-    """Let the processes of one server share their counters through files in ``folder``."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, mode=0o700)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
 
 
 def exposition(read_gauges: Callable[[], Gauges]) -> bytes:

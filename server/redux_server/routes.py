@@ -29,7 +29,8 @@ _TASK_ID = re.compile(r"[0-9a-f]{32}")
 router = APIRouter()
 
 
-def _services(request: Request) -> Services:
+# A plain function here would cost every request a trip through a thread pool.
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -148,6 +149,7 @@ async def _accept(new: NewTask, parts: Services) -> Task:
     try:
         task = await parts.accept(new)
     except OperationalError:
+        await asyncio.to_thread(parts.blobs.delete_under, new.id)
         metrics.REJECTED.labels("database").inc()
         raise Unavailable(
             "The task could not be stored (database busy, or disk full); nothing was started.",

@@ -3,6 +3,7 @@
 Parameter names, defaults, ranges and descriptions are those of the hosted service's documentation.
 """
 
+import json
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -145,7 +146,7 @@ def complaint(errors: Sequence[Any]) -> str:
 
 def _complain(error: Any) -> str:
     if not error["loc"]:
-        return f"The body must be a JSON object, got {type(error['input']).__name__}."
+        return f"The body must be a JSON object, got {_shown(error['input'])}."
     name = str(error["loc"][0])
     if error["type"] == "missing":
         return f"{name} is required: {ALLOWED[name]}."
@@ -153,7 +154,10 @@ def _complain(error: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = f'"{value}"' if isinstance(value, str) else repr(value)
+    """A caller's value in JSON's words and in ASCII: it may be nested or no valid Unicode."""
+    if isinstance(value, list | dict):
+        return "an array" if isinstance(value, list) else "an object"
+    text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
@@ -193,7 +197,7 @@ def public_input(task: Task) -> dict[str, Any]:
 
 
 def _progress(task: Task) -> dict[str, int]:
-    total = task.progress_total
+    total = task.input["num_inference_steps"] * task.input["num_images"]
     step = total if task.status is Status.COMPLETED else task.progress_step
     return {"step": step, "total_steps": total}
 

@@ -1,6 +1,8 @@
 """``flux-redux serve``: checks what can be checked early, builds the parts, runs uvicorn."""
 
+import signal
 import socket
+import sys
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import uvicorn
 from redux_weights.layout import find_missing
 
-from redux_server import __version__, logs, metrics
+from redux_server import __version__, logs
 from redux_server.app import build_app
 from redux_server.auth import KeyFileError, KeyRing
 from redux_server.blobs import Blobs, Signer, signing_secret
@@ -33,7 +35,6 @@ def serve(settings: ServerSettings) -> int:
     listener = _listen(settings)
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        metrics.enable_sharing(settings.data_dir / "metrics")
         services = build_services(settings)
         _greet(settings, services, listener.getsockname()[1])
         config = uvicorn.Config(
@@ -43,6 +44,8 @@ def serve(settings: ServerSettings) -> int:
             server_header=False,
             timeout_graceful_shutdown=10,
         )
+        # uvicorn ends by raising the signal once more, which would kill us before `atexit` runs.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()

@@ -7,14 +7,20 @@ module reads the environment.
 """
 
 import argparse
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 PREFIX = "FLUX_REDUX_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+_COMPUTED = Path()  # stands for a default that is known only when settings are built
+_SHOWN_DATA_DIR = "~/.local/share/flux-redux"
+# Kubernetes gives every pod variables for each service; those of one named flux-redux look ours.
+_SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")
 
 S = TypeVar("S", bound="ModelSettings | ServerSettings | ClientSettings")
 
@@ -23,15 +29,26 @@ class SettingsError(Exception):
     """A flag or variable that cannot be used; the text says which, and what is allowed."""
 
 
-def option(default: Any, help_: str, **extra: Any) -> Any:
-    """Declare one setting: its default, its help text and, optionally, ``choices``."""
-    return field(default=default, metadata={"help": help_, **extra})
+def option(default: Any, help_: str, **limits: Any) -> Any:
+    """Declare one setting: its default and its help text.
+
+    ``limits``, all optional: ``choices``, ``minimum``, ``maximum``, and ``pattern``, which the
+    whole text has to match.
+    """
+    return field(default=default, metadata={"help": help_, **limits})
 
 
 def default_data_dir() -> Path:
-    """``$XDG_DATA_HOME/flux-redux``, or ``~/.local/share/flux-redux``."""
-    root = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(root) / "flux-redux"
+    """``$XDG_DATA_HOME/flux-redux``, or ``~/.local/share/flux-redux``.
+
+    Raises:
+        SettingsError: this user has no home directory.
+    """
+    try:
+        root = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    except RuntimeError:
+        raise SettingsError("this user has no home directory; give --data-dir") from None
+    return root.absolute() / "flux-redux"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +59,17 @@ class ModelSettings:
         "mini",
         "mini (embedded), flux-dev or flux-schnell (downloaded from the Hugging Face Hub; with "
         "Redux their licence is non-commercial), tiny (random weights, for tests), "
-        "fake (no network at all, for load tests)",
-        choices=("mini", "flux-dev", "flux-schnell", "tiny", "fake"),
+        "fake (no network at all, for load tests), fake-slow (fake with steps of 20 ms)",
+        choices=("mini", "flux-dev", "flux-schnell", "tiny", "fake", "fake-slow"),
     )
     base: str = option("", "FLUX.1 weights: a diffusers folder or a Hub repository, with --redux")
     redux: str = option("", "FLUX.1-Redux weights: a diffusers folder or a Hub repository")
     revision: str = option("", "Hub revision of --base or of the named model (default: newest)")
     backend: str = option("engine", "what runs the transformer", choices=("engine", "diffusers"))
     device: str = option(
-        "auto", "auto (every GPU, else the CPU), cpu, cuda, or a list such as cuda:0,cuda:1"
+        "auto",
+        "auto (every GPU, else the CPU), cpu, cuda, or a list such as cuda:0,cuda:1",
+        pattern=r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*",
     )
     dtype: str = option(
         "auto",
@@ -67,9 +86,11 @@ class ServerSettings(ModelSettings):
     """What ``serve`` and ``worker`` need."""
 
     host: str = option("127.0.0.1", "address to listen on; others than loopback need an API key")
-    port: int = option(8000, "port to listen on; 0 picks a free one", minimum=0)
+    port: int = option(8000, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
     public_url: str = option("", "base of the URLs we hand out (default: as the client called us)")
-    data_dir: Path = option(Path(), "where tasks, keys and images are kept", computed=True)
+    data_dir: Path = field(
+        default=_COMPUTED, metadata={"help": "where tasks, keys and images are kept"}
+    )
     api_keys_file: str = option("", "file with one `name:key` per line, beside the stored keys")
     max_queue: int = option(1000, "open tasks beyond which a submit is answered 429", minimum=1)
     max_attempts: int = option(3, "times a task is started before it is given up", minimum=1)
@@ -79,7 +100,9 @@ class ServerSettings(ModelSettings):
     )
     retention_hours: float = option(168.0, "how long ended tasks and their images stay", minimum=0)
     force_safety_checker: bool = option(False, "check every image, whatever the request says")
-    safety_threshold: float = option(0.8, "score from which an image is withheld", minimum=0)
+    safety_threshold: float = option(
+        0.8, "score from which an image is withheld", minimum=0.01, maximum=1
+    )
     fetch_allow: str = option(
         "", "private hosts or networks that `image` may point to, separated by commas"
     )
@@ -138,8 +161,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[S], *, only: Iterable[s
 
 def _add_flag(parser: argparse.ArgumentParser, cls: type[S], item: "Field[Any]") -> None:
     kind = get_type_hints(cls)[item.name]
-    default = default_data_dir() if item.metadata.get("computed") else item.default
-    shown = "" if default in ("", False) else f" (default: {default})"
+    default = _shown_default(item)
+    shown = f" (default: {default})" if default else ""
     arguments: dict[str, Any] = {
         "help": item.metadata["help"] + shown,
         "default": argparse.SUPPRESS,
@@ -168,7 +191,7 @@ def build(cls: type[S], given: Mapping[str, Any], environ: Mapping[str, str]) ->
         variable = environment_name(item.name)
         if item.name in given:
             source, raw = flag_name(item.name), given[item.name]
-        elif environ.get(variable, "") != "":
+        elif environ.get(variable, "") != "" and not _is_service_link(variable, environ):
             source, raw = variable, environ[variable]
         else:
             continue
@@ -185,19 +208,25 @@ def to_environment(settings: ServerSettings) -> dict[str, str]:
 
 def describe(cls: type[S]) -> list[tuple[str, str, str, str]]:
     """``(flag, variable, default, help)`` per field, for the README's table."""
-    rows = []
-    for item in fields(cls):
-        default = "~/.local/share/flux-redux" if item.metadata.get("computed") else item.default
-        text = "" if default is MISSING or default in ("", False) else str(default)
-        rows.append(
-            (flag_name(item.name), environment_name(item.name), text, item.metadata["help"])
-        )
-    return rows
+    return [
+        (flag_name(f.name), environment_name(f.name), _shown_default(f), f.metadata["help"])
+        for f in fields(cls)
+    ]
+
+
+def _shown_default(item: "Field[Any]") -> str:
+    if item.default is _COMPUTED:
+        return _SHOWN_DATA_DIR
+    return "" if item.default in ("", False) else str(item.default)
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     known = {environment_name(f.name) for cls in SETTINGS_CLASSES for f in fields(cls)}
-    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    unknown = sorted(
+        name
+        for name in environ
+        if name.startswith(PREFIX) and name not in known and not _is_service_link(name, environ)
+    )
     if unknown:
         raise SettingsError(
             f"unknown environment variable {', '.join(unknown)}; "
@@ -205,17 +234,31 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
         )
 
 
+def _is_service_link(variable: str, environ: Mapping[str, str]) -> bool:
+    name = variable.removeprefix(PREFIX)
+    is_url = re.match(r"(tcp|udp|sctp)://", environ[variable]) is not None
+    return bool(_SERVICE_LINK.fullmatch(name)) or (name.endswith("PORT") and is_url)
+
+
 def _convert(source: str, raw: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
     try:
         value = _parse(raw, kind)
-    except ValueError:
+    except (ValueError, RuntimeError):  # RuntimeError: ~name of a user that does not exist
         raise SettingsError(f"{source} must be {_KINDS[kind]}, got {raw!r}") from None
+    _check_limits(source, value, metadata)
+    return value
+
+
+def _check_limits(source: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if "choices" in metadata and value not in metadata["choices"]:
         allowed = ", ".join(metadata["choices"])
-        raise SettingsError(f"{source} must be one of {allowed}, got {raw!r}")
-    if "minimum" in metadata and not value >= metadata["minimum"]:
-        raise SettingsError(f"{source} must be at least {metadata['minimum']}, got {raw!r}")
-    return value
+        raise SettingsError(f"{source} must be one of {allowed}, got {value!r}")
+    if "pattern" in metadata and not re.fullmatch(metadata["pattern"], value):
+        raise SettingsError(f"{source} must be {metadata['help']}; got {value!r}")
+    if "minimum" in metadata and value < metadata["minimum"]:
+        raise SettingsError(f"{source} must be at least {metadata['minimum']}, got {value!r}")
+    if "maximum" in metadata and value > metadata["maximum"]:
+        raise SettingsError(f"{source} must be at most {metadata['maximum']}, got {value!r}")
 
 
 _KINDS = {
@@ -235,5 +278,10 @@ def _parse(raw: Any, kind: Any) -> Any:
             raise ValueError
         return _BOOLEANS[str(raw).lower()]
     if kind is Path:
+        if not str(raw):
+            raise ValueError
         return Path(raw).expanduser().absolute()
-    return kind(raw)
+    value = kind(raw)
+    if kind is float and not math.isfinite(value):
+        raise ValueError
+    return value

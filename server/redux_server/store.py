@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Engine,
     Row,
+    ScalarSelect,
     bindparam,
     delete,
     func,
@@ -26,6 +28,9 @@ from redux_server.database import reader, tasks
 from redux_server.tasks import Code, NewTask, Outcome, Status, Task
 
 _COLUMNS = tuple(tasks.c[name] for name in Task.__slots__)
+# Not IS NOT NULL, for which SQLite reads the whole table instead of the index.
+_IS_QUEUED = tasks.c.queued_at >= 0
+_IS_LEASED = tasks.c.lease_until >= 0
 _GET = select(*_COLUMNS).where(tasks.c.id.in_(bindparam("ids", expanding=True)))
 
 
@@ -97,7 +102,7 @@ class TaskStore:
             self._take_back(db, tasks.c.lease_until < now, now)
             oldest = (
                 select(tasks.c.id)
-                .where(tasks.c.queued_at <= now)
+                .where(_IS_QUEUED)
                 .order_by(tasks.c.queued_at)
                 .limit(1)
                 .with_for_update(skip_locked=True)
@@ -114,33 +119,31 @@ class TaskStore:
                     lease_until=now + self._lease_s,
                     started_at=now,
                     progress_step=0,
-                    progress_total=0,
                 )
                 .returning(*_COLUMNS)
             ).one_or_none()
         return None if row is None else _task(row)
 
-    def renew(self, owner: str, held: Mapping[str, tuple[int, int, int]]) -> Lease:
+    def renew(self, owner: str, held: Mapping[str, tuple[int, int]]) -> Lease:
         """Extend ``owner``'s leases and record progress.
 
         Args:
             owner: the worker that holds the tasks.
-            held: ``(attempt, step, total_steps)`` by task id.
+            held: ``(attempt, denoising steps done)`` by task id.
 
         Returns:
             The ids in ``held`` that ``owner`` no longer holds; it must stop working on them.
         """
         kept: set[str] = set()
         with self._engine.begin() as db:
-            for task_id, (attempt, step, total) in held.items():
+            for task_id, (attempt, step) in held.items():
                 changed = db.execute(
                     update(tasks)
                     .where(tasks.c.id == task_id, tasks.c.attempt == attempt)
-                    .where(tasks.c.owner == owner, tasks.c.lease_until.is_not(None))
+                    .where(tasks.c.owner == owner, _IS_LEASED)
                     .values(
                         lease_until=self._clock() + self._lease_s,
                         progress_step=step,
-                        progress_total=total,
                     )
                 )
                 if changed.rowcount:
@@ -158,18 +161,19 @@ class TaskStore:
             )
         return bool(changed.rowcount)
 
-    def release(self, owner: str) -> int:
-        """Take back every task of a worker that is known to be dead; returns how many."""
+    def release(self, owner: str, *, has_crashed: bool = True) -> int:
+        """Take back every task of a worker that is known to be gone; returns how many.
+
+        One that was told to go (``has_crashed`` false) puts none of them under suspicion.
+        """
         with self._engine.begin() as db:
-            return self._take_back(db, tasks.c.owner == owner, self._clock())
+            held_by = tasks.c.owner == owner
+            return self._take_back(db, held_by, self._clock(), may_give_up=has_crashed)
 
     def queue_state(self) -> QueueState:
         """Counts for metrics and for `Retry-After`."""
-        query = select(
-            func.count(tasks.c.queued_at),
-            func.count(tasks.c.lease_until),
-            func.min(tasks.c.queued_at),
-        ).where(tasks.c.queued_at.is_not(None) | tasks.c.lease_until.is_not(None))
+        oldest_queued = select(func.min(tasks.c.queued_at)).scalar_subquery()
+        query = select(_count(_IS_QUEUED), _count(_IS_LEASED), oldest_queued)
         with self._reader.connect() as db:
             waiting, running, oldest = db.execute(query).one()
         age = 0.0 if oldest is None else max(0.0, self._clock() - oldest)
@@ -192,36 +196,40 @@ class TaskStore:
             db.execute(delete(tasks).where(tasks.c.id.in_(ids)))
 
     def _has_work(self) -> bool:
-        now = self._clock()
-        queued = select(tasks.c.id).where(tasks.c.queued_at <= now).limit(1)
-        expired = select(tasks.c.id).where(tasks.c.lease_until < now).limit(1)
+        queued = select(tasks.c.id).where(_IS_QUEUED).limit(1)
+        expired = select(tasks.c.id).where(tasks.c.lease_until < self._clock()).limit(1)
         with self._reader.connect() as db:
             return db.scalar(queued) is not None or db.scalar(expired) is not None
 
-    def _take_back(self, db: Connection, condition: Any, now: float) -> int:
-        held = [tasks.c.lease_until.is_not(None), condition]
-        given_up = Outcome.failure(
-            Code.INTERNAL,
-            f"The worker stopped unexpectedly {self._max_attempts} times during this task.",
-        )
-        poisoned = db.execute(
-            update(tasks)
-            .where(*held, tasks.c.attempt >= self._max_attempts)
-            .values(_ended(given_up, now))
-        )
+    def _take_back(
+        self, db: Connection, condition: Any, now: float, *, may_give_up: bool = True
+    ) -> int:
+        held = [_IS_LEASED, condition]
+        poisoned = self._give_up(db, held, now) if may_give_up else 0
         # Back to its old place in the queue, not to its end.
         returned = db.execute(
             update(tasks)
             .where(*held)
             .values(queued_at=tasks.c.created_at, lease_until=None, owner=None)
         )
-        return int(poisoned.rowcount) + int(returned.rowcount)
+        return poisoned + int(returned.rowcount)
+
+    def _give_up(self, db: Connection, held: list[Any], now: float) -> int:
+        reason = f"The worker stopped unexpectedly {self._max_attempts} times during this task."
+        poisoned = db.execute(
+            update(tasks)
+            .where(*held, tasks.c.attempt >= self._max_attempts)
+            .values(_ended(Outcome.failure(Code.INTERNAL, reason), now))
+        )
+        return int(poisoned.rowcount)
 
 
 def _count_open(db: Connection) -> int:
-    queued = select(func.count()).where(tasks.c.queued_at.is_not(None)).scalar_subquery()
-    leased = select(func.count()).where(tasks.c.lease_until.is_not(None)).scalar_subquery()
-    return int(db.scalar(select(queued + leased)) or 0)
+    return int(db.scalar(select(_count(_IS_QUEUED) + _count(_IS_LEASED))) or 0)
+
+
+def _count(condition: ColumnElement[bool]) -> ScalarSelect[int]:
+    return select(func.count()).where(condition).select_from(tasks).scalar_subquery()
 
 
 def _new_row(new: NewTask, now: float) -> dict[str, Any]:
@@ -254,7 +262,6 @@ def _task_from(row: Mapping[str, Any]) -> Task:
         "finished_at": None,
         "attempt": 0,
         "progress_step": 0,
-        "progress_total": 0,
         "outcome": None,
     }
     return Task(**{**defaults, **given})

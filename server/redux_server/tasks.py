@@ -74,5 +74,4 @@ class Task:
     finished_at: float | None
     attempt: int
     progress_step: int
-    progress_total: int
     outcome: Outcome | None

@@ -46,7 +46,6 @@ class _Held:
 
     attempt: int
     step: int = 0
-    total_steps: int = 0
     is_lost: bool = False
     timings: dict[str, int] = field(default_factory=dict)
 
@@ -91,6 +90,7 @@ class Worker:
         self._held: dict[str, _Held] = {}
         self._stopping = threading.Event()
         self._work_arrived = threading.Event()
+        self._has_ended = threading.Event()
         # One task at most waits for the device; more would keep it from other workers.
         self._next_up = threading.Semaphore(1)
         self._device = threading.Lock()
@@ -112,7 +112,7 @@ class Worker:
             thread.start()
         for lane in lanes:
             lane.join()
-        self._store.release(self._id)
+        self._store.release(self._id, has_crashed=False)
 
     def step(self) -> bool:
         """Work off one task. False when none came before ``stop`` (or, once stopped, at once)."""
@@ -122,7 +122,7 @@ class Worker:
             task = self._claim()
             if task is None:
                 return False
-            held = self._held[task.id] = _Held(task.attempt)
+            held = self._hold(task)
             with structlog.contextvars.bound_contextvars(
                 task_id=task.id, attempt=task.attempt, request_id=task.request_id
             ):
@@ -131,7 +131,7 @@ class Worker:
                 except Abandoned as reason:
                     _log.warning("task abandoned", reason=str(reason))
                 finally:
-                    del self._held[task.id]
+                    self._let_go(task, held)
             return True
         finally:
             waits()
@@ -154,6 +154,17 @@ class Worker:
                 return task
             self._work_arrived.wait(POLL_S)
         return None
+
+    def _hold(self, task: Task) -> _Held:
+        former = self._held.get(task.id)
+        if former is not None:  # a lane lost it while this process was frozen, another has it now
+            former.is_lost = True
+        held = self._held[task.id] = _Held(task.attempt)
+        return held
+
+    def _let_go(self, task: Task, held: _Held) -> None:
+        if self._held.get(task.id) is held:
+            del self._held[task.id]
 
     def _outcome(self, task: Task, held: _Held, waits: Callable[[], None]) -> Outcome:
         try:
@@ -187,7 +198,10 @@ class Worker:
             num_images=task.input["num_images"],
         )
         with self._device:
-            waits()
+            # A task that was given back may have killed its worker. It is worked on alone, so
+            # that it cannot take the next one down with it, again and again.
+            if task.attempt == 1:
+                waits()
             with held.timed("inference"):
                 result = self._generate(request, held)
         for stage, seconds in result.timings.items():
@@ -199,7 +213,7 @@ class Worker:
         for event in self._pipeline.generate(request):
             if isinstance(event, Result):
                 return event
-            held.step, held.total_steps = event.step, event.total_steps
+            held.step = event.step
             self._check_lease(held)
         raise RuntimeError("the pipeline ended without a result")
 
@@ -272,10 +286,9 @@ class Worker:
             raise Abandoned("the worker is stopping")
 
     def _beat(self) -> None:
-        """Renew leases and presence while the process lives, draining included."""
+        """Renew leases and presence while ``run`` does, draining included."""
         last_presence = time.monotonic()
-        while True:
-            time.sleep(self._heartbeat_s)
+        while not self._has_ended.wait(self._heartbeat_s):
             try:
                 self._renew()
                 if time.monotonic() - last_presence > _PRESENCE_S:
@@ -288,7 +301,7 @@ class Worker:
         held = dict(self._held)
         if not held:
             return
-        progress = {key: (h.attempt, h.step, h.total_steps) for key, h in held.items()}
+        progress = {key: (h.attempt, h.step) for key, h in held.items()}
         for task_id in self._store.renew(self._id, progress).lost:
             held[task_id].is_lost = True
 

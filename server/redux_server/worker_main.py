@@ -3,20 +3,18 @@
 The one module of the server that loads torch (through the pipeline).
 """
 
-import fcntl
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import structlog
 from PIL import Image
 from redux_pipelines.errors import ReduxError
 from redux_pipelines.types import GenerationRequest, Pipeline, SafetyChecker
 
+from redux_server import device_lock
 from redux_server.blobs import Blobs, Signer, signing_secret
 from redux_server.database import open_database
 from redux_server.fetch import ImageFetcher
@@ -28,6 +26,7 @@ from redux_server.store import TaskStore
 from redux_server.worker import Worker
 
 EXIT_CANNOT_LOAD = 3
+_WAITING = "waiting for the previous worker of this device to end"
 _log = structlog.get_logger("redux_server.worker_main")
 
 
@@ -37,6 +36,9 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     With ``is_supervised``, each line on standard input means "there is work", and its end means
     "your supervisor is gone: finish and leave".
     """
+    supervisor = _Supervisor()
+    if is_supervised:
+        supervisor.listen()
     engine = open_database(settings.database_url)
     presence = Presence(engine)
     name = worker_id(device)
@@ -45,8 +47,12 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     def announce(state: WorkerState, detail: str = "") -> None:
         presence.announce(name, device, state, detail)
 
-    lock = settings.data_dir / f"worker-{device.replace(':', '-')}.lock"
-    with _device_lock(lock, lambda detail: announce(WorkerState.LOADING, detail)):
+    def say_waiting() -> None:
+        announce(WorkerState.LOADING, _WAITING)
+        _log.warning(_WAITING, device=device)
+
+    path = device_lock.lock_path(settings, device)
+    with device_lock.holding(path, before_waiting=say_waiting):
         store.release(name)  # left by a predecessor that died: the lock says it is gone
         announce(WorkerState.LOADING)
         try:
@@ -68,8 +74,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop())
-        if is_supervised:
-            threading.Thread(target=_listen, args=(worker,), daemon=True).start()
+        supervisor.attach(worker)
         announce(WorkerState.READY, _describe(pipeline))
         _log.info("worker ready", device=device, model=pipeline.info.name)
         worker.run()
@@ -117,21 +122,30 @@ def _image_loader(settings: ServerSettings, blobs: Blobs, signer: Signer) -> Ima
     return ImageLoader(blobs, signer, ImageFetcher(policy))
 
 
-def _listen(worker: Worker) -> None:
-    while sys.stdin.buffer.readline():
-        worker.wake()
-    worker.stop()
+class _Supervisor:
+    """The other end of standard input, while we wait, load and work."""
 
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._attaching = threading.Lock()
 
-@contextmanager
-def _device_lock(path: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold the one lock per device: a restarted server's worker waits for its predecessor."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting = "waiting for the previous worker of this device to end"
-            report(waiting)
-            _log.warning(waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    def listen(self) -> None:
+        """Start to pass on what it says."""
+        threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
+
+    def attach(self, worker: Worker) -> None:
+        """From now on there is someone to tell."""
+        with self._attaching:
+            self._worker = worker
+
+    def _listen(self) -> None:
+        # Not sys.stdin: a thread that blocks in it makes the interpreter abort at its exit.
+        while os.read(sys.stdin.fileno(), 4096):
+            if self._worker is not None:
+                self._worker.wake()
+        with self._attaching:
+            if self._worker is None:
+                # We hold no task yet. To wait for the device and load the model all the same
+                # would only keep it from the worker of the next supervisor.
+                os._exit(0)
+            self._worker.stop()

@@ -1,0 +1,386 @@
+"""``flux-redux doctor``: what this machine has, and what ``serve`` would lack on it.
+
+Looks only: downloads, creates and repairs nothing. Each check stands alone, and one that breaks
+becomes a line of the report.
+"""
+
+import errno
+import os
+import platform
+import re
+import shutil
+import socket
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+import httpx
+from redux_pipelines.errors import ReduxError
+
+from redux_server import __version__
+from redux_server.auth import KeyFileError, KeyRing, read_keys_file
+from redux_server.cli import UsageError
+from redux_server.database import open_database
+from redux_server.serve import check
+from redux_server.settings import ServerSettings
+
+_PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "sqlalchemy", "fastapi")
+NETWORK_FILESYSTEMS = frozenset(
+    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs")
+    + ("fuse.sshfs", "fuse.s3fs")
+)
+_LITTLE_SPACE_BYTES = 2 * 2**30
+_NO_SPACE_BYTES = 64 * 2**20
+_FLUX_BYTES = 34 * 10**9  # transformer, T5, CLIP, VAE and SigLIP in bfloat16
+_BFLOAT16_SINCE = (8, 0)  # compute capability
+
+
+class Level(StrEnum):
+    """How much a finding matters."""
+
+    OK = "ok"
+    NOTE = "note"  # works, but worth knowing
+    MISSING = "MISSING"  # `serve` needs it
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    level: Level
+    subject: str
+    text: str
+
+
+Check = Callable[[ServerSettings], Iterator[Finding]]
+
+
+def doctor(settings: ServerSettings) -> int:
+    """Print the report; 1 when something is missing that ``serve`` needs."""
+    findings = [finding for examine in CHECKS for finding in _examine(examine, settings)]
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        text = finding.text.replace("\n", "\n" + " " * (width + 11))
+        print(f"{finding.level:<7}  {finding.subject:<{width}}  {text}")
+    missing = sum(finding.level is Level.MISSING for finding in findings)
+    print(
+        f"\n{missing} missing" if missing else "\nNothing is missing: `flux-redux serve` can run."
+    )
+    return 1 if missing else 0
+
+
+def _examine(examine: Check, settings: ServerSettings) -> Iterator[Finding]:
+    subject = examine.__name__.removeprefix("check_").replace("_", " ")
+    try:
+        yield from examine(settings)
+    except Exception as error:
+        yield Finding(Level.NOTE, subject, f"cannot be examined: {type(error).__name__}: {error}")
+
+
+def check_python(_settings: ServerSettings) -> Iterator[Finding]:
+    """Interpreter, operating system and our own version."""
+    yield Finding(Level.OK, "flux-redux", __version__)
+    yield Finding(Level.OK, "python", f"{platform.python_version()} on {platform.platform()}")
+
+
+def check_packages(_settings: ServerSettings) -> Iterator[Finding]:
+    """Versions of what we stand on, without importing it."""
+    for name in _PACKAGES:
+        try:
+            yield Finding(Level.OK, name, package_version(name))
+        except PackageNotFoundError:
+            yield Finding(
+                Level.MISSING, name, "not installed; run `pip install flux-redux-server` again"
+            )
+    try:
+        yield Finding(Level.OK, "triton", package_version("triton"))
+    except PackageNotFoundError:
+        yield Finding(Level.NOTE, "triton", "not installed: plain torch is used, slower on a GPU")
+
+
+def check_gpu(settings: ServerSettings) -> Iterator[Finding]:
+    """The GPUs torch can use, and whether they are those that ``--device`` asks for."""
+    import torch
+
+    from redux_server.engine import devices
+
+    wanted = devices(settings.device)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(count):
+        yield Finding(Level.OK, f"cuda:{i}", _describe_gpu(i))
+    if count:
+        yield Finding(Level.OK, "driver", _driver_version())
+    lacking = [name for name in wanted if name != "cpu" and _index(name) >= count]
+    if lacking:
+        yield Finding(
+            Level.MISSING,
+            "gpu",
+            f"torch {torch.__version__} cannot use {', '.join(lacking)}; install a CUDA build of "
+            "torch and a driver that fits it, or choose --device cpu",
+        )
+    elif wanted == ["cpu"]:
+        yield Finding(Level.NOTE, "gpu", "none is used: FLUX.1 takes minutes for an image")
+    dtype = _dtype(settings, wanted)
+    yield Finding(
+        Level.OK, "would run", f"{settings.backend} backend, {dtype} on {', '.join(wanted)}"
+    )
+    if dtype == "bfloat16" and not lacking:
+        yield from _slow_bfloat16([_index(name) for name in wanted if name != "cpu"])
+
+
+def _describe_gpu(index: int) -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    total_bytes = properties.total_memory
+    text = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    few = "" if total_bytes > _FLUX_BYTES else f"; FLUX.1 in bfloat16 needs {_gb(_FLUX_BYTES)}"
+    return f"{text}, {_gb(total_bytes)}{few}"
+
+
+def _slow_bfloat16(indices: list[int]) -> Iterator[Finding]:
+    import torch
+
+    for index in indices:
+        if torch.cuda.get_device_capability(index) < _BFLOAT16_SINCE:
+            text = f"cuda:{index} has no bfloat16 units, so it is slow; try --dtype float16"
+            yield Finding(Level.NOTE, "dtype", text)
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _driver_version() -> str:
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0].strip() if path.exists() else "unknown version"
+
+
+def _dtype(settings: ServerSettings, wanted: list[str]) -> str:
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "float32" if wanted == ["cpu"] else "bfloat16"
+
+
+def check_compiler(_settings: ServerSettings) -> Iterator[Finding]:
+    """What triton and torch.compile need to build code for a GPU."""
+    names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    found = next(filter(None, map(shutil.which, filter(None, names))), None)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if found is None:
+        text = "none found: on a GPU, triton and torch.compile need one (apt install gcc)"
+        yield Finding(Level.NOTE, "C compiler", text)
+    elif not header.exists():
+        text = f"{found}, but {header} is not there: triton needs it (apt install python3-dev)"
+        yield Finding(Level.NOTE, "C compiler", text)
+    else:
+        yield Finding(Level.OK, "C compiler", found)
+
+
+def check_model(settings: ServerSettings) -> Iterator[Finding]:
+    """Where the model's files are, and whether they are whole."""
+    from redux_pipelines import loading
+
+    try:
+        check(settings)
+    except UsageError as error:
+        yield Finding(Level.MISSING, "settings", str(error))
+        return
+    named = {"flux-dev": loading.FLUX_DEV, "flux-schnell": loading.FLUX_SCHNELL}
+    base = settings.base or named.get(settings.model, "")
+    if not base:
+        yield Finding(Level.OK, "model", f"{settings.model}, which needs no files but ours")
+        return
+    text = "FLUX.1 [dev], and Redux with any FLUX.1, are for non-commercial use only"
+    yield Finding(Level.NOTE, "licence", text)
+    redux = settings.redux or loading.FLUX_REDUX
+    folders = [_locate(base, settings.revision), _locate(redux, "")]
+    for subject, source, folder in zip(("base", "redux"), (base, redux), folders, strict=True):
+        if folder is not None:
+            yield Finding(Level.OK, subject, f"{source} in {folder}")
+        else:
+            yield from _check_download(subject, source)
+    if folders[0] is not None and folders[1] is not None:
+        yield from _check_files(folders[0], folders[1])
+
+
+def _check_files(base: Path, redux: Path) -> Iterator[Finding]:
+    from huggingface_hub import constants
+    from redux_weights.layout import find_missing
+
+    for line in find_missing(base, redux):
+        if line.startswith(str(constants.HF_HUB_CACHE)) and not constants.HF_HUB_OFFLINE:
+            yield Finding(Level.NOTE, "weights", f"{line}; serve fetches it")
+        else:
+            yield Finding(Level.MISSING, "weights", line)
+
+
+def _locate(source: str, revision: str) -> Path | None:
+    """The folder of a checkpoint on this machine: its own, or its place in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(source, revision=revision or None, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no name that the hub could know
+        return None
+
+
+def _check_download(subject: str, source: str) -> Iterator[Finding]:
+    """Whether a repository that is not here yet can be fetched; does not ask the hub."""
+    from huggingface_hub import constants, get_token
+
+    if source.count("/") != 1 or source.startswith((".", "~", "/")):
+        text = f"{source} is neither a folder nor the name of a Hugging Face repository"
+        yield Finding(Level.MISSING, subject, text)
+    elif constants.HF_HUB_OFFLINE:
+        text = f"{source} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch"
+        yield Finding(Level.MISSING, subject, text)
+    elif get_token() is None:
+        text = (
+            f"{source} is not here yet, and no HF_TOKEN is set to fetch it; accept the licence at "
+            f"https://huggingface.co/{source}, then set HF_TOKEN"
+        )
+        gated = source.startswith("black-forest-labs/")
+        yield Finding(Level.MISSING if gated else Level.NOTE, subject, text)
+    else:
+        text = f"{source} is not here yet; serve fetches it (HF_TOKEN is set; up to 34 GB)"
+        yield Finding(Level.NOTE, subject, text)
+        yield from _check_space("model cache", Path(constants.HF_HUB_CACHE), _FLUX_BYTES)
+
+
+def check_safety_checker(settings: ServerSettings) -> Iterator[Finding]:
+    """Its model file, by hash, and that it can be loaded."""
+    from redux_pipelines.safety import OpenNsfwChecker
+
+    try:
+        OpenNsfwChecker(threshold=settings.safety_threshold)
+    except (ReduxError, ImportError) as error:
+        yield Finding(Level.MISSING, "safety checker", str(error))
+    else:
+        text = f"OpenNSFW, withholds from a score of {settings.safety_threshold:g}"
+        yield Finding(Level.OK, "safety checker", text)
+
+
+def check_data_dir(settings: ServerSettings) -> Iterator[Finding]:
+    """Whether tasks and images can be kept there: rights, file system, space."""
+    folder = settings.data_dir
+    existing = _existing(folder)
+    if not existing.is_dir():
+        yield Finding(Level.MISSING, "data dir", f"{existing} is a file; choose another --data-dir")
+        return
+    if not os.access(existing, os.W_OK | os.X_OK):
+        text = f"{existing} cannot be written by this user; choose another --data-dir"
+        yield Finding(Level.MISSING, "data dir", text)
+        return
+    is_new = "" if existing == folder else " (serve will create it)"
+    kind = filesystem_of(existing)
+    yield Finding(Level.OK, "data dir", f"{folder}{is_new}, on {kind}")
+    if kind in NETWORK_FILESYSTEMS:
+        text = f"{kind} is a network file system, where SQLite's locks fail; use a local disk"
+        yield Finding(Level.NOTE, "data dir", text)
+    yield from _check_space("disk space", folder, _LITTLE_SPACE_BYTES)
+
+
+def _check_space(subject: str, folder: Path, wanted_bytes: int) -> Iterator[Finding]:
+    free_bytes = shutil.disk_usage(_existing(folder)).free
+    if free_bytes < _NO_SPACE_BYTES:
+        text = f"{_gb(free_bytes)} free at {folder}: the disk is full"
+        yield Finding(Level.MISSING, subject, text)
+    elif free_bytes < wanted_bytes:
+        text = f"{_gb(free_bytes)} free at {folder}, less than {_gb(wanted_bytes)}"
+        yield Finding(Level.NOTE, subject, text)
+    else:
+        yield Finding(Level.OK, subject, f"{_gb(free_bytes)} free")
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+
+def filesystem_of(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The type of the file system that holds ``path``, such as ``ext4``; proc(5) has the format."""
+    target = path.resolve()
+    best, kind = -1, "an unknown file system"
+    for line in mounts.read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4]))
+        if target.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), right.split()[0]
+    return kind
+
+
+def check_port(settings: ServerSettings) -> Iterator[Finding]:
+    """Whether ``serve`` could listen where it is told to."""
+    place = f"{settings.host}:{settings.port}"
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and _is_ours(settings):
+                text = f"a FLUX Redux Server is running on {place} already"
+                yield Finding(Level.NOTE, "port", text)
+            else:
+                text = f"cannot listen on {place} ({error.strerror}); choose another --port"
+                yield Finding(Level.MISSING, "port", text)
+        else:
+            yield Finding(Level.OK, "port", f"{place} is free")
+
+
+def _is_ours(settings: ServerSettings) -> bool:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    try:
+        answer = httpx.get(f"http://{host}:{settings.port}/version", timeout=2.0, trust_env=False)
+        return {"version", "model"} <= set(answer.json())
+    except (httpx.HTTPError, ValueError, TypeError):
+        return False
+
+
+def check_api_keys(settings: ServerSettings) -> Iterator[Finding]:
+    """Whether anybody could use the server."""
+    count = 0
+    if settings.api_keys_file:
+        try:
+            count = len(read_keys_file(Path(settings.api_keys_file)))
+        except KeyFileError as error:
+            yield Finding(Level.MISSING, "API keys", str(error))
+            return
+    if (settings.data_dir / "tasks.db").exists():
+        ring = KeyRing(open_database(settings.database_url))
+        count += sum(not key.revoked_at for key in ring.list())
+    if count:
+        yield Finding(Level.OK, "API keys", f"{count} valid")
+    elif settings.is_loopback:
+        yield Finding(Level.NOTE, "API keys", "none yet: serve makes the first and shows it")
+    else:
+        text = (
+            f"none, so serve refuses to listen on {settings.host}; make one: "
+            f"flux-redux keys create --name me --data-dir {settings.data_dir}"
+        )
+        yield Finding(Level.MISSING, "API keys", text)
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB"
+
+
+CHECKS: tuple[Check, ...] = (
+    check_python,
+    check_packages,
+    check_gpu,
+    check_compiler,
+    check_model,
+    check_safety_checker,
+    check_data_dir,
+    check_port,
+    check_api_keys,
+)

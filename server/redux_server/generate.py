@@ -1,0 +1,174 @@
+"""``flux-redux generate``: one request in this process, without a server.
+
+Shares the API's words for parameters and the worker's pipeline and safety checker. Loads torch
+only after everything that can be refused early has been checked.
+"""
+
+import argparse
+import json
+import re
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from redux_pipelines.errors import ImageError, ReduxError
+from redux_pipelines.images import encode_png, to_rgb
+from redux_pipelines.types import GenerationRequest, ModelInfo, Pipeline, Result, SafetyChecker
+
+from redux_server import __version__
+from redux_server.cli import UsageError
+from redux_server.client import (
+    ClientError,
+    ProgressReport,
+    make_folder,
+    note,
+    read_parameters,
+    save,
+)
+from redux_server.schemas import parse_size
+from redux_server.settings import ModelSettings
+
+_STAGES = ("load_s", "encode_s", "denoise_s", "decode_s", "safety_s")
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Images fit to be shown, and how they came about. ``timings`` are seconds by stage."""
+
+    images: tuple[Image.Image, ...]
+    seeds: tuple[int, ...]
+    flags: tuple[bool, ...]
+    info: ModelInfo
+    timings: dict[str, float]
+
+
+def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
+    """Make variations of one picture and write them; returns the exit code.
+
+    Raises:
+        UsageError: a parameter or path that cannot be used; nothing slow was done.
+    """
+    wanted = read_parameters(given).parameters()
+    paths = _output_paths(Path(given.out), wanted["num_images"])
+    try:
+        width, height = parse_size(wanted["size"])
+        request = GenerationRequest(
+            _open_picture(given.image),
+            prompt=wanted["prompt"],
+            width=width,
+            height=height,
+            seed=wanted["seed"],
+            num_inference_steps=wanted["num_inference_steps"],
+            guidance_scale=wanted["guidance_scale"],
+            num_images=wanted["num_images"],
+        )
+        make_folder(paths[0].parent)
+        made = _make(request, settings, is_checked=not given.no_safety_checker)
+        for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
+            save(path, encode_png(image, _provenance(made.info, request, seed)))
+    except (ReduxError, ClientError) as error:
+        note(str(error))
+        return 1
+    _report(made, paths, as_json=given.json)
+    return 0
+
+
+def _output_paths(out: Path, count: int) -> list[Path]:
+    """``OUT.png``, or ``OUT-0.png``, ``OUT-1.png``... for several images."""
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UsageError(f"--out must be the name of a .png file, got {str(out)!r}")
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+
+
+def _open_picture(source: str) -> Image.Image:
+    if re.match(r"https?://", source, re.IGNORECASE):
+        raise UsageError("generate takes a file; download the picture, or use `flux-redux submit`")
+    try:
+        with Image.open(source) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(f"no such file: {source}") from None
+    except (OSError, ValueError, Image.DecompressionBombError, ImageError) as error:
+        raise ImageError(f"cannot read {source} as a picture: {error}") from None
+
+
+def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bool) -> _Made:
+    from redux_pipelines.safety import NullChecker, OpenNsfwChecker, black_out
+
+    started = time.perf_counter()
+    note(f"loading {settings.base or settings.model} ...")
+    pipeline = _load(settings)
+    checker: SafetyChecker = OpenNsfwChecker() if is_checked else NullChecker()
+    loaded = time.perf_counter()
+    note(f"seed {request.seed}")
+    result = _denoise(pipeline, request)
+    denoised = time.perf_counter()
+    flags = checker.check(result.images)
+    safety_s = time.perf_counter() - denoised
+    timings = {**result.timings, "load_s": loaded - started, "safety_s": safety_s}
+    return _Made(
+        images=black_out(result.images, flags),
+        seeds=result.seeds,
+        flags=flags,
+        info=pipeline.info,
+        timings={stage: round(timings.get(stage, 0.0), 4) for stage in _STAGES},
+    )
+
+
+def _load(settings: ModelSettings) -> Pipeline:
+    from redux_pipelines.loading import load_pipeline
+
+    try:
+        return load_pipeline(
+            model=settings.model,
+            base=settings.base or None,
+            redux=settings.redux or None,
+            revision=settings.revision or None,
+            backend=settings.backend,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_batch_size=settings.max_batch_size,
+        )
+    except ValueError as error:  # an option this machine cannot serve, such as --device cuda
+        raise UsageError(str(error)) from error
+
+
+def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:
+    with closing(ProgressReport()) as progress:
+        for event in pipeline.generate(request):
+            if isinstance(event, Result):
+                return event
+            progress.show("step", event.step, event.total_steps)
+    raise RuntimeError("the pipeline ended without a result")
+
+
+def _provenance(info: ModelInfo, request: GenerationRequest, seed: int) -> dict[str, str]:
+    """What the PNG says of itself, as the server's do."""
+    return {
+        "Software": f"FLUX Redux Server {__version__}",
+        "Model": f"{info.name} ({info.backend}, {info.dtype})",
+        "Seed": str(seed),
+        "Steps": str(request.num_inference_steps),
+        "Guidance": str(request.guidance_scale),
+    }
+
+
+def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:
+    for path, is_flagged in zip(paths, made.flags, strict=True):
+        if is_flagged:
+            note(f"{path} is black: the safety checker withheld the image")
+        print(path)
+    if as_json:
+        summary = {
+            "seed": made.seeds[0],
+            "seeds": made.seeds,
+            "files": [str(path) for path in paths],
+            "has_nsfw_contents": made.flags,
+            "model": made.info.name,
+            "timings": made.timings,
+        }
+        print(json.dumps(summary))

@@ -1,0 +1,48 @@
+"""The fake keeps the contract of the real pipeline."""
+
+import pytest
+from PIL import Image
+from redux_pipelines.errors import RequestError
+from redux_pipelines.fakes import FakePipeline
+from redux_pipelines.types import Progress
+
+
+def test_the_result_has_the_size_and_seeds_asked_for(request_for):
+    request = request_for(width=520, height=999, num_images=2, seed=4, num_inference_steps=3)
+    *steps, result = FakePipeline().generate(request)
+    assert steps == [Progress(step, 6) for step in range(1, 7)]
+    assert [image.size for image in result.images] == [(520, 999)] * 2
+    assert result.seeds == (4, 5)
+    assert set(result.timings) == {"encode_s", "denoise_s", "decode_s"}
+
+
+def test_the_colour_depends_on_seed_prompt_and_picture_alone(request_for, finish):
+    def colour(**fields):
+        return finish(FakePipeline().generate(request_for(**fields))).images[0].getpixel((0, 0))
+
+    assert colour() == colour(num_inference_steps=9)
+    changes = ({}, {"seed": 1}, {"prompt": "fox"}, {"image": Image.new("RGB", (9, 9), "teal")})
+    assert len({colour(**fields) for fields in changes}) == 4
+
+
+def test_image_i_is_the_single_image_with_seed_plus_i(request_for, finish, difference):
+    pair = finish(FakePipeline().generate(request_for(seed=3, num_images=2)))
+    single = finish(FakePipeline().generate(request_for(seed=4)))
+    assert difference(pair.images[1], single.images[0]) == 0
+
+
+def test_it_refuses_what_the_real_one_refuses(request_for):
+    with pytest.raises(RequestError, match="width"):
+        FakePipeline().generate(request_for(width=1))
+
+
+def test_it_fails_on_demand_after_a_step(request_for):
+    events = FakePipeline(fail_on="boom").generate(request_for(prompt="go boom"))
+    assert next(events) == Progress(1, 2)
+    with pytest.raises(RuntimeError, match="boom"):
+        next(events)
+
+
+def test_steps_take_the_time_asked_for(request_for, finish):
+    result = finish(FakePipeline(step_s=0.02).generate(request_for()))
+    assert result.timings["denoise_s"] >= 0.04

@@ -1,0 +1,46 @@
+"""Which requests are refused, and that the text says what was given and what is allowed."""
+
+import math
+
+import pytest
+from redux_pipelines.errors import RequestError
+from redux_pipelines.validation import check_request
+
+REFUSED = [
+    ({"width": 511}, r"width is 511: .* 512 to 1536"),
+    ({"height": 1537}, r"height is 1537: .* 512 to 1536"),
+    ({"width": 512.0}, r"width is 512.0: .* integer"),
+    ({"height": "512"}, r"height is '512': .* integer"),
+    ({"num_inference_steps": 0}, r"num_inference_steps is 0: .* 1 to 50"),
+    ({"num_inference_steps": 51}, r"num_inference_steps is 51: .* 1 to 50"),
+    ({"num_images": 5}, r"num_images is 5: .* 1 to 4"),
+    ({"num_images": True}, r"num_images is True: .* integer"),
+    ({"seed": -1}, r"seed is -1: .* integer from 0"),
+    ({"seed": 2**63}, r"seed is 9223372036854775808: .* integer from 0"),
+    ({"guidance_scale": 0.9}, r"guidance_scale is 0.9: .* from 1 to 20"),
+    ({"guidance_scale": 20.5}, r"guidance_scale is 20.5: .* from 1 to 20"),
+    ({"guidance_scale": math.nan}, r"guidance_scale is nan"),
+    ({"guidance_scale": None}, r"guidance_scale is a NoneType"),
+    ({"prompt": None}, r"prompt is a NoneType: .* string"),
+    ({"image": b"PNG"}, r"image is a bytes: .* PIL image"),
+    ({"empty_prompt": "none"}, r"empty_prompt is 'none': .* 'zeros' or 'encode'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), REFUSED, ids=[str(fields) for fields, _ in REFUSED])
+def test_a_request_out_of_range_is_refused(fields, text, request_for):
+    with pytest.raises(RequestError, match=text):
+        check_request(request_for(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"width": 1536, "height": 512, "num_inference_steps": 50, "num_images": 4},
+        {"seed": 9999999999, "guidance_scale": 20, "empty_prompt": "encode"},
+    ],
+    ids=str,
+)
+def test_a_request_in_range_passes(fields, request_for):
+    check_request(request_for(**fields))
