@@ -1,17 +1,22 @@
 """Pictures at the edges of a pipeline: any PIL image to RGB, and RGB to PNG with provenance.
 
-PIL and numpy only. Knows no network and no file or web address.
+PIL, and numpy for pictures of more than 8 bits a channel: it is imported only then, because the
+process that decodes strangers' pictures starts for each of them and must start fast. Knows no
+network and no file or web address.
 """
 
 import io
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from xml.sax.saxutils import quoteattr
 
-import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from redux_pipelines.errors import ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for "created by a trained algorithm", which tools look for in XMP."""
@@ -72,20 +77,21 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Modes with more than 8 bits a channel to ``L``; others as they are."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    import numpy as np
+
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
     if image.mode.startswith("I;16"):
-        return _scaled_to_l(np.asarray(image).astype(np.float64), 65535)
+        return _scaled_to_l(values, 65535)
     if image.mode == "I":
-        values = np.asarray(image).astype(np.float64)
         return _scaled_to_l(values, 65535 if values.max() > 255 else 255)
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        return _scaled_to_l(values, 255 if values.max() > 1 else 1)
-    return image
+    return _scaled_to_l(values, 255 if values.max() > 1 else 1)
 
 
-def _scaled_to_l(values: np.ndarray, white: float) -> Image.Image:
+def _scaled_to_l(values: "np.ndarray", white: float) -> Image.Image:
     levels = (values * (255 / white)).round().clip(0, 255)
-    return Image.fromarray(levels.astype(np.uint8))
+    return Image.fromarray(levels.astype("uint8"))
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
-
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fakes import SLOW_STEP_S, FakePipeline
 from redux_pipelines.types import Pipeline
+from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
 
 if TYPE_CHECKING:
     from redux_pipelines.redux import ReduxPipeline

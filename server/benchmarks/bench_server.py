@@ -30,6 +30,7 @@ from typing import Any
 
 from http_load import percentile, request, run_load
 from PIL import Image
+
 from redux_server.auth import KeyRing
 from redux_server.database import open_database
 from redux_server.store import TaskStore

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from PIL import Image, features
-from redux_pipelines.errors import ImageError
 
+from redux_pipelines.errors import ImageError
 from redux_server import decode_child
 from redux_server.decode_child import HEADER_BYTES, STRIP_BYTES, Order
 

@@ -86,6 +86,7 @@ def _load_code(format_name: str, data: bytes) -> "Callable[[Image], Image]":
     if format_name == "PNG" and data[24:26] == b"\x10\0":  # 16-bit grey is scaled by numpy
         import_module("numpy")
     from PIL import Image
+
     from redux_pipelines.images import to_rgb
 
     Image.preinit()

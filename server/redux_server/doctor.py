@@ -19,8 +19,8 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 import httpx
-from redux_pipelines.errors import ReduxError
 
+from redux_pipelines.errors import ReduxError
 from redux_server import __version__
 from redux_server.auth import KeyFileError, KeyRing, read_keys_file
 from redux_server.cli import UsageError
@@ -30,8 +30,8 @@ from redux_server.settings import ServerSettings
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "sqlalchemy", "fastapi")
 NETWORK_FILESYSTEMS = frozenset(
-    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs")
-    + ("fuse.sshfs", "fuse.s3fs")
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs"}
+    | {"fuse.sshfs", "fuse.s3fs"}
 )
 _LITTLE_SPACE_BYTES = 2 * 2**30
 _NO_SPACE_BYTES = 64 * 2**20
@@ -210,6 +210,7 @@ def check_model(settings: ServerSettings) -> Iterator[Finding]:
 
 def _check_files(base: Path, redux: Path) -> Iterator[Finding]:
     from huggingface_hub import constants
+
     from redux_weights.layout import find_missing
 
     for line in find_missing(base, redux):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
 from redux_pipelines.errors import ImageError, ReduxError
 from redux_pipelines.images import encode_png, to_rgb
 from redux_pipelines.types import GenerationRequest, ModelInfo, Pipeline, Result, SafetyChecker
-
 from redux_server import __version__
 from redux_server.cli import UsageError
 from redux_server.client import (

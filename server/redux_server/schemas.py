@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
 from redux_pipelines.types import (
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -19,7 +20,6 @@ from redux_pipelines.types import (
     MIN_GUIDANCE,
     MIN_SIDE,
 )
-
 from redux_server.tasks import Outcome, Status, Task
 
 MAX_SEED = 9_999_999_999

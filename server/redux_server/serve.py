@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import uvicorn
-from redux_weights.layout import find_missing
 
 from redux_server import __version__, logs
 from redux_server.app import build_app
@@ -23,6 +22,7 @@ from redux_server.presence import Presence
 from redux_server.services import Services
 from redux_server.settings import ServerSettings
 from redux_server.store import TaskStore
+from redux_weights.layout import find_missing
 
 _SAMPLE_KEY = "sample/photo.jpg"
 _SAMPLE_EXPIRES = 2**33

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
 from redux_pipelines.errors import ReduxError
 from redux_pipelines.images import encode_png
 from redux_pipelines.safety import black_out
 from redux_pipelines.types import GenerationRequest, Pipeline, Result, SafetyChecker
-from sqlalchemy.exc import SQLAlchemyError
-
 from redux_server import __version__, metrics
 from redux_server.blobs import Blobs
 from redux_server.decode import DecodeError

@@ -11,9 +11,9 @@ import time
 
 import structlog
 from PIL import Image
+
 from redux_pipelines.errors import ReduxError
 from redux_pipelines.types import GenerationRequest, Pipeline, SafetyChecker
-
 from redux_server import device_lock
 from redux_server.blobs import Blobs, Signer, signing_secret
 from redux_server.database import open_database

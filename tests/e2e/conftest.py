@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 
 import pytest
+
 from e2e.live import LiveServer, a_picture
 
 PICTURES = {

@@ -7,6 +7,7 @@ import subprocess
 from typing import Any
 
 import pytest
+
 from e2e.live import LiveServer, download, wait_until
 
 # As printed in the hosted service's documentation of flux-pro-redux.

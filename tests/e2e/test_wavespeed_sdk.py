@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import wavespeed
-from e2e.live import LiveServer, a_picture, data_uri, download, free_port, plain_client
 from wavespeed import Client
+
+from e2e.live import LiveServer, a_picture, data_uri, download, free_port, plain_client
 
 MODEL = "wavespeed-ai/flux-pro-redux"
 FAST = {"size": "512*512", "num_inference_steps": 2}

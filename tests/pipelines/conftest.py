@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from redux_pipelines.types import GenerationRequest, Progress, Result
 
 Request = Callable[..., GenerationRequest]

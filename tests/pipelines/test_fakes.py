@@ -2,6 +2,7 @@
 
 import pytest
 from PIL import Image
+
 from redux_pipelines.errors import RequestError
 from redux_pipelines.fakes import FakePipeline
 from redux_pipelines.types import Progress

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.image_encoder import Preprocessing
 

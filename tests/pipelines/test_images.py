@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+
 from redux_pipelines.errors import ImageError
 from redux_pipelines.images import DIGITAL_SOURCE_TYPE, encode_png, to_rgb
 

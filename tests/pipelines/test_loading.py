@@ -9,6 +9,7 @@ import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+
 from redux_pipelines import loading
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fakes import FakePipeline

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from redux_pipelines.errors import RequestError
 from redux_pipelines.redux import ReduxPipeline, centre_crop
 from redux_pipelines.types import Progress, Result

@@ -11,6 +11,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+
 from redux_pipelines import safety
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.safety import NullChecker, OpenNsfwChecker, black_out

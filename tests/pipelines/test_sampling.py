@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from redux_pipelines import sampling
 from redux_pipelines.sampling import Grid
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+
 from redux_pipelines.errors import RequestError
 from redux_pipelines.text_encoders import TextEncoders, TextSizes
 

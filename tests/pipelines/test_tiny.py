@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+
 from redux_pipelines.tiny import build_tiny
 from redux_weights.layout import find_missing
 

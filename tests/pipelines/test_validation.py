@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from redux_pipelines.errors import RequestError
 from redux_pipelines.validation import check_request
 

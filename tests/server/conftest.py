@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Engine
+
 from e2e.live import LiveServer
 from redux_server.app import build_app
 from redux_server.auth import KeyRing
@@ -18,7 +20,6 @@ from redux_server.presence import Presence
 from redux_server.services import Services
 from redux_server.settings import ServerSettings
 from redux_server.store import TaskStore
-from sqlalchemy import Engine
 
 
 class Clock:

@@ -18,8 +18,9 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.live import MODEL_PATH, LiveServer, a_picture, data_uri, free_port, plain_client
 from PIL import Image
+
+from e2e.live import MODEL_PATH, LiveServer, a_picture, data_uri, free_port, plain_client
 from redux_server.blobs import Signer, signing_secret
 from redux_server.database import open_database
 

@@ -7,8 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
-import redux_server.decode as decode
 from PIL import Image, features
+
+import redux_server.decode as decode
 from redux_server.decode import DecodeError, accepted_formats, decode_image, sniff
 
 RETRY_WORDS = ("timeout", "connection", "http 5", "http 429")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import httpcore
 import pytest
+
 from redux_server import netbackend
 from redux_server.fetch import ImageFetcher
 from redux_server.netguard import AddressPolicy, FetchError

@@ -3,6 +3,7 @@ from ipaddress import IPv6Address, ip_address, ip_network
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from redux_server.fetch import ImageFetcher
 from redux_server.netguard import AddressPolicy, FetchError, Target, parse_url, quoted
 

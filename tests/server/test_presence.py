@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine, event
+
 from redux_server.database import open_database
 from redux_server.presence import Presence, WorkerState, WorkerStatus, worker_id
-from sqlalchemy import Engine, event
 
 
 class Clock:

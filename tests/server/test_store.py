@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event, insert
+
 from redux_server.database import open_database, tasks
 from redux_server.store import TaskStore
 from redux_server.tasks import Code, NewTask, Outcome, Status, Task
-from sqlalchemy import Engine, event, insert
 
 LEASE_S = 30.0
 DONE = Outcome(status=Status.COMPLETED, outputs=["a/1/0.png"], seeds=[7], timings={"inference": 5})

@@ -12,13 +12,15 @@ from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     invariant,
+    multiple,
     rule,
     run_state_machine_as_test,
 )
+from sqlalchemy import Engine, delete, event, select
+
 from redux_server.database import open_database, tasks
 from redux_server.store import TaskStore
 from redux_server.tasks import NewTask, Outcome, Status, Task
-from sqlalchemy import Engine, delete, event, select
 
 LEASE_S = 10.0
 MAX_ATTEMPTS = 3
@@ -116,7 +118,6 @@ class Claimed:
 
     id: str
     attempt: int
-    owner: str
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -143,20 +144,25 @@ class StoreMachine(RuleBasedStateMachine):
         assert [task is not None for task in accepted] == [n < fitted for n in range(count)]
 
     @rule(target=claims, owner=OWNERS)
-    def claim(self, owner: str) -> Claimed | None:
+    def claim(self, owner: str) -> Any:
         got, expected = self.store.claim(owner), self.model.claim(owner)
         assert (got and (got.id, got.attempt)) == (expected and (expected.id, expected.attempt))
-        return Claimed(got.id, got.attempt, owner) if got else None
+        return Claimed(got.id, got.attempt) if got else multiple()
+
+    @rule(target=claims, owner=OWNERS)
+    def worker_crashes_at_its_next_task(self, owner: str) -> Any:
+        claimed = self.claim(owner)
+        self.worker_is_gone(owner, has_crashed=True)
+        return claimed
 
     @rule(claim=claims, outcome=OUTCOMES)
-    def finish(self, claim: Claimed | None, outcome: Outcome) -> None:
-        if claim is not None:
-            done = self.store.finish(claim.id, claim.attempt, outcome)
-            assert done == self.model.finish(claim.id, claim.attempt, outcome)
+    def finish(self, claim: Claimed, outcome: Outcome) -> None:
+        done = self.store.finish(claim.id, claim.attempt, outcome)
+        assert done == self.model.finish(claim.id, claim.attempt, outcome)
 
     @rule(owner=OWNERS, held=st.lists(claims, max_size=3))
-    def renew(self, owner: str, held: list[Claimed | None]) -> None:
-        attempts = {claim.id: claim.attempt for claim in held if claim is not None}
+    def renew(self, owner: str, held: list[Claimed]) -> None:
+        attempts = {claim.id: claim.attempt for claim in held}
         lost = self.store.renew(owner, {key: (attempt, 7) for key, attempt in attempts.items()})
         assert lost.lost == self.model.renew(owner, attempts)
 
@@ -233,7 +239,7 @@ def check(engine: Engine, store_class: type[TaskStore], **options: Any) -> None:
 
 
 def test_store_behaves_like_its_model(fast_engine: Engine) -> None:
-    check(fast_engine, TaskStore, max_examples=200, stateful_step_count=20, derandomize=True)
+    check(fast_engine, TaskStore, max_examples=200, stateful_step_count=25, derandomize=True)
 
 
 @pytest.mark.slow
@@ -285,7 +291,7 @@ def test_a_faulty_store_is_found_out(fast_engine: Engine, faulty: type[TaskStore
             fast_engine,
             faulty,
             max_examples=200,
-            stateful_step_count=20,
+            stateful_step_count=25,
             derandomize=True,
             phases=[Phase.generate],
             report_multiple_bugs=False,

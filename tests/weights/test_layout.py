@@ -4,6 +4,7 @@ import json
 import struct
 
 import pytest
+
 from redux_weights.layout import find_missing
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"

@@ -1,0 +1,136 @@
+"""Verbs and flags: what is understood, refused, and said in how many lines."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from redux_server import __version__, cli
+from redux_server.cli import EXIT_USAGE, build_parser, run
+
+VERBS = (
+    ["serve"],
+    ["worker"],
+    ["generate"],
+    ["submit"],
+    ["demo"],
+    ["keys"],
+    ["keys", "create"],
+    ["keys", "list"],
+    ["keys", "revoke"],
+    ["version"],
+    ["doctor"],
+)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(cli.os.environ):
+        if name.startswith("FLUX_REDUX_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run([*verb, "--help"])
+    assert left.value.code == 0
+    assert f"usage: flux-redux {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    text = capsys.readouterr().out
+    for verb in VERBS:
+        assert re.search(rf"^    {verb[0]} ", text, re.MULTILINE)
+    assert "non-commercial" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "the following arguments are required: VERB; see `flux-redux --help`"),
+        (["serv"], "argument VERB: invalid choice: 'serv'"),
+        (["serve", "--prot", "1"], "unrecognized arguments: --prot 1"),
+        (["serve", "--port", "x"], "--port must be a whole number, got 'x'"),
+        (["submit"], "the following arguments are required: IMAGE; see `flux-redux submit --help`"),
+        (["submit", "a.png", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["keys", "create"], "the following arguments are required: --name"),
+        (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0, cuda:1"),
+        (["generate", "a.png", "--size", "9x9"], "size must be"),
+        (["demo", "--num-images", "5"], "num_images must be an integer from 1 to 4; got 5."),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("flux-redux: ")
+    assert complaint in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_shortened_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    # What is unique today may not be tomorrow; scripts would break.
+    assert run(["submit", "a.png", "--num-im", "2"]) == EXIT_USAGE
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["version"], ["--version"]])
+def test_the_version_is_the_packages(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert run(verb) == 0
+    except SystemExit as left:
+        assert left.code == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_an_unknown_variable_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLUX_REDUX_DATADIR", "/x")
+    assert run(["keys", "list"]) == EXIT_USAGE
+    assert "unknown environment variable FLUX_REDUX_DATADIR" in capsys.readouterr().err
+
+
+def test_the_demo_is_small_by_default_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    given = build_parser().parse_args(["demo"])
+    assert (given.size, given.num_images) == ("512*512", 2)
+    given = build_parser().parse_args(["demo", "--size", "768*768", "--num-images", "1"])
+    assert (given.size, given.num_images) == ("768*768", 1)
+    with pytest.raises(SystemExit):
+        run(["demo", "--help"])
+    assert "(default: 512*512)" in capsys.readouterr().out
+
+
+def test_request_flags_have_the_defaults_of_the_api() -> None:
+    from redux_server.client import read_parameters
+    from redux_server.schemas import PredictionRequest
+
+    for verb in ("submit", "generate"):
+        given = build_parser().parse_args([verb, "a.png"])
+        assert read_parameters(given) == PredictionRequest(image="-")
+
+
+def test_negative_seeds_are_values_not_flags() -> None:
+    assert build_parser().parse_args(["submit", "a.png", "--seed", "-1"]).seed == -1
+
+
+def test_ctrl_c_exits_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_version", interrupted)
+    assert run(["version"]) == 130
+
+
+def test_light_verbs_load_neither_torch_nor_a_web_framework() -> None:
+    code = (
+        "import sys; from redux_server.cli import build_parser; build_parser(); "
+        "print({'torch', 'fastapi', 'sqlalchemy', 'httpx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
