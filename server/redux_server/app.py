@@ -8,13 +8,14 @@ from importlib.metadata import version as package_version
 import structlog
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from redux_server import __version__, housekeeping, metrics, routes
+from redux_server import __version__, housekeeping, metrics, openapi, routes
 from redux_server.auth import AuthMiddleware
 from redux_server.errors import ApiError, error_response
 from redux_server.inline_image import MAX_BYTES
-from redux_server.middleware import RequestContext
+from redux_server.middleware import BodyLimit, RequestContext
 from redux_server.presence import WorkerState
 from redux_server.services import Services
 
@@ -24,18 +25,20 @@ _log = structlog.get_logger("redux_server.app")
 
 def build_app(services: Services) -> FastAPI:
     """The whole API over ``services``; starting the app starts their engine."""
-    app = FastAPI(
+    app = FastAPIOffline(
         title="FLUX Redux Server",
         version=__version__,
         summary="Image variations with FLUX.1 Redux, over the API of the hosted flux-pro-redux.",
         description="Runs FLUX.1 [dev] with FLUX.1 Redux [dev], whose licence is non-commercial.",
         lifespan=_lifespan,
         redoc_url=None,
-        max_body_size=BODY_LIMIT,
+        swagger_ui_parameters={"persistAuthorization": True},
     )
     app.state.services = services
+    app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
     app.include_router(routes.router)
     app.include_router(_probes())
+    app.add_middleware(BodyLimit, limit=BODY_LIMIT)
     app.add_middleware(AuthMiddleware, recognise=services.keys.recognise)
     app.add_middleware(RequestContext)
     app.add_exception_handler(ApiError, _api_error)
@@ -104,8 +107,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         status, headers = 404, None  # only the catch-all would take this path, by another method
     messages = {
         404: f"No path {request.url.path[:100]!r} here; /docs lists the paths.",
-        413: f"The request is larger than the {BODY_LIMIT >> 20} MiB allowed; "
-        "send a smaller picture, or its URL.",
         405: f"{request.method} is not possible on {request.url.path[:100]!r}; see /docs.",
     }
     message = messages.get(status, str(error.detail))

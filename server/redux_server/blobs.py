@@ -7,6 +7,7 @@ still ends in a file name, and so that a URL of ours is known as ours whatever h
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
 from collections.abc import Callable
@@ -25,15 +26,24 @@ _PATH = re.compile(r"/files/(?P<sig>[0-9a-f]{32})/(?P<exp>[0-9]{1,12})/(?P<key>[
 
 
 class Blobs:
-    """Named byte strings in a folder. Writes are atomic: a reader sees all of a blob or none."""
+    """Named byte strings in a folder.
+
+    Writes are atomic (a reader sees all of a blob or none) and flushed: what a task's row says is
+    there is there after a power cut too.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = folder
         self._store = LocalStore(folder, automatic_cleanup=True)
 
     def put(self, key: str, data: bytes) -> None:
         """Store ``data`` under ``key``, replacing what was there."""
         obstore.put(self._store, key, data)
+        path = self._folder / key
+        while path != self._folder.parent:
+            _flush(path)
+            path = path.parent
 
     def get(self, key: str) -> bytes:
         """The bytes under ``key``.
@@ -89,6 +99,15 @@ class Signer:
     def _signature(self, key: str, expiry: int) -> str:
         message = f"{expiry}/{key}".encode()
         return hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:32]
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names are in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def signing_secret(engine: Engine) -> bytes:

@@ -7,6 +7,7 @@ import argparse
 import base64
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -66,13 +67,17 @@ class ProgressReport:
     def _draw(self, state: str, step: int, total_steps: int) -> None:
         if self._bar is None or bool(self._bar.total) != bool(total_steps):
             self.close()
+            size = shutil.get_terminal_size()  # never 0, as a new pseudo-terminal's own may be
             shape = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
             self._bar = tqdm(
+                desc=state,
+                initial=step,
                 total=total_steps or None,
                 bar_format=shape if total_steps else "{desc} {elapsed}",
                 file=self._stream,
                 leave=False,
-                dynamic_ncols=True,
+                ncols=size.columns,
+                nrows=size.lines,
             )
         self._bar.set_description_str(state, refresh=False)
         self._bar.n = step

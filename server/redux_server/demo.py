@@ -42,7 +42,7 @@ _POLL_S = 0.5
 _DRAIN_S = 5.0
 _STOP_S = 20.0
 _TAIL_LINES = 25
-_NOISE = ("fake", "tiny")
+_NOISE = ("fake", "fake-slow", "tiny")
 
 
 def demo(given: argparse.Namespace, settings: ServerSettings) -> int:
@@ -77,12 +77,16 @@ def demo(given: argparse.Namespace, settings: ServerSettings) -> int:
 
 def _run(request: PredictionRequest, settings: ServerSettings, folder: Path) -> None:
     """One task from an empty data directory to images in ``folder``."""
-    key = KeyRing(open_database(settings.database_url)).create("demo")
+    database = open_database(settings.database_url)
+    key = KeyRing(database).create("demo")
+    database.dispose()
     url = f"http://{settings.host}:{settings.port}"
     with _server(settings) as server:
         note(f"starting a server on {url} with the model {settings.base or settings.model}")
+        started = time.monotonic()
         try:
             model = _wait_until_ready(server, url)
+            note(f"ready after {time.monotonic() - started:.1f} s: {model}")
             with closing(Client(url, key)) as client:
                 _vary(client, request, folder)
         except ClientError as error:
@@ -161,7 +165,6 @@ def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> str:
     Raises:
         ClientError: the server or its worker could not start.
     """
-    started = time.monotonic()
     with httpx.Client(trust_env=False) as http, closing(ProgressReport()) as progress:
         while True:
             if server.poll() is not None:
@@ -169,7 +172,6 @@ def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> str:
             workers = _workers(http, url)
             for worker in workers:
                 if worker["state"] == "ready":
-                    note(f"ready after {time.monotonic() - started:.1f} s: {worker['detail']}")
                     return str(worker["detail"])
                 if worker["state"] == "failed":
                     raise ClientError(f"the model cannot be loaded: {worker['detail']}")

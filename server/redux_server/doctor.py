@@ -356,8 +356,9 @@ def check_api_keys(settings: ServerSettings) -> Iterator[Finding]:
             yield Finding(Level.MISSING, "API keys", str(error))
             return
     if (settings.data_dir / "tasks.db").exists():
-        ring = KeyRing(open_database(settings.database_url))
-        count += sum(not key.revoked_at for key in ring.list())
+        database = open_database(settings.database_url)
+        count += sum(not key.revoked_at for key in KeyRing(database).list())
+        database.dispose()
     if count:
         yield Finding(Level.OK, "API keys", f"{count} valid")
     elif settings.is_loopback:

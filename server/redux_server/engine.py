@@ -106,7 +106,12 @@ class LocalEngine:
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
-            env={**os.environ, **to_environment(replace(self._settings, device=device))},
+            env={
+                # Idle OpenMP threads that spin would take the cores from the API and each other.
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **os.environ,
+                **to_environment(replace(self._settings, device=device)),
+            },
             # Ctrl-C in a terminal reaches the whole group; the worker must outlive it to finish.
             start_new_session=True,
         )

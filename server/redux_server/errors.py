@@ -6,6 +6,7 @@ ApiError             status and message, in the contract's shape
 ├── Unauthorized     401  no key, or a wrong one
 ├── NotFound         404  unknown path, model, task or file
 ├── Gone             410  a file that was deleted after its time
+├── TooLarge         413  a body over the limit
 ├── QueueFull        429  try again later
 └── Unavailable      503  the database cannot be used right now
 ```
@@ -50,6 +51,12 @@ class Gone(ApiError):
     """It was here, and its time is over."""
 
     status, name = 410, "expired"
+
+
+class TooLarge(ApiError):
+    """More bytes than we take."""
+
+    status, name = 413, "too_large"
 
 
 class QueueFull(ApiError):

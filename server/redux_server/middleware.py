@@ -8,6 +8,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redux_server import metrics
+from redux_server.errors import TooLarge, error_response
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 _log = structlog.get_logger("redux_server.http")
@@ -48,12 +49,54 @@ class RequestContext:
             structlog.contextvars.unbind_contextvars("request_id")
 
 
+class BodyLimit:
+    """Refuses bodies over ``limit`` bytes, by their declared length or as they arrive.
+
+    Starlette's own limit would answer in plain text, even in place of a refusal for want of a key.
+    """
+
+    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = TooLarge(
+            f"The request is larger than the {self._limit >> 20} MiB allowed; "
+            "send a smaller picture, or its URL."
+        )
+        if _declared_length(scope) > self._limit:
+            await error_response(error.status, error.message, error.name)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._limit:
+                raise error
+            return message
+
+        await self._app(scope, counted, send)
+
+
 def _given_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             text: str = value.decode("latin-1")
             return text if _REQUEST_ID.fullmatch(text) else None
     return None
+
+
+def _declared_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
 
 
 def _record(scope: Scope, status: int, seconds: float) -> None:

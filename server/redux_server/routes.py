@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from redux_server import inline_image, metrics
 from redux_server.errors import BadRequest, NotFound, QueueFull, Unavailable
+from redux_server.openapi import responses
 from redux_server.schemas import (
     MODELS,
     PredictionRequest,
@@ -46,6 +47,7 @@ def _submit_operation(version: str, model: str) -> dict[str, Any]:
         "summary": "Submit a task",
         "operation_id": f"submit_{version}_{model.split('/')[1].replace('-', '_')}",
         "include_in_schema": model == MODELS[0],
+        "responses": responses(400, 401, 413, 429, 503),
         "openapi_extra": {
             "requestBody": {
                 "required": True,
@@ -75,12 +77,6 @@ for _version in ("v2", "v3"):
         router.post(**_submit_operation(_version, _model))(submit)
 
 
-@router.get("/api/v3/predictions/{task_id}", tags=["predictions"], summary="Get a task")
-@router.get("/api/v3/predictions/{task_id}/result", tags=["predictions"], summary="Get the result")
-@router.get("/api/v2/predictions/{task_id}/result", tags=["predictions"], summary="Get the result")
-@router.get(
-    "/api/v2/wavespeed-ai/flux/{task_id}/result", tags=["predictions"], summary="Get the result"
-)
 async def result(task_id: str, request: Request, parts: Parts) -> JSONResponse:
     """The state of a task, and its outputs once it is completed."""
     task = await _find(task_id, parts) if _TASK_ID.fullmatch(task_id) else None
@@ -90,6 +86,21 @@ async def result(task_id: str, request: Request, parts: Parts) -> JSONResponse:
             f"No task {task_id[:64]!r} for this key; results are kept for a limited time."
         )
     return _answer(task, request, parts)
+
+
+for _path in (
+    "/api/v3/predictions/{task_id}/result",
+    "/api/v3/predictions/{task_id}",
+    "/api/v2/predictions/{task_id}/result",
+    "/api/v2/wavespeed-ai/flux/{task_id}/result",
+):
+    router.get(
+        _path,
+        tags=["predictions"],
+        summary="Get the result",
+        operation_id="get" + re.sub(r"\W+", "_", _path.replace("{task_id}", "")).rstrip("_"),
+        responses=responses(401, 404, 503),
+    )(result)
 
 
 @router.get("/files/{path:path}", include_in_schema=False)

@@ -36,6 +36,7 @@ def serve(settings: ServerSettings) -> int:
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         services = build_services(settings)
+        _refuse_strangers(settings, services)
         _greet(settings, services, listener.getsockname()[1])
         config = uvicorn.Config(
             build_app(services),
@@ -102,6 +103,14 @@ def _listen(settings: ServerSettings) -> socket.socket:
     return listener
 
 
+def _refuse_strangers(settings: ServerSettings, services: Services) -> None:
+    if services.keys.is_empty() and not settings.is_loopback:
+        raise UsageError(
+            f"refusing to listen on {settings.host} while nobody has an API key; "
+            f"make one first: flux-redux keys create --name me --data-dir {settings.data_dir}"
+        )
+
+
 def _greet(settings: ServerSettings, services: Services, port: int) -> None:
     """Say where we are; on the very first start, make a key and show how to use it."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -109,11 +118,6 @@ def _greet(settings: ServerSettings, services: Services, port: int) -> None:
     print(f"FLUX Redux Server {__version__} on {url}  (docs: {url}/docs)", flush=True)
     if not services.keys.is_empty():
         return
-    if not settings.is_loopback:
-        raise UsageError(
-            f"refusing to listen on {settings.host} while nobody has an API key; "
-            f"make one first: flux-redux keys create --name me --data-dir {settings.data_dir}"
-        )
     key = services.keys.create("first")
     services.blobs.put(
         _SAMPLE_KEY, files("redux_server").joinpath("static/sample.jpg").read_bytes()

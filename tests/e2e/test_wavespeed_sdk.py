@@ -39,7 +39,7 @@ def test_run_returns_a_url_of_a_png_that_needs_no_key(client: Client, site: str)
     )
     image = download(url)
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (512, 512))
-    assert len(set(image.getdata())) > 100, "a picture of a real decoder is not one colour"
+    assert len(image.getcolors(512 * 512)) > 100, "a picture of a real decoder is not one colour"
 
 
 def test_png_says_what_made_it_and_keeps_the_prompt_to_itself(client: Client, site: str) -> None:
@@ -136,14 +136,14 @@ def test_bad_key_is_told(tiny: LiveServer) -> None:
 
 def test_bad_parameter_is_told_with_its_range(client: Client) -> None:
     with pytest.raises(
-        RuntimeError, match=r"HTTP 400: .*num_images must be an integer from 1 to 4"
+        RuntimeError, match=r"HTTP 400: .*num_images must be an .*from 1 to 4"
     ):
         run(client, image=data_uri(a_picture()), num_images=5)
 
 
 def test_unknown_model_is_told(client: Client) -> None:
     with pytest.raises(
-        RuntimeError, match=r"HTTP 404: .*available are wavespeed-ai/flux-pro-redux"
+        RuntimeError, match=r"HTTP 404: .*available are .*/flux-pro-redux"
     ):
         client.run("wavespeed-ai/flux-dev", {"prompt": "a fox"})
 
@@ -154,7 +154,7 @@ def test_dead_image_url_fails_the_task_with_its_reason_and_is_not_repeated(
     patient = Client(api_key=tiny.key, base_url=tiny.base_url, max_retries=3, retry_interval=0.1)
     before = tiny.log.count('"task ended"')
     with pytest.raises(
-        RuntimeError, match=r"Prediction failed \(task_id: \w{32}\): .*127\.0\.0\.1"
+        RuntimeError, match=r"failed \(task_id: \w{32}\): .*127\.0\.0\.1"
     ):
         run(patient, image=f"http://127.0.0.1:{free_port()}/gone.png")
     assert tiny.log.count('"task ended"') == before + 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from redux_server.settings import (
     ClientSettings,
     ModelSettings,
@@ -119,7 +120,7 @@ def test_what_kubernetes_sets_for_a_service_named_flux_redux_is_ignored() -> Non
         ("retention_hours", "inf", "must be a number"),
         ("safety_threshold", "0", "must be at least 0.01"),
         ("safety_threshold", "1.5", "must be at most 1"),
-        ("model", "flux", "must be one of mini, flux-dev, flux-schnell, tiny, fake, got 'flux'"),
+        ("model", "flux", "must be one of mini, flux-dev, flux-schnell, tiny, fake"),
         ("dtype", "fp8", "must be one of auto, float32"),
         ("device", "gpu", "must be auto"),
         ("device", "cuda:0,", "must be auto"),
@@ -137,7 +138,7 @@ def test_a_value_of_no_use_is_refused_with_what_is_allowed(
 
 
 def test_a_refused_flag_is_named_as_a_flag() -> None:
-    with pytest.raises(SettingsError, match="--device must be auto .*; got ''"):
+    with pytest.raises(SettingsError, match=r"--device must be auto .*; got ''"):
         parse(ServerSettings, "--device", "")
 
 

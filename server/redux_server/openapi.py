@@ -1,0 +1,117 @@
+"""What /docs and /openapi.json say of the answers. Models here describe; they validate nothing.
+
+Descriptions are those of the hosted service's documentation, where it has the field.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, Field
+
+_ID = "45b392b22c3b449fa935bd4dc2219dfe"
+
+
+class Urls(BaseModel):
+    """Related API endpoints."""
+
+    get: str = Field(
+        description="URL to retrieve the prediction result",
+        examples=[f"http://127.0.0.1:8000/api/v3/predictions/{_ID}/result"],
+    )
+
+
+class Progress(BaseModel):
+    """How far the task is."""
+
+    step: int = Field(description="Denoising steps done, over all images")
+    total_steps: int = Field(description="Denoising steps in all")
+
+
+class Prediction(BaseModel):
+    """A task, in the shape every known client reads."""
+
+    id: str = Field(description="Unique identifier for the prediction, Task Id", examples=[_ID])
+    model: str = Field(description="Model ID used for the prediction")
+    input: dict[str, Any] = Field(description="The parameters, defaults filled in")
+    outputs: list[str] = Field(
+        description="URLs of the generated images (empty when status is not completed)",
+        examples=[["http://127.0.0.1:8000/files/052f1b9e.../1796577541/45b392b2.../1/0.png"]],
+    )
+    urls: Urls
+    has_nsfw_contents: list[bool] = Field(
+        description="NSFW detection for each output; a detected image is replaced by a black one",
+        examples=[[False]],
+    )
+    seeds: list[int] = Field(description="The seed of each output", examples=[[0]])
+    status: str = Field(
+        description="created, processing, completed, failed or cancelled", examples=["completed"]
+    )
+    progress: Progress
+    created_at: str = Field(
+        description="ISO timestamp of when the request was created",
+        examples=["2026-04-01T12:34:56.789Z"],
+    )
+    error: str = Field(description="Error message (empty if no error occurred)")
+    code: int = Field(description="0, or why the task failed: 1402 image not usable, 5000 internal")
+    executionTime: int = Field(description="Inference time in milliseconds")  # noqa: N815
+    timings: dict[str, int] = Field(
+        description="Milliseconds by stage; `inference` is the time on the device",
+        examples=[{"inference": 3100, "fetch": 140, "denoise": 2950, "decode": 120}],
+    )
+
+
+class Envelope(BaseModel):
+    """What every answer with status 200 looks like."""
+
+    code: int = Field(200, description="HTTP status code (e.g., 200 for success)")
+    message: str = Field("success", description="Status message (e.g., “success”)")
+    data: Prediction
+
+
+class ErrorBody(BaseModel):
+    """What every other answer looks like."""
+
+    code: int = Field(description="The HTTP status")
+    message: str = Field(description="What was given, what is allowed, what to do")
+    error: str = Field(description="The message again, for clients that look here")
+    error_code: str = Field(examples=["invalid_parameter"])
+    data: None = None
+
+
+def responses(*errors: int) -> dict[int | str, dict[str, Any]]:
+    """The documented answers of a task path: 200 and these ``errors``."""
+    known = {
+        400: "A parameter cannot be used",
+        401: "No API key, or not one of ours",
+        404: "No such task for this key",
+        413: "The body is too large",
+        429: "The queue is full; see Retry-After",
+        503: "The database cannot be used right now",
+    }
+    documented: dict[int | str, dict[str, Any]] = {
+        200: {"model": Envelope, "description": "The task"}
+    }
+    for status in errors:
+        documented[status] = {"model": ErrorBody, "description": known[status]}
+    return documented
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of ``app``, with bearer keys on everything under ``/api/``."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            description=app.description,
+            routes=app.routes,
+        )
+        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["key"] = {"type": "http", "scheme": "bearer"}
+        for path, operations in document["paths"].items():
+            if path.startswith("/api/"):
+                for operation in operations.values():
+                    operation["security"] = [{"key": []}]
+        app.openapi_schema = document
+    return app.openapi_schema

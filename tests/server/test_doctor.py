@@ -1,0 +1,289 @@
+"""The report: what it says, when it is an error, and that nothing breaks it."""
+
+import socket
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from redux_pipelines import safety
+from redux_pipelines.errors import WeightsError
+from redux_pipelines.tiny import build_tiny
+from redux_server import doctor
+from redux_server.auth import KeyRing
+from redux_server.database import open_database
+from redux_server.doctor import Finding, Level
+from redux_server.settings import ServerSettings
+
+HUB = huggingface_hub.constants
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ServerSettings:
+    return ServerSettings(model="fake", data_dir=tmp_path / "data", port=0, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing in the cache, no token, and no way to the network."""
+
+    def nothing(source: str, **options: object) -> str:
+        assert options["local_files_only"], "doctor downloads nothing"
+        raise LocalEntryNotFoundError(source)
+
+    monkeypatch.setattr(HUB, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(HUB, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+
+
+def levels(findings: Iterator[Finding]) -> dict[str, Level]:
+    return {finding.subject: finding.level for finding in findings}
+
+
+def only(findings: Iterator[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+def test_a_sound_machine_gets_a_readable_report(
+    settings: ServerSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.doctor(settings) == 0
+    text = capsys.readouterr().out
+    for expected in ("python", "torch", "diffusers", "fake, which needs no files", "OpenNSFW"):
+        assert expected in text
+    assert "Nothing is missing" in text
+    assert not settings.data_dir.exists(), "doctor only looks"
+
+
+def test_something_missing_is_counted_and_is_an_error(
+    settings: ServerSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.doctor(replace(settings, host="0.0.0.0")) == 1
+    text = capsys.readouterr().out
+    assert "MISSING  API keys" in text
+    assert text.endswith("\n1 missing\n")
+
+
+def test_a_check_that_breaks_becomes_a_line(
+    settings: ServerSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def check_the_moon(_: ServerSettings) -> Iterator[Finding]:
+        raise RuntimeError("too far")
+
+    monkeypatch.setattr(doctor, "CHECKS", (check_the_moon, doctor.check_python))
+    assert doctor.doctor(settings) == 0
+    assert "note     the moon    cannot be examined: RuntimeError: too far" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_gpu_that_torch_cannot_use_is_missing(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = list(doctor.check_gpu(replace(settings, device="cuda:0,cuda:1")))
+    assert found[0].level is Level.MISSING
+    assert "cannot use cuda:0, cuda:1" in found[0].text
+
+
+def test_gpus_are_described(settings: ServerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = namedtuple("properties", "name major minor total_memory")(
+        "NVIDIA T4", 7, 5, 16_000_000_000
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    text = {f.subject: f.text for f in doctor.check_gpu(replace(settings, device="cuda"))}
+    assert text["cuda:0"] == (
+        "NVIDIA T4, compute capability 7.5, 16.0 GB; FLUX.1 in bfloat16 needs 34.0 GB"
+    )
+    assert text["would run"] == "engine backend, bfloat16 on cuda"
+    assert "try --dtype float16" in text["dtype"]
+
+
+def test_gated_weights_that_are_not_here_need_a_token(settings: ServerSettings) -> None:
+    found = list(doctor.check_model(replace(settings, model="flux-dev")))
+    assert levels(iter(found)) == {
+        "licence": Level.NOTE,
+        "base": Level.MISSING,
+        "redux": Level.MISSING,
+    }
+    assert "https://huggingface.co/black-forest-labs/FLUX.1-dev, then set HF_TOKEN" in found[1].text
+
+
+def test_a_token_is_mentioned_but_never_printed(
+    settings: ServerSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_verysecret")
+    doctor.doctor(replace(settings, model="flux-schnell"))
+    text = capsys.readouterr().out
+    assert "HF_TOKEN is set" in text
+    assert "verysecret" not in text
+    assert "MISSING  base" not in text
+
+
+def test_offline_weights_must_be_in_the_cache(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HUB, "HF_HUB_OFFLINE", True)
+    found = levels(doctor.check_model(replace(settings, model="flux-dev")))
+    assert found["base"] is found["redux"] is Level.MISSING
+
+
+def test_folders_of_weights_are_checked_file_by_file(
+    settings: ServerSettings, tmp_path: Path
+) -> None:
+    base, redux = build_tiny(tmp_path / "weights")
+    chosen = replace(settings, base=str(base), redux=str(redux))
+    assert levels(doctor.check_model(chosen))["base"] is Level.OK
+    (base / "vae" / "config.json").unlink()
+    found = list(doctor.check_model(chosen))
+    assert found[0].level is Level.MISSING
+    assert str(base / "vae" / "config.json") in found[0].text
+
+
+def test_a_half_downloaded_checkpoint_is_only_noted(
+    settings: ServerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, redux = build_tiny(tmp_path / "hub" / "models")
+    (redux / "image_embedder" / "config.json").unlink()
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda source, **_: str(redux if "Redux" in source else base),
+    )
+    found = levels(doctor.check_model(replace(settings, model="flux-dev")))
+    assert found["weights"] is Level.NOTE
+    monkeypatch.setattr(HUB, "HF_HUB_OFFLINE", True)
+    found = levels(doctor.check_model(replace(settings, model="flux-dev")))
+    assert found["weights"] is Level.MISSING
+
+
+def test_a_base_that_is_neither_folder_nor_repository_is_missing(settings: ServerSettings) -> None:
+    chosen = replace(settings, base="/no/such/place", redux="a/b")
+    assert levels(doctor.check_model(chosen))["base"] is Level.MISSING
+
+
+def test_a_wrong_safety_model_is_missing(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(**_: object) -> None:
+        raise WeightsError("open-nsfw.onnx has another sha256")
+
+    monkeypatch.setattr(safety, "OpenNsfwChecker", wrong)
+    finding = only(doctor.check_safety_checker(settings))
+    assert (finding.level, finding.text) == (Level.MISSING, "open-nsfw.onnx has another sha256")
+
+
+def test_a_data_dir_under_a_file_is_missing(settings: ServerSettings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert only(doctor.check_data_dir(replace(settings, data_dir=folder))).level is (
+            Level.MISSING
+        )
+
+
+def test_a_data_dir_without_the_right_to_write_is_missing(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert only(doctor.check_data_dir(settings)).level is Level.MISSING
+
+
+@pytest.mark.parametrize(
+    ("kind", "level"),
+    [("nfs4", Level.NOTE), ("cifs", Level.NOTE), ("ext4", Level.OK), ("overlay", Level.OK)],
+)
+def test_network_file_systems_are_warned_of(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch, kind: str, level: Level
+) -> None:
+    monkeypatch.setattr(doctor, "filesystem_of", lambda _: kind)
+    assert levels(doctor.check_data_dir(settings))["data dir"] is level
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "level"),
+    [(10**6, Level.MISSING), (10**9, Level.NOTE), (10**11, Level.OK)],
+)
+def test_little_space_is_said(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch, free_bytes: int, level: Level
+) -> None:
+    usage = namedtuple("usage", "total used free")(10**12, 0, free_bytes)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    assert levels(doctor.check_data_dir(settings))["disk space"] is level
+
+
+def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        "40 22 0:40 / /srv/my\\040data rw - nfs4 host:/x rw\n"
+        "41 22 0:41 / /srv rw - xfs /dev/sdb rw\n"
+    )
+    for path, kind in (("/srv/my data/x", "nfs4"), ("/srv/my", "xfs"), ("/opt", "ext4")):
+        assert doctor.filesystem_of(Path(path), mounts=mounts) == kind
+
+
+def test_a_port_in_use_is_missing(settings: ServerSettings) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        taken.settimeout(0)
+        finding = only(doctor.check_port(replace(settings, port=port)))
+    assert finding.level is Level.MISSING
+    assert "choose another --port" in finding.text
+
+
+def test_a_port_on_which_we_run_already_is_noted(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_is_ours", lambda _: True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        finding = only(doctor.check_port(replace(settings, port=taken.getsockname()[1])))
+    assert finding.level is Level.NOTE
+
+
+def test_keys_are_counted_without_those_revoked(settings: ServerSettings, tmp_path: Path) -> None:
+    database = open_database(settings.database_url)
+    ring = KeyRing(database)
+    ring.create("a")
+    ring.create("b")
+    ring.revoke(ring.list()[0].id)
+    database.dispose()
+    (tmp_path / "keys").write_text("c:0123456789abcdef\n")
+    chosen = replace(settings, api_keys_file=str(tmp_path / "keys"), host="0.0.0.0")
+    assert only(doctor.check_api_keys(chosen)) == Finding(Level.OK, "API keys", "2 valid")
+
+
+def test_without_keys_only_loopback_is_fine(settings: ServerSettings) -> None:
+    assert only(doctor.check_api_keys(settings)).level is Level.NOTE
+    assert only(doctor.check_api_keys(replace(settings, host="::"))).level is Level.MISSING
+
+
+def test_a_keys_file_of_no_use_is_missing(settings: ServerSettings, tmp_path: Path) -> None:
+    chosen = replace(settings, api_keys_file=str(tmp_path / "absent"))
+    assert only(doctor.check_api_keys(chosen)).level is Level.MISSING
+
+
+def test_a_missing_compiler_is_noted(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    finding = only(doctor.check_compiler(settings))
+    assert finding.level is Level.NOTE
+    assert "apt install gcc" in finding.text
