@@ -1,4 +1,4 @@
-"""What surrounds every request: an id, a time, a log line. Plain ASGI, nothing buffered."""
+"""What surrounds every request: an id, a log line, a size limit. Plain ASGI, nothing buffered."""
 
 import re
 import secrets

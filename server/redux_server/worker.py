@@ -112,6 +112,8 @@ class Worker:
             thread.start()
         for lane in lanes:
             lane.join()
+        self._has_ended.set()
+        heart.join()
         self._store.release(self._id, has_crashed=False)
 
     def step(self) -> bool:

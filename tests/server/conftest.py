@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from sqlalchemy import Engine
 
 from e2e.live import LiveServer
@@ -83,6 +84,19 @@ class Api:
     def close(self) -> None:
         self._runner.run(self._lifespan.__aexit__(None, None, None))
         self._runner.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_log_lines() -> None:
+    """Without structlog's drawing of tracebacks, which takes seconds for a deep one."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(),
+        ]
+    )
 
 
 @pytest.fixture
