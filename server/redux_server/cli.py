@@ -56,6 +56,9 @@ def run(arguments: Sequence[str]) -> int:
     except (UsageError, SettingsError) as error:
         print(f"flux-redux: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except PermissionError as error:
+        print(f"flux-redux: no permission for {error.filename}", file=sys.stderr)
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
 
@@ -103,9 +106,6 @@ def _add_generate(verbs: Any) -> None:
     )
     add_flags(generate, ModelSettings)
     _add_parameters(generate)
-    generate.add_argument(
-        "--no-safety-checker", action="store_true", help="do not check the images"
-    )
     generate.add_argument("--json", action="store_true", help="end with a line of JSON")
     generate.set_defaults(verb=_generate)
 
@@ -125,6 +125,12 @@ def _add_parameters(
     add("num_inference_steps", 28, "1 to 50")
     add("guidance_scale", 3.5, "1 to 20")
     add("num_images", num_images, "1 to 4")
+    parser.add_argument(
+        "--no-safety-checker",
+        dest="enable_safety_checker",
+        action="store_false",
+        help="do not check the images",
+    )
 
 
 def _add_client(verbs: Any) -> None:

@@ -4,6 +4,8 @@ SQLite in WAL mode with ``synchronous=FULL``: a commit survives a power cut. Sta
 are SQLAlchemy Core and name no dialect.
 """
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,8 @@ def open_database(url: str) -> Engine:
     engine = create_engine(url, connect_args={"timeout": 30.0})
     path = Path(engine.url.database or "")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "not writable", str(path))
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     metadata.create_all(engine)

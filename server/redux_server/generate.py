@@ -17,7 +17,6 @@ from PIL import Image
 from redux_pipelines.errors import ImageError, ReduxError
 from redux_pipelines.images import encode_png, to_rgb
 from redux_pipelines.types import GenerationRequest, ModelInfo, Pipeline, Result, SafetyChecker
-from redux_server import __version__
 from redux_server.cli import UsageError
 from redux_server.client import (
     ClientError,
@@ -27,6 +26,7 @@ from redux_server.client import (
     read_parameters,
     save,
 )
+from redux_server.provenance import provenance
 from redux_server.schemas import parse_size
 from redux_server.settings import ModelSettings
 
@@ -65,9 +65,9 @@ def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
             num_images=wanted["num_images"],
         )
         make_folder(paths[0].parent)
-        made = _make(request, settings, is_checked=not given.no_safety_checker)
+        made = _make(request, settings, is_checked=given.enable_safety_checker)
         for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
-            save(path, encode_png(image, _provenance(made.info, request, seed)))
+            save(path, encode_png(image, provenance(made.info, request, seed)))
     except (ReduxError, ClientError) as error:
         note(str(error))
         return 1
@@ -102,7 +102,9 @@ def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bo
     started = time.perf_counter()
     note(f"loading {settings.base or settings.model} ...")
     pipeline = _load(settings)
-    checker: SafetyChecker = OpenNsfwChecker() if is_checked else NullChecker()
+    checker: SafetyChecker = (
+        OpenNsfwChecker(threshold=settings.safety_threshold) if is_checked else NullChecker()
+    )
     loaded = time.perf_counter()
     note(f"seed {request.seed}")
     result = _denoise(pipeline, request)
@@ -144,17 +146,6 @@ def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:
                 return event
             progress.show("step", event.step, event.total_steps)
     raise RuntimeError("the pipeline ended without a result")
-
-
-def _provenance(info: ModelInfo, request: GenerationRequest, seed: int) -> dict[str, str]:
-    """What the PNG says of itself, as the server's do."""
-    return {
-        "Software": f"FLUX Redux Server {__version__}",
-        "Model": f"{info.name} ({info.backend}, {info.dtype})",
-        "Seed": str(seed),
-        "Steps": str(request.num_inference_steps),
-        "Guidance": str(request.guidance_scale),
-    }
 
 
 def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:

@@ -79,6 +79,9 @@ class ModelSettings:
     max_batch_size: int = option(
         1, "images denoised together; 1 keeps results bitwise independent of batching", minimum=1
     )
+    safety_threshold: float = option(
+        0.8, "score from which an image is withheld", minimum=0.01, maximum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +103,6 @@ class ServerSettings(ModelSettings):
     )
     retention_hours: float = option(168.0, "how long ended tasks and their images stay", minimum=0)
     force_safety_checker: bool = option(False, "check every image, whatever the request says")
-    safety_threshold: float = option(
-        0.8, "score from which an image is withheld", minimum=0.01, maximum=1
-    )
     fetch_allow: str = option(
         "", "private hosts or networks that `image` may point to, separated by commas"
     )

@@ -88,7 +88,7 @@ def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecke
 
     started = time.perf_counter()
     pipeline = load_pipeline(
-        model=None if settings.base else settings.model,
+        model=settings.model,
         base=settings.base or None,
         redux=settings.redux or None,
         revision=settings.revision or None,

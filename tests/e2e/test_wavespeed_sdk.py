@@ -135,16 +135,12 @@ def test_bad_key_is_told(tiny: LiveServer) -> None:
 
 
 def test_bad_parameter_is_told_with_its_range(client: Client) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"HTTP 400: .*num_images must be an .*from 1 to 4"
-    ):
+    with pytest.raises(RuntimeError, match=r"HTTP 400: .*num_images must be an .*from 1 to 4"):
         run(client, image=data_uri(a_picture()), num_images=5)
 
 
 def test_unknown_model_is_told(client: Client) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"HTTP 404: .*available are .*/flux-pro-redux"
-    ):
+    with pytest.raises(RuntimeError, match=r"HTTP 404: .*available are .*/flux-pro-redux"):
         client.run("wavespeed-ai/flux-dev", {"prompt": "a fox"})
 
 
@@ -153,8 +149,6 @@ def test_dead_image_url_fails_the_task_with_its_reason_and_is_not_repeated(
 ) -> None:
     patient = Client(api_key=tiny.key, base_url=tiny.base_url, max_retries=3, retry_interval=0.1)
     before = tiny.log.count('"task ended"')
-    with pytest.raises(
-        RuntimeError, match=r"failed \(task_id: \w{32}\): .*127\.0\.0\.1"
-    ):
+    with pytest.raises(RuntimeError, match=r"failed \(task_id: \w{32}\): .*127\.0\.0\.1"):
         run(patient, image=f"http://127.0.0.1:{free_port()}/gone.png")
     assert tiny.log.count('"task ended"') == before + 1

@@ -23,7 +23,7 @@ from redux_server.schemas import MODELS, PredictionRequest
 from redux_server.services import Services
 from redux_server.store import TaskStore
 from redux_server.tasks import NewTask, Outcome, Status, Task
-from server.conftest import Api, IdleEngine
+from server.in_process import Api, IdleEngine
 
 SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 URL = {"image": "https://example.com/a.png"}
@@ -479,7 +479,8 @@ def test_api_process_loads_no_torch(modules: str) -> None:
 def test_server_ends_cleanly_on_sigterm(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    with LiveServer(tmp_path / "data", env={"TMPDIR": str(temporary)}) as server:
+    places = {name: str(temporary) for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME")}
+    with LiveServer(tmp_path / "data", env=places) as server:
         assert list(temporary.glob("flux-redux-metrics-*"))
         worker_pids = server.worker_pids()
         assert len(worker_pids) == 1

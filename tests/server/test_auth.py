@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from redux_server.auth import KEY_PREFIX, AuthMiddleware, KeyFileError, KeyRing, read_keys_file
-from server.conftest import Clock
+from server.in_process import Clock
 
 FILE_KEY = "a-key-of-sixteen"
 
@@ -84,9 +84,7 @@ def test_revoked_key_is_useless_elsewhere_within_two_seconds(
     assert server.recognise(key) is None
 
 
-def test_key_made_elsewhere_is_known_at_once(
-    database: Engine, ring: KeyRing, clock: Clock
-) -> None:
+def test_key_made_elsewhere_is_known_at_once(database: Engine, ring: KeyRing, clock: Clock) -> None:
     server = KeyRing(database, clock=clock)
     key = ring.create("me")
     assert server.recognise(key) is not None

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from redux_server.blobs import Blobs, Signer, signing_secret
 from redux_server.database import open_database
 from redux_server.errors import Gone, NotFound
-from server.conftest import Clock
+from server.in_process import Clock
 
 KEY = "0123456789abcdef0123456789abcdef/1/0.png"
 

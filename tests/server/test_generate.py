@@ -98,6 +98,9 @@ def test_json_is_the_last_line_and_complete(
 
 
 class _FlagsSecond:
+    def __init__(self, *, threshold: float) -> None:
+        assert threshold == 0.8
+
     def check(self, images: tuple[Image.Image, ...]) -> tuple[bool, ...]:
         return tuple(i == 1 for i in range(len(images)))
 

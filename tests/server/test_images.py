@@ -9,7 +9,7 @@ from redux_server.blobs import Blobs, Signer
 from redux_server.decode import DecodeError
 from redux_server.images import ImageGone, ImageLoader
 from redux_server.netguard import FetchError
-from server.conftest import Clock
+from server.in_process import Clock
 
 KEY = "0123456789abcdef0123456789abcdef/1/0.png"
 

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from redux_server.middleware import RequestContext
-from server.conftest import Api
+from server.in_process import Api
 
 LIMIT = 1000
 SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"

@@ -29,7 +29,7 @@ from redux_server.presence import Presence
 from redux_server.store import TaskStore
 from redux_server.tasks import NewTask, Status, Task
 from redux_server.worker import Worker
-from server.conftest import Clock
+from server.in_process import Clock
 
 ME, OTHER = "host/cpu", "host/other"
 INPUT = {
