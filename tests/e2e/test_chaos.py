@@ -40,7 +40,8 @@ from redux_server.tasks import NewTask, Outcome, Status, Task
 TASKS = 60
 CLIENTS = 6
 KILLS = 20
-BOUND_S = 60.0
+CALM_S = 40.0  # within which all must be done once nothing is killed any more
+PATIENCE_S = 120.0
 IMAGE = data_uri(a_picture())
 WAITING = "waiting for the previous worker"
 
@@ -283,7 +284,7 @@ class Client(threading.Thread):
         self.histories: list[TaskHistory] = []
         self.seen = Counter[str]()
         self.failure: BaseException | None = None
-        self.ends_at = time.monotonic() + BOUND_S
+        self.ends_at = time.monotonic() + PATIENCE_S
 
     def run(self) -> None:
         try:
@@ -432,7 +433,7 @@ def test_no_task_is_lost_under_20_random_kills(
             stormed_s = time.monotonic() - began
         finally:
             for client in clients:
-                client.join(BOUND_S + 30)
+                client.join(PATIENCE_S + 30)
             watch.may_end.set()
             watch.join()
         took_s = time.monotonic() - began
@@ -442,7 +443,7 @@ def test_no_task_is_lost_under_20_random_kills(
             client.look_once_more()
         found = rows()
     histories = [log for client in clients for log in client.histories]
-    anomalies = check(histories, bound_s=BOUND_S)
+    anomalies = check(histories, bound_s=stormed_s + CALM_S)
     accepted = {log.id for log in histories}
     lost = sorted(accepted - found.keys())
     counts = sum((client.seen for client in clients), Counter[str]())

@@ -119,6 +119,7 @@ class Bench:
         self.store = TaskStore(database, lease_s=30, max_attempts=3, clock=clock)
         self.blobs = Blobs(folder)
         self.presence = Presence(database)
+        self.undo: list[Callable[[], None]] = []  # stops what runs, when a test fails half-way
 
     def worker(self, **parts: Any) -> Worker:
         given: dict[str, Any] = {
@@ -130,7 +131,34 @@ class Bench:
             "safety": Safety(),
             "heartbeat_s": 0.02,
         }
-        return Worker(ME, **{**given, **parts})
+        given |= parts
+        worker = Worker(ME, **given)
+        self.undo += [worker.stop, getattr(given["pipeline"], "open", worker.stop)]
+        return worker
+
+    @contextmanager
+    def beside(self, function: Callable[[], Any]) -> Iterator[threading.Thread]:
+        """Run ``function`` beside the test; an exception in either fails it, and ends both."""
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                function()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        try:
+            yield thread
+        except BaseException:
+            for action in self.undo:
+                action()
+            raise
+        finally:
+            thread.join(20)
+        assert not thread.is_alive()
+        assert not errors, errors
 
     def submit(self, **parameters: Any) -> str:
         new = NewTask("key", "model", {**INPUT, **parameters})
@@ -157,27 +185,6 @@ class Bench:
 @pytest.fixture
 def bench(database: Engine, tmp_path: Path, clock: Clock) -> Bench:
     return Bench(database, tmp_path / "blobs", clock)
-
-
-@contextmanager
-def in_thread(function: Callable[[], Any]) -> Iterator[threading.Thread]:
-    """Run ``function`` beside the test; an exception in it fails the test."""
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    try:
-        yield thread
-    finally:
-        thread.join(20)
-    assert not thread.is_alive()
-    assert not errors, errors
 
 
 def ended(reason: str = "", status: str = "completed") -> float:
@@ -257,7 +264,7 @@ def test_progress_is_recorded_by_the_heartbeat(bench: Bench) -> None:
     pipeline = GatedPipeline()
     worker = bench.worker(pipeline=pipeline)
     task_id = bench.submit(num_inference_steps=5)
-    with in_thread(worker.step):
+    with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         pipeline.gate.release(2)
         wait_until(lambda: worker._held[task_id].step == 2, 10)
@@ -386,7 +393,7 @@ def test_lost_lease_abandons_the_task_at_the_next_step(bench: Bench) -> None:
     pipeline = GatedPipeline()
     worker = bench.worker(pipeline=pipeline)
     task_id = bench.submit(num_inference_steps=50)
-    with in_thread(worker.step):
+    with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         bench.clock.now += 31
         assert bench.store.claim(OTHER) is not None
@@ -404,7 +411,7 @@ def test_result_that_comes_too_late_is_dropped(bench: Bench) -> None:
     worker = bench.worker(pipeline=pipeline)
     task_id = bench.submit(num_inference_steps=1)
     fenced = REGISTRY.get_sample_value("flux_redux_fenced_finishes_total") or 0
-    with in_thread(worker.step):
+    with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         bench.clock.now += 31
         assert bench.store.claim(OTHER) is not None
@@ -417,11 +424,11 @@ def test_task_that_a_frozen_worker_takes_from_itself_is_kept_by_the_new_lane(ben
     pipeline = GatedPipeline()
     worker = bench.worker(pipeline=pipeline)
     task_id = bench.submit(num_inference_steps=50)
-    with in_thread(worker.step):
+    with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         first = worker._held[task_id]
         bench.clock.now += 31  # the whole process slept: no heartbeat
-        with in_thread(worker.step):
+        with bench.beside(worker.step):
             wait_until(lambda: worker._held[task_id] is not first, 10)
             assert first.is_lost, "two lanes would work on one task"
             worker._renew()
@@ -503,7 +510,7 @@ def test_next_picture_is_loaded_while_a_task_is_on_the_device(bench: Bench) -> N
     pipeline, images = GatedPipeline(), Images()
     worker = bench.worker(pipeline=pipeline, images=images)
     tasks = [bench.submit(image=f"https://example.com/{name}") for name in "abcd"]
-    with in_thread(worker.run):
+    with bench.beside(worker.run):
         wait_until(lambda: len(images.loaded) == 2, 10)
         assert pipeline.is_running.wait(10)
         time.sleep(0.1)
@@ -521,7 +528,7 @@ def test_stop_finishes_the_running_task_and_returns_the_next(bench: Bench) -> No
     pipeline = GatedPipeline()
     worker = bench.worker(pipeline=pipeline)
     running, prefetched, waiting = (bench.submit() for _ in range(3))
-    with in_thread(worker.run) as thread:
+    with bench.beside(worker.run) as thread:
         assert pipeline.is_running.wait(10)
         wait_until(lambda: bench.task(prefetched).attempt == 1, 10)
         worker.stop()
@@ -539,7 +546,7 @@ def test_lease_is_renewed_while_stopping(bench: Bench) -> None:
     pipeline = GatedPipeline()
     worker = bench.worker(pipeline=pipeline)
     task_id = bench.submit()
-    with in_thread(worker.run):
+    with bench.beside(worker.run):
         assert pipeline.is_running.wait(10)
         worker.stop()
         for _ in range(3):
@@ -561,7 +568,7 @@ def test_stopped_worker_claims_nothing(bench: Bench) -> None:
 def test_run_leaves_no_thread_behind(bench: Bench) -> None:
     before = set(threading.enumerate())
     worker = bench.worker()
-    with in_thread(worker.run):
+    with bench.beside(worker.run):
         worker.stop()
     assert set(threading.enumerate()) <= before
 
@@ -569,7 +576,7 @@ def test_run_leaves_no_thread_behind(bench: Bench) -> None:
 def test_wake_ends_the_wait_for_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "POLL_S", 60.0)
     worker = bench.worker()
-    with in_thread(worker.step):
+    with bench.beside(worker.step):
         time.sleep(0.1)  # it finds nothing and waits
         task_id = bench.submit()
         worker.wake()
@@ -580,7 +587,7 @@ def test_lane_outlives_a_database_that_is_away(bench: Bench) -> None:
     store = Unreliable(bench.store, "claim", 3)
     worker = bench.worker(store=store)
     task_id = bench.submit()
-    with in_thread(worker.run):
+    with bench.beside(worker.run):
         wait_until(lambda: bench.task(task_id).status is Status.COMPLETED, 10)
         worker.stop()
     assert store.failures_left == 0
@@ -591,7 +598,7 @@ def test_heartbeat_outlives_a_database_that_is_away(bench: Bench) -> None:
     store = Unreliable(bench.store, "renew", 3)
     worker = bench.worker(store=store, pipeline=pipeline)
     task_id = bench.submit()
-    with in_thread(worker.run):
+    with bench.beside(worker.run):
         assert pipeline.is_running.wait(10)
         wait_until(lambda: store.failures_left == 0, 10)
         pipeline.open()
