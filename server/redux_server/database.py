@@ -43,7 +43,9 @@ tasks = Table(
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("owner", String(128)),
+    # attempt numbers every start and fences results; crashes counts those whose worker was lost.
     Column("attempt", Integer, nullable=False, default=0),
+    Column("crashes", Integer, nullable=False, default=0),
     Column("progress_step", Integer, nullable=False, default=0),
     Column("outcome", JSON),
     Index("tasks_queued", "queued_at"),

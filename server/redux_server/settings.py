@@ -96,7 +96,7 @@ class ServerSettings(ModelSettings):
     )
     api_keys_file: str = option("", "file with one `name:key` per line, beside the stored keys")
     max_queue: int = option(1000, "open tasks beyond which a submit is answered 429", minimum=1)
-    max_attempts: int = option(3, "times a task is started before it is given up", minimum=1)
+    max_attempts: int = option(3, "workers a task may cost before it is given up", minimum=1)
     lease_s: float = option(30.0, "seconds after which a silent worker loses its task", minimum=1)
     drain_timeout_s: float = option(
         60.0, "seconds a stopping worker may finish its task", minimum=0

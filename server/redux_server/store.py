@@ -168,7 +168,7 @@ class TaskStore:
         """
         with self._engine.begin() as db:
             held_by = tasks.c.owner == owner
-            return self._take_back(db, held_by, self._clock(), may_give_up=has_crashed)
+            return self._take_back(db, held_by, self._clock(), has_crashed=has_crashed)
 
     def queue_state(self) -> QueueState:
         """Counts for metrics and for `Retry-After`."""
@@ -202,15 +202,20 @@ class TaskStore:
             return db.scalar(queued) is not None or db.scalar(expired) is not None
 
     def _take_back(
-        self, db: Connection, condition: Any, now: float, *, may_give_up: bool = True
+        self, db: Connection, condition: Any, now: float, *, has_crashed: bool = True
     ) -> int:
         held = [_IS_LEASED, condition]
-        poisoned = self._give_up(db, held, now) if may_give_up else 0
+        poisoned = self._give_up(db, held, now) if has_crashed else 0
         # Back to its old place in the queue, not to its end.
         returned = db.execute(
             update(tasks)
             .where(*held)
-            .values(queued_at=tasks.c.created_at, lease_until=None, owner=None)
+            .values(
+                queued_at=tasks.c.created_at,
+                lease_until=None,
+                owner=None,
+                crashes=tasks.c.crashes + int(has_crashed),
+            )
         )
         return poisoned + int(returned.rowcount)
 
@@ -218,7 +223,7 @@ class TaskStore:
         reason = f"The worker stopped unexpectedly {self._max_attempts} times during this task."
         poisoned = db.execute(
             update(tasks)
-            .where(*held, tasks.c.attempt >= self._max_attempts)
+            .where(*held, tasks.c.crashes + 1 >= self._max_attempts)
             .values(_ended(Outcome.failure(Code.INTERNAL, reason), now))
         )
         return int(poisoned.rowcount)
@@ -261,6 +266,7 @@ def _task_from(row: Mapping[str, Any]) -> Task:
         "started_at": None,
         "finished_at": None,
         "attempt": 0,
+        "crashes": 0,
         "progress_step": 0,
         "outcome": None,
     }

@@ -61,7 +61,10 @@ class NewTask:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A stored task. Times are Unix seconds; ``attempt`` counts how often it was started."""
+    """A stored task. Times are Unix seconds.
+
+    ``attempt`` counts how often it was started, ``crashes`` how often its worker was lost then.
+    """
 
     id: str
     key_id: str
@@ -73,5 +76,6 @@ class Task:
     started_at: float | None
     finished_at: float | None
     attempt: int
+    crashes: int
     progress_step: int
     outcome: Outcome | None

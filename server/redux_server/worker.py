@@ -151,7 +151,7 @@ class Worker:
             self._work_arrived.clear()
             task = self._store.claim(self._id)
             if task is not None:
-                if task.attempt > 1:
+                if task.crashes:
                     metrics.REDELIVERIES.inc()
                 return task
             self._work_arrived.wait(POLL_S)
@@ -202,7 +202,7 @@ class Worker:
         with self._device:
             # A task that was given back may have killed its worker. It is worked on alone, so
             # that it cannot take the next one down with it, again and again.
-            if task.attempt == 1:
+            if task.crashes == 0:
                 waits()
             with held.timed("inference"):
                 result = self._generate(request, held)

@@ -63,6 +63,7 @@ def a_task(status: Status, **changes: Any) -> Task:
         "started_at": 1_763_822_401.0 if has_started else None,
         "finished_at": 1_763_822_402.0 if status.is_terminal else None,
         "attempt": int(has_started),
+        "crashes": 0,
         "progress_step": 5 if has_started else 0,
         "outcome": OUTCOMES[status],
     }

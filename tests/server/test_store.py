@@ -96,6 +96,7 @@ def test_accepted_task_is_known_and_waits(store: TaskStore, clock: Clock) -> Non
         started_at=None,
         finished_at=None,
         attempt=0,
+        crashes=0,
         progress_step=0,
         outcome=None,
     )
@@ -400,6 +401,19 @@ def test_worker_that_was_told_to_go_gives_up_no_task(engine: Engine) -> None:
         assert store.release("w", has_crashed=False) == 1
     assert get(store, task_id).status is Status.PROCESSING
     assert claim(store).attempt == 6
+
+
+def test_planned_stops_do_not_count_towards_giving_up(engine: Engine) -> None:
+    store = TaskStore(engine, max_attempts=2)
+    [task_id] = add(store)
+    for _ in range(5):
+        claim(store)
+        store.release("w", has_crashed=False)
+    crash(store, times=1)
+    assert get(store, task_id).status is Status.PROCESSING
+    assert get(store, task_id).crashes == 1
+    crash(store, times=1)
+    assert get(store, task_id).status is Status.FAILED
 
 
 # --- keeping house -------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Row:
     place: int
     status: Status = Status.CREATED
     attempt: int = 0
+    crashes: int = 0
     owner: str | None = None
     lease_until: float | None = None
     is_queued: bool = True
@@ -83,7 +84,8 @@ class Model:
     def take_back(self, rows: list[Row], *, has_crashed: bool = True) -> int:
         for row in rows:
             row.lease_until = None
-            if has_crashed and row.attempt >= MAX_ATTEMPTS:
+            row.crashes += has_crashed
+            if has_crashed and row.crashes >= MAX_ATTEMPTS:
                 text = f"The worker stopped unexpectedly {MAX_ATTEMPTS} times during this task."
                 self.end(row, Outcome.failure(5000, text))
             else:
