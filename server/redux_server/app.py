@@ -64,11 +64,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _probes() -> APIRouter:
     router = APIRouter(tags=["service"])
 
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", summary="Is the process alive?")
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Is the process alive?")
     async def livez() -> dict[str, str]:
         return {"status": "ok"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", summary="Will a task be worked on now?")
     def readyz(parts: routes.Parts) -> Response:
         workers = parts.presence.all()

@@ -58,6 +58,16 @@ class Blobs:
         for chunk in obstore.list(self._store, prefix):
             obstore.delete(self._store, [meta["path"] for meta in chunk])
 
+    def tasks_before(self, when: float) -> set[str]:
+        """The tasks whose newest blob was written before ``when`` (Unix seconds)."""
+        newest: dict[str, float] = {}
+        for chunk in obstore.list(self._store):
+            for meta in chunk:
+                task = meta["path"].split("/", 1)[0]
+                written = meta["last_modified"].timestamp()
+                newest[task] = max(written, newest.get(task, 0.0))
+        return {task for task, written in newest.items() if written < when}
+
 
 class Signer:
     """Makes and checks ``/files/{signature}/{expiry}/{key}`` paths (HMAC-SHA-256, 128 bits)."""

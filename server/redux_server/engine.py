@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from redux_server.device_lock import is_free, lock_path
-from redux_server.presence import worker_id
+from redux_server.presence import EXIT_CANNOT_LOAD, Presence, WorkerState, worker_id
 from redux_server.settings import ServerSettings, to_environment
 from redux_server.store import TaskStore
 
@@ -31,10 +32,16 @@ class LocalEngine:
     """
 
     def __init__(
-        self, settings: ServerSettings, store: TaskStore, *, command: Sequence[str] = _WORKER
+        self,
+        settings: ServerSettings,
+        store: TaskStore,
+        presence: Presence,
+        *,
+        command: Sequence[str] = _WORKER,
     ) -> None:
         self._settings = settings
         self._store = store
+        self._presence = presence
         self._command = command
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._supervisors: list[asyncio.Task[None]] = []
@@ -78,8 +85,10 @@ class LocalEngine:
         while not self._stopping.is_set():
             started = time.monotonic()
             try:
+                # What a worker of before last said of itself must not count for this one.
+                await asyncio.to_thread(self._say, device, "starting")
                 code = await self._run_one(device)
-                released = await asyncio.to_thread(self._take_back, device)
+                released = await asyncio.to_thread(self._take_back, device, code)
                 _log.log(
                     logging.INFO if self._stopping.is_set() else logging.ERROR,
                     "worker ended",
@@ -93,14 +102,22 @@ class LocalEngine:
             pause_s = 0.0 if lived_s > _HEALTHY_S else min(_MAX_PAUSE_S, max(0.5, pause_s * 2))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
+        with contextlib.suppress(SQLAlchemyError):
+            await asyncio.to_thread(self._presence.leave, worker_id(device))
 
-    def _take_back(self, device: str) -> int:
+    def _take_back(self, device: str, code: int) -> int:
         # A server that was killed leaves its worker to finish. Ours then only waited for the
         # device, under the same name, and what is leased under it is still being worked on.
         if not is_free(lock_path(self._settings, device)):
             return 0
+        name = worker_id(device)
         has_crashed = not self._stopping.is_set()
-        return self._store.release(worker_id(device), has_crashed=has_crashed)
+        if has_crashed and code != EXIT_CANNOT_LOAD:  # which would have said more than we know
+            self._say(device, f"ended with code {code}, is being restarted")
+        return self._store.release(name, has_crashed=has_crashed)
+
+    def _say(self, device: str, detail: str) -> None:
+        self._presence.announce(worker_id(device), device, WorkerState.LOADING, detail)
 
     async def _run_one(self, device: str) -> int:
         process = await asyncio.create_subprocess_exec(

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redux_server import metrics
 from redux_server.errors import TooLarge, error_response
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 _log = structlog.get_logger("redux_server.http")
 
@@ -101,7 +102,8 @@ def _declared_length(scope: Scope) -> int:
 
 def _record(scope: Scope, status: int, seconds: float) -> None:
     route = getattr(scope.get("route"), "path", "unmatched")
-    metrics.HTTP.labels(scope["method"], route, str(status)).observe(seconds)
+    method = scope["method"] if scope["method"] in _METHODS else "other"  # a stranger's choice
+    metrics.HTTP.labels(method, route, str(status)).observe(seconds)
     # Polls are many and say nothing; the query string is never logged, it may hold a secret.
     report = _log.debug if scope["method"] == "GET" and status < 400 else _log.info
     report(

@@ -110,8 +110,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
         schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
         schemes["key"] = {"type": "http", "scheme": "bearer"}
         for path, operations in document["paths"].items():
-            if path.startswith("/api/"):
-                for operation in operations.values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # never given: ours are 400
+                if path.startswith("/api/"):
                     operation["security"] = [{"key": []}]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"].get("schemas", {}).pop(unused, None)
         app.openapi_schema = document
     return app.openapi_schema

@@ -1,14 +1,21 @@
 """Which workers there are and how they are, so that any API process can answer `/readyz`."""
 
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
+import structlog
 from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from redux_server.database import reader, workers
+
+EXIT_CANNOT_LOAD = 3  # a worker process that has said why it failed
+_log = structlog.get_logger("redux_server.presence")
 
 
 class WorkerState(StrEnum):
@@ -65,6 +72,26 @@ class Presence:
             db.execute(
                 update(workers).where(workers.c.id == worker_id).values(heartbeat_at=self._clock())
             )
+
+    @contextmanager
+    def kept_alive(self, worker_id: str, *, every_s: float = 5.0) -> Iterator[None]:
+        """Send heartbeats from a thread of their own, whatever the caller is busy with."""
+        has_ended = threading.Event()
+
+        def beat() -> None:
+            while not has_ended.wait(every_s):
+                try:
+                    self.heartbeat(worker_id)
+                except SQLAlchemyError as error:  # the database may be back at the next beat
+                    _log.error("presence heartbeat failed", exc_info=error)
+
+        thread = threading.Thread(target=beat, name="presence", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            has_ended.set()
+            thread.join()
 
     def leave(self, worker_id: str) -> None:
         """Forget a worker."""

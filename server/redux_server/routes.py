@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
+from obstore.exceptions import BaseError as BlobError
 from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 
@@ -22,10 +23,9 @@ from redux_server.schemas import (
     prediction,
 )
 from redux_server.services import Services
-from redux_server.tasks import NewTask, Task
+from redux_server.tasks import TASK_ID, NewTask, Task
 
 MAX_URL = 8192
-_TASK_ID = re.compile(r"[0-9a-f]{32}")
 
 router = APIRouter()
 
@@ -79,7 +79,7 @@ for _version in ("v2", "v3"):
 
 async def result(task_id: str, request: Request, parts: Parts) -> JSONResponse:
     """The state of a task, and its outputs once it is completed."""
-    task = await _find(task_id, parts) if _TASK_ID.fullmatch(task_id) else None
+    task = await _find(task_id, parts) if TASK_ID.fullmatch(task_id) else None
     # Another key's task looks like one that never was: ids must not be confirmed by guessing.
     if task is None or task.key_id != request.state.key_id:
         raise NotFound(
@@ -103,7 +103,7 @@ for _path in (
     )(result)
 
 
-@router.get("/files/{path:path}", include_in_schema=False)
+@router.api_route("/files/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
 async def download(path: str, parts: Parts) -> Response:
     """A stored picture; the signed path is the permission."""
     key = parts.signer.open_key(f"/files/{path}")
@@ -142,7 +142,14 @@ async def _store_image(image: str, task_id: str, parts: Services) -> str:
         return image
     data = await asyncio.to_thread(inline_image.decode, image)
     key = f"{task_id}/input"
-    await asyncio.to_thread(parts.blobs.put, key, data)
+    try:
+        await asyncio.to_thread(parts.blobs.put, key, data)
+    except (OSError, BlobError):
+        metrics.REJECTED.labels("blobs").inc()
+        raise Unavailable(
+            "The picture could not be stored (disk full?); nothing was started.",
+            headers={"Retry-After": "5"},
+        ) from None
     return f"blob:{key}"
 
 

@@ -71,6 +71,7 @@ def check(settings: ServerSettings) -> None:
 def build_services(settings: ServerSettings) -> Services:
     """The API process's parts over the data directory of ``settings``."""
     engine = open_database(settings.database_url)
+    presence = Presence(engine)
     store = TaskStore(engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
     try:
         keys = KeyRing(engine, file=settings.api_keys_file)
@@ -82,10 +83,10 @@ def build_services(settings: ServerSettings) -> Services:
         accept=Coalescer(lambda new: store.accept(new, max_open=settings.max_queue), name="accept"),
         find=Coalescer(store.get, name="find"),
         keys=keys,
-        presence=Presence(engine),
+        presence=presence,
         blobs=Blobs(settings.blobs_dir),
         signer=Signer(signing_secret(engine), clock=time.time),
-        engine=LocalEngine(settings, store),
+        engine=LocalEngine(settings, store, presence),
     )
 
 

@@ -1,9 +1,12 @@
 """What a task is: its states, its input and its outcome. Knows no storage and no HTTP."""
 
+import re
 import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+TASK_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Status(StrEnum):

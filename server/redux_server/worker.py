@@ -9,7 +9,9 @@ checker and the store are given to it.
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +27,12 @@ from redux_server.blobs import Blobs
 from redux_server.decode import DecodeError
 from redux_server.images import ImageGone, ImageLoader
 from redux_server.netguard import FetchError
-from redux_server.presence import Presence
 from redux_server.schemas import parse_size
 from redux_server.store import TaskStore
 from redux_server.tasks import Code, Outcome, Status, Task
 
 LANES = 3
 POLL_S = 0.5
-_PRESENCE_S = 5.0
 _log = structlog.get_logger("redux_server.worker")
 
 
@@ -63,24 +63,27 @@ class _Held:
 
 
 class Worker:
-    """Works off tasks on one device until stopped."""
+    """Works off tasks on one device until stopped.
+
+    ``device`` has one thread, on which alone the pipeline runs: what torch compiles and captures
+    belongs to the thread that made it.
+    """
 
     def __init__(
         self,
         worker_id: str,
         *,
         store: TaskStore,
-        presence: Presence,
         blobs: Blobs,
         images: ImageLoader,
         pipeline: Pipeline,
         safety: SafetyChecker,
+        device: Executor | None = None,
         force_safety: bool = False,
         heartbeat_s: float = 0.5,
     ) -> None:
         self._id = worker_id
         self._store = store
-        self._presence = presence
         self._blobs = blobs
         self._images = images
         self._pipeline = pipeline
@@ -93,7 +96,7 @@ class Worker:
         self._has_ended = threading.Event()
         # One task at most waits for the device; more would keep it from other workers.
         self._next_up = threading.Semaphore(1)
-        self._device = threading.Lock()
+        self._device = device or ThreadPoolExecutor(1, thread_name_prefix="device")
 
     def wake(self) -> None:
         """There may be work: look now instead of at the next poll."""
@@ -199,16 +202,22 @@ class Worker:
             guidance_scale=task.input["guidance_scale"],
             num_images=task.input["num_images"],
         )
-        with self._device:
-            # A task that was given back may have killed its worker. It is worked on alone, so
-            # that it cannot take the next one down with it, again and again.
-            if task.crashes == 0:
-                waits()
-            with held.timed("inference"):
-                result = self._generate(request, held)
+        context = copy_context()  # for the log's task id
+        on_device = self._device.submit(context.run, self._on_device, task, request, held, waits)
+        result = on_device.result()
         for stage, seconds in result.timings.items():
             held.note(stage.removesuffix("_s"), seconds)
         return self._store_images(task, held, result)
+
+    def _on_device(
+        self, task: Task, request: GenerationRequest, held: _Held, waits: Callable[[], None]
+    ) -> Result:
+        # A task that was given back may have killed its worker. It is worked on alone, so that it
+        # cannot take the next one down with it, again and again.
+        if task.crashes == 0:
+            waits()
+        with held.timed("inference"):
+            return self._generate(request, held)
 
     def _generate(self, request: GenerationRequest, held: _Held) -> Result:
         self._check_still_wanted(held)
@@ -288,14 +297,10 @@ class Worker:
             raise Abandoned("the worker is stopping")
 
     def _beat(self) -> None:
-        """Renew leases and presence while ``run`` does, draining included."""
-        last_presence = time.monotonic()
+        """Renew leases while ``run`` does, draining included."""
         while not self._has_ended.wait(self._heartbeat_s):
             try:
                 self._renew()
-                if time.monotonic() - last_presence > _PRESENCE_S:
-                    last_presence = time.monotonic()
-                    self._presence.heartbeat(self._id)
             except SQLAlchemyError as error:
                 _log.error("heartbeat failed", exc_info=error)
 

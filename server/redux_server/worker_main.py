@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from PIL import Image
@@ -20,12 +21,11 @@ from redux_server.database import open_database
 from redux_server.fetch import ImageFetcher
 from redux_server.images import ImageLoader
 from redux_server.netguard import AddressPolicy
-from redux_server.presence import Presence, WorkerState, worker_id
+from redux_server.presence import EXIT_CANNOT_LOAD, Presence, WorkerState, worker_id
 from redux_server.settings import ServerSettings
 from redux_server.store import TaskStore
 from redux_server.worker import Worker
 
-EXIT_CANNOT_LOAD = 3
 _WAITING = "waiting for the previous worker of this device to end"
 _log = structlog.get_logger("redux_server.worker_main")
 
@@ -52,34 +52,43 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
         _log.warning(_WAITING, device=device)
 
     path = device_lock.lock_path(settings, device)
-    with device_lock.holding(path, before_waiting=say_waiting):
+    with presence.kept_alive(name), device_lock.holding(path, before_waiting=say_waiting):
         store.release(name)  # left by a predecessor that died: the lock says it is gone
         announce(WorkerState.LOADING)
-        try:
-            pipeline, safety = _load(settings, device)
-        except ReduxError as error:
-            announce(WorkerState.FAILED, str(error))
-            _log.error("cannot load the model", reason=str(error))
-            return EXIT_CANNOT_LOAD
-        blobs = Blobs(settings.blobs_dir)
-        worker = Worker(
-            name,
-            store=store,
-            presence=presence,
-            blobs=blobs,
-            images=_image_loader(settings, blobs, Signer(signing_secret(engine), clock=time.time)),
-            pipeline=pipeline,
-            safety=safety,
-            force_safety=settings.force_safety_checker,
-        )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: worker.stop())
-        supervisor.attach(worker)
-        announce(WorkerState.READY, _describe(pipeline))
-        _log.info("worker ready", device=device, model=pipeline.info.name)
-        worker.run()
+        with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
+            try:
+                pipeline, safety = device_thread.submit(_load, settings, device).result()
+            except Exception as error:
+                announce(WorkerState.FAILED, _reason(error))
+                _log.error("cannot load the model", reason=str(error), exc_info=error)
+                return EXIT_CANNOT_LOAD
+            blobs = Blobs(settings.blobs_dir)
+            signer = Signer(signing_secret(engine), clock=time.time)
+            worker = Worker(
+                name,
+                store=store,
+                blobs=blobs,
+                images=_image_loader(settings, blobs, signer),
+                pipeline=pipeline,
+                safety=safety,
+                device=device_thread,
+                force_safety=settings.force_safety_checker,
+            )
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: worker.stop())
+            supervisor.attach(worker)
+            announce(WorkerState.READY, _describe(pipeline))
+            _log.info("worker ready", device=device, model=pipeline.info.name)
+            worker.run()
         presence.leave(name)
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """Why the model cannot be loaded, for whoever asks ``/readyz``."""
+    if isinstance(error, (ReduxError, ValueError)):  # both say what to do
+        return str(error)
+    return f"{type(error).__name__} while loading the model; the worker's log says more"
 
 
 def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:

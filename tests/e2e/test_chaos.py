@@ -414,7 +414,6 @@ def test_device_watch_tells_turns_from_a_sequence() -> None:
     assert overlaps([{one}, {two}, {one}]) == [(one, two)]
 
 
-@pytest.mark.slow
 def test_no_task_is_lost_under_20_random_kills(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -476,7 +475,6 @@ def _has_work(found: dict[str, Row[Any]], since: float) -> bool:
 # --- kill -9, at chosen moments ------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_an_acknowledged_task_outlives_the_api_process(tmp_path: Path) -> None:
     server = RestartedServer(tmp_path / "data")
     acknowledged = []
@@ -493,7 +491,6 @@ def test_an_acknowledged_task_outlives_the_api_process(tmp_path: Path) -> None:
     assert [task["status"] for task in ended] == ["completed"] * 6
 
 
-@pytest.mark.slow
 def test_an_orphaned_worker_finishes_its_task_and_its_successors_wait(tmp_path: Path) -> None:
     server = RestartedServer(tmp_path / "data")
     with server, server.rows() as rows:
@@ -531,7 +528,6 @@ def _readyz(server: LiveServer) -> str:
     return ""
 
 
-@pytest.mark.slow
 def test_a_task_that_kills_its_worker_is_given_up_and_its_neighbours_complete(
     tmp_path: Path,
 ) -> None:
@@ -559,7 +555,6 @@ def test_a_task_that_kills_its_worker_is_given_up_and_its_neighbours_complete(
     assert back_s < 15
 
 
-@pytest.mark.slow
 def test_a_server_stops_at_once_while_its_worker_waits_for_an_orphan(tmp_path: Path) -> None:
     server = RestartedServer(tmp_path / "data")
     with server, server.rows() as rows:

@@ -394,6 +394,54 @@ def test_sweep_deletes_more_than_one_batch(
     assert housekeeping.sweep(services) == 120
 
 
+def test_sweep_deletes_pictures_whose_task_was_never_accepted(
+    build_services: Callable[..., Services],
+    database: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    services = build_services()
+    kept = ended_task(services, database, age_hours=0)
+    stray = f"{'5' * 32}/input"
+    for key in (stray, "sample/photo.jpg"):
+        services.blobs.put(key, a_picture())
+    assert housekeeping.sweep_strays(services) == 0  # its task may be on its way
+    monkeypatch.setattr(housekeeping, "STRAY_AFTER_S", -1.0)
+    assert housekeeping.sweep_strays(services) == 1
+    with pytest.raises(FileNotFoundError):
+        services.blobs.get(stray)
+    assert services.blobs.get("sample/photo.jpg")
+    assert services.blobs.get(f"{kept.id}/input")
+
+
+@pytest.mark.parametrize("path", ["/livez", "/health", "/readyz", "file"])
+def test_head_is_answered_like_get_without_a_body(
+    build_services: Callable[..., Services], build_api: Callable[..., Api], path: str
+) -> None:
+    services = build_services()
+    services.blobs.put("sample/photo.jpg", a_picture())
+    if path == "file":
+        path = services.signer.path("sample/photo.jpg", time.time() + 60)
+    api = build_api(services)
+    got, head = api.request("GET", path), api.request("HEAD", path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+
+
+def test_full_disk_refuses_an_inline_picture_and_starts_nothing(
+    build_services: Callable[..., Services],
+    build_api: Callable[..., Api],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    services = build_services()
+
+    def full(_blobs: object, _key: str, _data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(services.blobs), "put", full)
+    answer = build_api(services).post(f"/api/v3/{MODELS[0]}", json={"image": data_uri(a_picture())})
+    assert (answer.status_code, answer.json()["error_code"]) == (503, "unavailable")
+    assert services.store.queue_state().waiting == 0
+
+
 def test_server_sweeps_when_it_starts(
     build_services: Callable[..., Services], build_api: Callable[..., Api], database: Engine
 ) -> None:

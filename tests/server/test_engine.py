@@ -16,7 +16,7 @@ from redux_server import engine as engine_module
 from redux_server.database import open_database
 from redux_server.device_lock import holding, is_free, lock_path
 from redux_server.engine import LocalEngine, devices
-from redux_server.presence import worker_id
+from redux_server.presence import Presence, WorkerState, worker_id
 from redux_server.settings import ServerSettings
 from redux_server.store import TaskStore
 from redux_server.tasks import NewTask, Status
@@ -45,6 +45,10 @@ def store(settings: ServerSettings) -> Iterator[TaskStore]:
     database = open_database(settings.database_url)
     yield TaskStore(database, max_attempts=settings.max_attempts)
     database.dispose()
+
+
+def presence_of(settings: ServerSettings) -> Presence:
+    return Presence(open_database(settings.database_url))
 
 
 class Notes:
@@ -81,7 +85,7 @@ def play(
     options = {"command": (sys.executable, "-I", "-S", "-c", STUB + stub), **options}
 
     async def run() -> None:
-        engine = LocalEngine(settings, store, **options)
+        engine = LocalEngine(settings, store, presence_of(settings), **options)
         await engine.start()
         try:
             await scenario(engine, notes)
@@ -356,11 +360,26 @@ def test_stop_does_not_wait_for_the_next_restart(
     assert len(play(settings, store, DIE, scenario).all("started")) == 3
 
 
+def test_a_dead_worker_does_not_stay_ready(settings: ServerSettings, store: TaskStore) -> None:
+    presence = presence_of(settings)
+    presence.announce(worker_id("cpu"), "cpu", WorkerState.READY, "said before it was killed")
+    seen = []
+
+    async def scenario(engine: LocalEngine, notes: Notes) -> None:
+        while len(notes.all("started")) < 2:
+            await asyncio.sleep(0.05)
+        seen.extend(presence.all())
+
+    play(settings, store, DIE, scenario)
+    assert [worker.state for worker in seen] == [WorkerState.LOADING]
+    assert presence.all() == []  # and a stopped server has none
+
+
 def test_stop_before_start_and_twice_is_harmless(
     settings: ServerSettings, store: TaskStore
 ) -> None:
     async def run() -> None:
-        engine = LocalEngine(settings, store)
+        engine = LocalEngine(settings, store, presence_of(settings))
         engine.wake()
         await engine.stop()
         await engine.stop()

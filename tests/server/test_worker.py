@@ -25,7 +25,6 @@ from redux_server.blobs import Blobs
 from redux_server.decode import DecodeError
 from redux_server.images import ImageGone
 from redux_server.netguard import FetchError
-from redux_server.presence import Presence
 from redux_server.store import TaskStore
 from redux_server.tasks import NewTask, Status, Task
 from redux_server.worker import Worker
@@ -118,13 +117,11 @@ class Bench:
         self.clock = clock
         self.store = TaskStore(database, lease_s=30, max_attempts=3, clock=clock)
         self.blobs = Blobs(folder)
-        self.presence = Presence(database)
         self.undo: list[Callable[[], None]] = []  # stops what runs, when a test fails half-way
 
     def worker(self, **parts: Any) -> Worker:
         given: dict[str, Any] = {
             "store": self.store,
-            "presence": self.presence,
             "blobs": self.blobs,
             "images": Images(),
             "pipeline": FakePipeline(),
