@@ -125,6 +125,7 @@ def _server(folder: Path) -> Iterator[_Server]:
 
 def _idle(server: _Server) -> dict[str, float]:
     """CPU and memory of the API process with nothing to do, over ten seconds."""
+    time.sleep(3)  # the end of starting up
     before = _cpu_seconds(server.pid)
     time.sleep(10)
     used = _cpu_seconds(server.pid) - before

@@ -6,12 +6,15 @@ are SQLAlchemy Core and name no dialect.
 
 import errno
 import os
+import random
+import time
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     JSON,
     Column,
+    Connection,
     Engine,
     Float,
     Index,
@@ -23,6 +26,10 @@ from sqlalchemy import (
     create_engine,
     event,
 )
+from sqlalchemy.exc import OperationalError
+
+LOCK_TIMEOUT_S = 30.0
+_BUSY_TIMEOUT = f"PRAGMA busy_timeout={LOCK_TIMEOUT_S * 1000:.0f}"
 
 metadata = MetaData()
 
@@ -86,7 +93,7 @@ def open_database(url: str) -> Engine:
 
     Its folder is created readable by the owner only: the file holds prompts and key digests.
     """
-    engine = create_engine(url, connect_args={"timeout": 30.0})
+    engine = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S})
     path = Path(engine.url.database or "")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -107,15 +114,30 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     for pragma in (
         "journal_mode=WAL",
         "synchronous=FULL",
-        "busy_timeout=30000",
         "foreign_keys=ON",
         "journal_size_limit=67108864",
     ):
         connection.execute(f"PRAGMA {pragma}")
+    connection.execute(_BUSY_TIMEOUT)
 
 
-def _begin_sqlite(connection: Any) -> None:
+def _begin_sqlite(connection: Connection) -> None:
+    if connection.get_execution_options().get("redux_read_only"):
+        connection.exec_driver_sql("BEGIN")
+        return
     # A deferred transaction that turns into a writer fails at once when another one writes;
-    # taking the write lock first makes it wait its turn instead.
-    is_reader = connection.get_execution_options().get("redux_read_only")
-    connection.exec_driver_sql("BEGIN" if is_reader else "BEGIN IMMEDIATE")
+    # taking the write lock first makes it wait its turn instead. SQLite's own way of waiting looks
+    # ever more rarely, up to ten times a second: busy writers would starve the one that waits.
+    ends_at = time.monotonic() + LOCK_TIMEOUT_S
+    connection.exec_driver_sql("PRAGMA busy_timeout=0")
+    try:
+        while True:
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                return
+            except OperationalError as error:
+                if "locked" not in str(error.orig) or time.monotonic() > ends_at:
+                    raise
+                time.sleep(random.uniform(0.0005, 0.002))
+    finally:
+        connection.exec_driver_sql(_BUSY_TIMEOUT)

@@ -1,5 +1,6 @@
 """``flux-redux serve``: checks what can be checked early, builds the parts, runs uvicorn."""
 
+import gc
 import signal
 import socket
 import sys
@@ -47,6 +48,9 @@ def serve(settings: ServerSettings) -> int:
         )
         # uvicorn ends by raising the signal once more, which would kill us before `atexit` runs.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # What start-up made stays; not walking it at each collection halves the p99 of a busy API.
+        gc.collect()
+        gc.freeze()
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
