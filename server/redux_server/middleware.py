@@ -101,7 +101,8 @@ def _declared_length(scope: Scope) -> int:
 
 
 def _record(scope: Scope, status: int, seconds: float) -> None:
-    route = getattr(scope.get("route"), "path", "unmatched")
+    route = getattr(scope.get("route"), "path", None)  # FastAPI's; Starlette's leave a function
+    route = route or getattr(scope.get("endpoint"), "__name__", "unmatched")
     method = scope["method"] if scope["method"] in _METHODS else "other"  # a stranger's choice
     metrics.HTTP.labels(method, route, str(status)).observe(seconds)
     # Polls are many and say nothing; the query string is never logged, it may hold a secret.

@@ -3,13 +3,28 @@
 Descriptions are those of the hosted service's documentation, where it has the field.
 """
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
+RESULT_PATHS = (
+    "/api/v3/predictions/{task_id}/result",
+    "/api/v3/predictions/{task_id}",
+    "/api/v2/predictions/{task_id}/result",
+    "/api/v2/wavespeed-ai/flux/{task_id}/result",
+)
 _ID = "45b392b22c3b449fa935bd4dc2219dfe"
+_ERRORS = {
+    400: "A parameter cannot be used",
+    401: "No API key, or not one of ours",
+    404: "No such task for this key",
+    413: "The body is too large",
+    429: "The queue is full; see Retry-After",
+    503: "The database cannot be used right now",
+}
 
 
 class Urls(BaseModel):
@@ -81,20 +96,33 @@ class ErrorBody(BaseModel):
 
 def responses(*errors: int) -> dict[int | str, dict[str, Any]]:
     """The documented answers of a task path: 200 and these ``errors``."""
-    known = {
-        400: "A parameter cannot be used",
-        401: "No API key, or not one of ours",
-        404: "No such task for this key",
-        413: "The body is too large",
-        429: "The queue is full; see Retry-After",
-        503: "The database cannot be used right now",
-    }
     documented: dict[int | str, dict[str, Any]] = {
         200: {"model": Envelope, "description": "The task"}
     }
     for status in errors:
-        documented[status] = {"model": ErrorBody, "description": known[status]}
+        documented[status] = {"model": ErrorBody, "description": _ERRORS[status]}
     return documented
+
+
+def _result_operation(path: str) -> dict[str, Any]:
+    """What a poll takes and gives."""
+
+    def answer(schema: str, description: str) -> dict[str, Any]:
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+        return {"description": description, "content": content}
+
+    task_id = {"name": "task_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    return {
+        "tags": ["predictions"],
+        "summary": "Get the result",
+        "description": "The state of a task, and its outputs once it is completed.",
+        "operationId": "get" + re.sub(r"\W+", "_", path.replace("{task_id}", "")).rstrip("_"),
+        "parameters": [task_id],
+        "responses": {
+            "200": answer("Envelope", "The task"),
+            **{str(code): answer("ErrorBody", _ERRORS[code]) for code in (401, 404, 503)},
+        },
+    }
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -109,6 +137,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
         )
         schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
         schemes["key"] = {"type": "http", "scheme": "bearer"}
+        results = {path: {"get": _result_operation(path)} for path in RESULT_PATHS}
+        document["paths"] = {**results, **document["paths"]}
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # never given: ours are 400
