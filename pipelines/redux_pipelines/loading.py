@@ -31,7 +31,10 @@ FLUX_REDUX = "black-forest-labs/FLUX.1-Redux-dev"
 
 _REPOSITORIES = {"flux-dev": FLUX_DEV, "flux-schnell": FLUX_SCHNELL}
 
-MODELS = ("mini", "tiny", "fake", "fake-slow", *_REPOSITORIES)
+UNTRAINED = ("mini", "tiny", "fake", "fake-slow")
+"""Models without trained weights (``mini`` still is ``tiny``): pictures are noise or one colour."""
+
+MODELS = (*UNTRAINED, *_REPOSITORIES)
 """Names that ``load_pipeline`` knows."""
 
 

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import httpx
 
+from redux_pipelines.loading import UNTRAINED
 from redux_server.auth import KeyRing
 from redux_server.client import (
     Client,
@@ -42,7 +43,6 @@ _POLL_S = 0.5
 _DRAIN_S = 5.0
 _STOP_S = 20.0
 _TAIL_LINES = 25
-_NOISE = ("fake", "fake-slow", "tiny")
 
 
 def demo(given: argparse.Namespace, settings: ServerSettings) -> int:
@@ -92,7 +92,7 @@ def _run(request: PredictionRequest, settings: ServerSettings, folder: Path) -> 
         except ClientError as error:
             raise ClientError(f"{error}{_tail(settings.data_dir)}") from error
     name = model.split(",")[0]
-    if name in _NOISE:
+    if name in UNTRAINED:
         note(
             f"the model {name!r} was never trained, so these pictures are noise or plain colour; "
             "real ones need trained weights (--model flux-dev, or --base and --redux)"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
+from redux_pipelines.loading import UNTRAINED
 from redux_server import __version__, logs
 from redux_server.app import build_app
 from redux_server.auth import KeyFileError, KeyRing
@@ -121,6 +122,8 @@ def _greet(settings: ServerSettings, services: Services, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_url.rstrip("/") or f"http://{host}:{port}"
     print(f"FLUX Redux Server {__version__} on {url}  (docs: {url}/docs)", flush=True)
+    if settings.model in UNTRAINED and not settings.base:
+        print(_NOISE.format(model=settings.model), flush=True)
     if not services.keys.is_empty():
         return
     key = services.keys.create("first")
@@ -130,6 +133,10 @@ def _greet(settings: ServerSettings, services: Services, port: int) -> None:
     sample = url + services.signer.path(_SAMPLE_KEY, _SAMPLE_EXPIRES)
     print(_FIRST_START.format(key=key, url=url, sample=sample), flush=True)
 
+
+_NOISE = """
+The model {model!r} has no trained weights: pictures will be coloured noise. For real ones use
+--model flux-dev, or --base and --redux; `flux-redux doctor` says what is missing."""
 
 _FIRST_START = """
 Your API key, shown this once (flux-redux keys create makes more):

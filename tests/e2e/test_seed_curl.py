@@ -64,6 +64,10 @@ def test_commands_printed_at_the_first_start_work_as_printed(tiny: LiveServer) -
     assert download(ended["outputs"][0]).size == (512, 512)
 
 
+def test_first_lines_say_that_an_untrained_model_makes_noise(tiny: LiveServer) -> None:
+    assert "The model 'tiny' has no trained weights" in tiny.log
+
+
 def test_url_of_the_answer_is_the_one_to_ask_next(tiny: LiveServer, site: str) -> None:
     body = json.dumps({"image": f"{site}/teal.png", "size": "512*512", "num_inference_steps": 1})
     auth = f'--header "Authorization: Bearer {tiny.key}"'
