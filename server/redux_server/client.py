@@ -7,28 +7,27 @@ import argparse
 import base64
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from pydantic import ValidationError
-from tqdm import tqdm
 
+from redux_pipelines.loading import UNTRAINED
 from redux_server.cli import UsageError
 from redux_server.inline_image import MAX_BYTES, media_type
+from redux_server.progress import ProgressReport
 from redux_server.schemas import MODELS, PredictionRequest, complaint, parse_request
 from redux_server.settings import LOOPBACK_HOSTS, ClientSettings
 
 TRIES = 5
 MAX_PAUSE_S = 60.0
 _FIRST_POLL_S, _LAST_POLL_S = 0.2, 1.0
-_LINE_EVERY_S = 15.0
 _BUSY = frozenset({429, 502, 503, 504})
 _PARAMETERS = frozenset(PredictionRequest.model_fields) - {"image"}
 _TASK_ID = re.compile(r"\w[\w.:-]{0,127}", re.ASCII)
@@ -38,58 +37,6 @@ Json = dict[str, Any]
 
 class ClientError(Exception):
     """What went wrong between us and the server; the text is for the user."""
-
-
-class ProgressReport:
-    """Says on a stream how far a task is: a bar on a terminal, elsewhere now and then a line."""
-
-    def __init__(
-        self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._stream = stream or sys.stderr
-        self._clock = clock
-        self._bar: Any = None
-        self._state = ""
-        self._said_at = 0.0
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, state: str, step: int = 0, total_steps: int = 0) -> None:
-        """Show ``state`` (such as "queued") and, where there are steps, how many are done."""
-        if self._stream.isatty():
-            self._draw(state, step, total_steps)
-        else:
-            self._say(state, step, total_steps)
-
-    def _draw(self, state: str, step: int, total_steps: int) -> None:
-        if self._bar is None or bool(self._bar.total) != bool(total_steps):
-            self.close()
-            size = shutil.get_terminal_size()  # never 0, as a new pseudo-terminal's own may be
-            shape = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
-            self._bar = tqdm(
-                desc=state,
-                initial=step,
-                total=total_steps or None,
-                bar_format=shape if total_steps else "{desc} {elapsed}",
-                file=self._stream,
-                leave=False,
-                ncols=size.columns,
-                nrows=size.lines,
-            )
-        self._bar.set_description_str(state, refresh=False)
-        self._bar.n = step
-        self._bar.refresh()
-
-    def _say(self, state: str, step: int, total_steps: int) -> None:
-        now = self._clock()
-        if state == self._state and now - self._said_at < _LINE_EVERY_S:
-            return
-        self._state, self._said_at = state, now
-        text = f"{state} {step}/{total_steps}" if total_steps else state
-        print(text, file=self._stream, flush=True)
 
 
 class Client:
@@ -280,6 +227,15 @@ def report(task: Json, paths: list[Path]) -> None:
 def note(text: str) -> None:
     """Tell the user something on standard error."""
     print(f"flux-redux: {text}", file=sys.stderr, flush=True)
+
+
+def note_if_untrained(model: str) -> None:
+    """Say that the pictures of ``model`` cannot be good, where that is so."""
+    if model in UNTRAINED:
+        note(
+            f"the model {model!r} was never trained, so these pictures are noise or plain colour; "
+            "real ones need trained weights (--model flux-dev, or --base and --redux)"
+        )
 
 
 def make_folder(folder: Path) -> None:

@@ -23,19 +23,19 @@ from typing import Any, NoReturn
 
 import httpx
 
-from redux_pipelines.loading import UNTRAINED
 from redux_server.auth import KeyRing
 from redux_server.client import (
     Client,
     ClientError,
-    ProgressReport,
     make_folder,
     note,
+    note_if_untrained,
     picture,
     read_parameters,
     report,
 )
 from redux_server.database import open_database
+from redux_server.progress import ProgressReport
 from redux_server.schemas import PredictionRequest
 from redux_server.settings import ServerSettings, to_environment
 
@@ -91,12 +91,7 @@ def _run(request: PredictionRequest, settings: ServerSettings, folder: Path) -> 
                 _vary(client, request, folder)
         except ClientError as error:
             raise ClientError(f"{error}{_tail(settings.data_dir)}") from error
-    name = model.split(",")[0]
-    if name in UNTRAINED:
-        note(
-            f"the model {name!r} was never trained, so these pictures are noise or plain colour; "
-            "real ones need trained weights (--model flux-dev, or --base and --redux)"
-        )
+    note_if_untrained(model.split(",")[0])
 
 
 def _vary(client: Client, request: PredictionRequest, folder: Path) -> None:

@@ -20,12 +20,13 @@ from redux_pipelines.types import GenerationRequest, ModelInfo, Pipeline, Result
 from redux_server.cli import UsageError
 from redux_server.client import (
     ClientError,
-    ProgressReport,
     make_folder,
     note,
+    note_if_untrained,
     read_parameters,
     save,
 )
+from redux_server.progress import ProgressReport
 from redux_server.provenance import provenance
 from redux_server.schemas import parse_size
 from redux_server.settings import ModelSettings
@@ -149,6 +150,7 @@ def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:
 
 
 def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:
+    note_if_untrained(made.info.name)
     for path, is_flagged in zip(paths, made.flags, strict=True):
         if is_flagged:
             note(f"{path} is black: the safety checker withheld the image")

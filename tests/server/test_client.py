@@ -16,8 +16,9 @@ from PIL import Image
 
 from redux_server import cli, client
 from redux_server.cli import UsageError
-from redux_server.client import Client, ClientError, ProgressReport
+from redux_server.client import Client, ClientError
 from redux_server.inline_image import decode
+from redux_server.progress import ProgressReport
 from redux_server.schemas import PredictionRequest
 from redux_server.settings import ClientSettings
 
