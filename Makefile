@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all check lint format types imports dockerfile \
-        bench bench-server docker clean
+        bench bench-server train-mini docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -110,6 +110,9 @@ imports: $(DEV)  ## import-linter: server -> pipelines -> kernels, weights on th
 
 dockerfile: $(DEV)  ## hadolint
 	@$(BIN)/hadolint Dockerfile && echo 'Dockerfile: no complaints'
+
+train-mini: $(DEV)  ## train the embedded model (hours; needs node and npm; ARGS="--help" lists the options)
+	@cd weights && OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 ../$(BIN)/python -W ignore -m training.train $(ARGS)
 
 bench:  ## list the benchmarks
 	@awk -F ':.*## ' '/^bench-[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
