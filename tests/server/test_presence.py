@@ -1,11 +1,13 @@
 """The list of workers, with a clock that the test turns."""
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, event
+from sqlalchemy.exc import OperationalError
 
 from redux_server.database import open_database
 from redux_server.presence import Presence, WorkerState, WorkerStatus, worker_id
@@ -78,6 +80,41 @@ def test_a_worker_that_left_is_not_listed_and_its_beat_does_not_bring_it_back(
     presence.leave("a")
     presence.heartbeat("a")
     assert presence.all() == []
+
+
+def test_kept_alive_worker_stays_ready_while_its_caller_is_busy(
+    presence: Presence, clock: Clock
+) -> None:
+    presence.announce("a", "cpu", WorkerState.LOADING)
+    with presence.kept_alive("a", every_s=0.02):
+        for _ in range(3):
+            clock.now += 20
+            time.sleep(0.2)
+        assert states(presence) == {"a": WorkerState.LOADING}
+    clock.now += 31
+    time.sleep(0.2)
+    assert states(presence) == {"a": WorkerState.GONE}
+
+
+def test_heartbeat_goes_on_after_the_database_was_away(
+    presence: Presence, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presence.announce("a", "cpu", WorkerState.READY)
+    beats: list[str] = []
+    heartbeat = presence.heartbeat
+
+    def unreliable(worker: str) -> None:
+        beats.append(worker)
+        if len(beats) == 1:
+            raise OperationalError("UPDATE", {}, Exception("database is locked"))
+        heartbeat(worker)
+
+    monkeypatch.setattr(presence, "heartbeat", unreliable)
+    clock.now += 31
+    with presence.kept_alive("a", every_s=0.02):
+        time.sleep(0.4)
+    assert len(beats) > 1
+    assert states(presence) == {"a": WorkerState.READY}
 
 
 def test_listing_does_not_wait_for_a_writer(presence: Presence, engine: Engine) -> None:

@@ -521,6 +521,30 @@ def test_next_picture_is_loaded_while_a_task_is_on_the_device(bench: Bench) -> N
     assert [bench.task(task_id).status for task_id in tasks] == [Status.COMPLETED] * 4
 
 
+class WatchedPipeline(FakePipeline):
+    """Notes on which threads it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[str] = []
+
+    def generate(self, request: GenerationRequest) -> Any:
+        for event in super().generate(request):
+            self.threads.append(threading.current_thread().name)
+            yield event
+
+
+def test_every_lane_runs_the_pipeline_on_the_one_device_thread(bench: Bench) -> None:
+    pipeline = WatchedPipeline()
+    worker = bench.worker(pipeline=pipeline)
+    tasks = [bench.submit() for _ in range(6)]
+    with bench.beside(worker.run):
+        wait_until(lambda: bench.task(tasks[-1]).status is Status.COMPLETED, 20)
+        worker.stop()
+    assert len(pipeline.threads) >= 6
+    assert set(pipeline.threads) == {"device_0"}
+
+
 def test_stop_finishes_the_running_task_and_returns_the_next(bench: Bench) -> None:
     pipeline = GatedPipeline()
     worker = bench.worker(pipeline=pipeline)
