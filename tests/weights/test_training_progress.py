@@ -54,7 +54,7 @@ def test_an_average_converges_to_constant_weights():
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
 def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, *shape)))
     assert values.min() > 0.3
     assert values.max() < 1.4
 
@@ -85,6 +85,23 @@ def test_muon_and_adamw_lower_a_loss_and_resume_exactly():
     assert descend(straight, optimizer, 60) < 0.5 * first
     descend(again, other, 60)
     torch.testing.assert_close(again.weight, straight.weight, atol=0, rtol=0)
+
+
+def test_matrices_of_one_shape_are_stepped_as_each_would_be_alone():
+    def step(count):
+        torch.manual_seed(0)
+        layers = torch.nn.ModuleList(torch.nn.Linear(8, 4) for _ in range(3))[:count]
+        rates = Rates(muon=0.1, adamw=0.1, weight_decay=0.1)
+        optimizer = MuonAdamW(layers.named_parameters(), lambda _, p: p.ndim == 2, rates)
+        for _ in range(2):
+            for index, layer in enumerate(layers):
+                layer.weight.grad = torch.randn(
+                    4, 8, generator=torch.Generator().manual_seed(index)
+                )
+            optimizer.step()
+        return layers[0].weight
+
+    torch.testing.assert_close(step(3), step(1), atol=1e-3, rtol=0)
 
 
 def test_metrics_of_equal_and_of_different_pictures():

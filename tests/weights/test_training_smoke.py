@@ -9,11 +9,12 @@ from PIL import Image
 
 from redux_pipelines.loading import load_pipeline
 from redux_pipelines.types import GenerationRequest, Result
+from redux_weights.embedded import Checkpoint
 from redux_weights.layout import find_missing
 from training import export, synthetic, train_autoencoder, train_model
 from training.cli import make_clock
 from training.dataset import load_icons
-from training.evaluate import EncoderSpace, make_bench, measure_drift, measure_retrieval
+from training.evaluate import Extent, evaluate
 from training.settings import SMOKE
 from training.workplace import Workplace
 
@@ -112,17 +113,19 @@ def test_guidance_is_trained_at_the_end(place, tmp_path):
 
 def test_the_evaluation_measures_the_export(place):
     icons = load_icons(place.data, SMOKE.held_out)
-
-    def load(**options):
-        settings = {"device": "cpu", "dtype": "float32", **options}
-        return load_pipeline(base=place.base, redux=place.redux, **settings)
-
-    bench = make_bench(load(), icons, count=2, steps=2)
-    place.report.mkdir(exist_ok=True)
-    report = measure_retrieval(bench, EncoderSpace(place.redux, icons), place.report)
-    assert 0 <= report["512"]["pixel_top1"] <= 1
-    assert report["1024"]["safety_flags"] == 0
-    assert (place.report / "held-out-512.png").is_file()
-    drift = measure_drift(bench, ["steps=2", "dtype=bfloat16"], load)
-    assert drift["steps=2"]["psnr"] > 90
-    assert drift["dtype=bfloat16"]["psnr"] > 15
+    report = evaluate(
+        Checkpoint(place.base, place.redux),
+        icons,
+        place.photos,
+        place.report,
+        variants=["steps=2", "dtype=bfloat16"],
+        extent=Extent(icons=4, shown=2, few=2, words=1, drifting=2, steps=2),
+    )
+    assert report["retrieval"]["512x512"]["images"] == 4
+    assert report["retrieval"]["1536x512"]["images"] == 2
+    assert all(0 <= each["pixel_top1"] <= 1 for each in report["retrieval"].values())
+    assert report["drift"]["steps=2"]["psnr"] > 90
+    assert report["drift"]["dtype=bfloat16"]["psnr"] > 15
+    assert report["safety"]["images"] > 40
+    written = {path.name for path in place.report.iterdir()}
+    assert {"report.json", "held-out-768x1344.jpg", "photographs.jpg", "words.jpg"} <= written

@@ -1,159 +1,144 @@
-"""Measures an exported model through the product's own pipeline and draws contact sheets.
+"""Measures the mini model through the product's own pipeline and draws contact sheets.
 
-    python -m training.evaluate --work DIR [--variant dtype=bfloat16 --variant steps=14]
+    make eval-mini                                    # the embedded model
+    python -m training.evaluate --run --work DIR      # what a training run exported
+    ... --variant dtype=bfloat16 --variant steps=14   # drift of variants against float32
 
-Writes ``report/report.json`` and PNGs. Knows the product's interface and the data; no training.
+Writes ``report.json`` and JPEGs. Knows the order of measurements and where files lie.
 """
 
 import argparse
 import json
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
-from transformers import SiglipVisionModel
 
 from redux_pipelines.loading import load_pipeline
-from redux_pipelines.safety import DEFAULT_THRESHOLD, OpenNsfwChecker
-from redux_pipelines.types import GenerationRequest, Pipeline, Result
-from training import cli, metrics
-from training.augment import compose, plain
+from redux_pipelines.types import Pipeline
+from redux_weights.embedded import Checkpoint, find_mini
+from training import cli, fetch
 from training.dataset import HELD_OUT_PHOTOS, Icons, load_icons
-from training.probe import Gallery, save_sheet
-from training.settings import FULL, SMOKE
+from training.probe import Gallery
+from training.settings import FULL
+from training.sheets import Row, save_contact_sheet, save_tiles
 from training.workplace import Workplace
+from training.yardsticks import (
+    Bench,
+    EncoderSpace,
+    layout_correlation,
+    make_bench,
+    measure_changes,
+    measure_drift,
+    measure_retrieval,
+    measure_seeds,
+    measure_words,
+)
 
-_WORDS = ("", "flat", "3d", "cartoon", "glossy 3d, cat")
+VARIANTS = ("dtype=bfloat16", "steps=14", "steps=8")
+_WORDS = ("", "flat design", "3d render", "cartoon style", "glossy 3d, cat")
 _GUIDANCES = (1.0, 3.5, 8.0, 20.0)
-_SHAPES = ((512, 512), (1024, 1024), (1536, 1024), (768, 1280))
-_THUMBNAIL = 192
-_SHEET = 12
+_SHAPES = ((768, 1344), (1536, 512))
+_PHOTO_SHAPES = ((512, 512), (1024, 1024), (1344, 768))
+_PACKAGES = ("flux-redux-server", "torch", "diffusers", "transformers")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What is measured with: a pipeline, the icons and ``images`` of held-out ones on white."""
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is measured: ``icons`` and ``shown`` held-out ones, ``few`` of them per option."""
 
-    pipeline: Pipeline
-    icons: Icons
-    rows: list[int]
-    images: list[Image.Image]
-    steps: int
-
-
-def generate(pipeline: Pipeline, request: GenerationRequest) -> Image.Image:
-    """The one picture of a request."""
-    for event in pipeline.generate(request):
-        if isinstance(event, Result):
-            return event.images[0]
-    raise RuntimeError("the pipeline ended without a result")
+    icons: int = 130
+    shown: int = 48
+    few: int = 12
+    words: int = 24
+    drifting: int = 16
+    steps: int = 28
 
 
-def variations(bench: Bench, images: Sequence[Image.Image], **options: Any) -> list[Image.Image]:
-    """One variation of each image; ``options`` are a request's."""
-    settings = {"num_inference_steps": bench.steps, **options}
-    return [generate(bench.pipeline, GenerationRequest(image, **settings)) for image in images]
-
-
-def make_bench(pipeline: Pipeline, icons: Icons, count: int, steps: int) -> Bench:
-    """``count`` held-out icons, at most one per concept as far as there are enough concepts."""
-    order = np.random.default_rng(3).permutation(icons.held_out_rows)
-    firsts = {int(icons.concepts[row]): int(row) for row in order[::-1]}
-    rows = list(firsts.values())[:count]
-    drawn = compose(icons.pixels[rows], plain(len(rows)), 256, 256)
-    return Bench(pipeline, icons, rows, metrics.to_images(drawn), steps)
-
-
-class EncoderSpace:
-    """All icons as mean SigLIP features of the exported encoder."""
-
-    def __init__(self, redux: Path, icons: Icons) -> None:
-        encoder: Any = SiglipVisionModel.from_pretrained(redux / "image_encoder")
-        self._encoder, self._side = encoder, int(encoder.config.image_size)
-        self._concepts = icons.concepts
-        chunks = np.array_split(np.arange(len(icons.pixels)), max(1, len(icons.pixels) // 100))
-        self._gallery = torch.cat(
-            [
-                self.embed(compose(icons.pixels[c], plain(len(c)), self._side, self._side))
-                for c in chunks
-            ]
-        )
-
-    @torch.no_grad()
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Unit vectors ``(B, E)`` of pictures in -1…1 of any size."""
-        sized = F.interpolate(pictures, (self._side, self._side), mode="bilinear", antialias=True)
-        features = self._encoder(pixel_values=sized.to(self._encoder.dtype)).last_hidden_state
-        return F.normalize(features.float().mean(1), dim=1)
-
-    def nearest(self, pictures: Tensor) -> Any:
-        """The concept of the icon with the closest features, for each picture."""
-        return self._concepts[(self.embed(pictures) @ self._gallery.T).argmax(1)]
-
-
-def measure_retrieval(bench: Bench, space: EncoderSpace, out: Path) -> dict[str, Any]:
-    """How often a variation is nearest to its own concept, and how the safety net sees it."""
-    gallery, features, checker = Gallery(bench.icons), metrics.SafetyFeatures(), OpenNsfwChecker()
-    concepts = bench.icons.concepts[bench.rows]
-    report: dict[str, Any] = {}
+def measure_squares(
+    bench: Bench, gallery: Gallery, space: EncoderSpace, extent: Extent, out: Path
+) -> dict[str, Any]:
+    """Retrieval and a sheet at 512 × 512 and 1024 × 1024, for all icons."""
+    report = {}
     for side in (512, 1024):
-        made = variations(bench, bench.images, width=side, height=side)
-        pictures, scores = metrics.to_tensor(made), checker.scores(made)
-        report[f"{side}"] = {
-            "pixel_top1": float((gallery.nearest(pictures) == concepts).mean()),
-            "encoder_top1": float((space.nearest(pictures) == concepts).mean()),
-            "safety_similarity": features.similarity(bench.images, made),
-            "safety_highest": max(scores),
-            "safety_flags": sum(score >= DEFAULT_THRESHOLD for score in scores),
-        }
-        _sheet([bench.images, made], out / f"held-out-{side}.png")
-    inputs = metrics.to_tensor(bench.images)
-    report["encoder_top1_of_inputs"] = float((space.nearest(inputs) == concepts).mean())
+        made = bench.vary(bench.images, width=side, height=side)
+        report[f"{side}x{side}"] = measure_retrieval(bench, made, gallery, space)
+        _sheet(bench, made[: extent.shown], out / f"held-out-{side}x{side}.jpg")
     return report
 
 
-def draw_sheets(bench: Bench, photos: Path, out: Path) -> None:
-    """Contact sheets: words, guidance and seeds on icons; shapes on held-out photographs."""
-    few = bench.images[:_SHEET]
-    _sheet([few, *(variations(bench, few, width=512, height=512, prompt=w) for w in _WORDS)],
-           out / "words.png")  # fmt: skip
-    guided = (variations(bench, few, width=512, height=512, guidance_scale=g) for g in _GUIDANCES)
-    _sheet([few, *guided], out / "guidance.png")
-    seeds = (variations(bench, few, width=512, height=512, seed=seed) for seed in range(4))
-    _sheet([few, *seeds], out / "seeds.png")
+def measure_shapes(
+    bench: Bench, gallery: Gallery, space: EncoderSpace, extent: Extent, out: Path
+) -> dict[str, Any]:
+    """The same for two shapes that are no squares, for those that are shown."""
+    report = {}
+    for width, height in _SHAPES:
+        name = f"{width}x{height}"
+        made = bench.vary(bench.images[: extent.shown], width=width, height=height)
+        report[name] = measure_retrieval(bench, made, gallery, space)
+        _sheet(bench, made, out / f"held-out-{name}.jpg")
+    return report
+
+
+def _sheet(bench: Bench, made: Sequence[Image.Image], path: Path) -> None:
+    rows = [Row("input", bench.images[: len(made)]), Row(path.stem.split("-")[-1], made)]
+    save_contact_sheet(rows, path)
+
+
+def measure_options(bench: Bench, extent: Extent, out: Path) -> dict[str, Any]:
+    """What words, guidance and seeds do, each with a sheet."""
+    few = bench.images[: extent.few]
+
+    def strip(**options: Any) -> list[Image.Image]:
+        return bench.vary(few, width=512, height=512, **options)
+
+    def sheet(name: str, strips: dict[str, list[Image.Image]]) -> None:
+        rows = [Row(label.replace(", ", ",\n"), images) for label, images in strips.items()]
+        save_contact_sheet([Row("input", few), *rows], out / f"{name}.jpg", columns=len(few))
+
+    words = {word or "(no words)": strip(prompt=word) for word in _WORDS}
+    guided = {f"guidance\n{value:g}": strip(guidance_scale=value) for value in _GUIDANCES}
+    seeds = {f"seed {seed}": strip(seed=seed) for seed in range(4)}
+    for name, strips in (("words", words), ("guidance", guided), ("seeds", seeds)):
+        sheet(name, strips)
+    return {
+        "words": measure_words(bench, extent.words),
+        "psnr_to_no_words": measure_changes(words, "(no words)"),
+        "psnr_to_guidance_3.5": measure_changes(guided, "guidance\n3.5"),
+        "psnr_between_seeds": measure_seeds(list(seeds.values())),
+    }
+
+
+def measure_photos(bench: Bench, folder: Path, out: Path) -> dict[str, float]:
+    """Whether colours and layout of photographs are kept, with a sheet."""
+    photos = []
     for name in HELD_OUT_PHOTOS:
-        with Image.open(photos / name) as opened:
-            image = opened.convert("RGB")
-        made = [variations(bench, [image], width=w, height=h)[0] for w, h in _SHAPES]
-        for (width, height), picture in zip(_SHAPES, made, strict=True):
-            picture.save(out / f"{Path(name).stem}-{width}x{height}.png")
+        with Image.open(folder / name) as opened:
+            photos.append(opened.convert("RGB"))
+    rows, report = [Row("photograph", photos)], {}
+    for width, height in _PHOTO_SHAPES:
+        name = f"{width}x{height}"
+        made = bench.vary(photos, width=width, height=height)
+        rows.append(Row(name, made))
+        report[name] = layout_correlation(photos, made)
+    save_contact_sheet(rows, out / "photographs.jpg", columns=len(photos), tile=(336, 256))
+    return report
 
 
-def _sheet(rows: list[list[Image.Image]], path: Path) -> None:
-    strips = []
-    for start in range(0, len(rows[0]), _SHEET):
-        for row in rows:
-            part = [image.resize((_THUMBNAIL, _THUMBNAIL)) for image in row[start : start + _SHEET]]
-            part += [Image.new("RGB", (_THUMBNAIL, _THUMBNAIL))] * (_SHEET - len(part))
-            strips.append(metrics.to_tensor(part))
-    save_sheet(strips, path)
-
-
-def measure_drift(
-    bench: Bench, variants: Sequence[str], load: Callable[..., Pipeline]
+def measure_variants(
+    bench: Bench, variants: Sequence[str], load: Callable[..., Pipeline], count: int
 ) -> dict[str, dict[str, float]]:
-    """PSNR and SSIM against the float32 pictures of the same seeds at 512 × 512.
+    """Drift of each variant at 512 × 512.
 
     A variant is ``steps=N`` or an option of ``load_pipeline``, such as ``dtype=bfloat16``.
     """
-    few = bench.images[:16]
-    exact = metrics.to_tensor(variations(bench, few, width=512, height=512))
+    few = bench.images[:count]
+    exact = bench.vary(few, width=512, height=512)
     report = {}
     for variant in variants:
         name, value = variant.split("=", 1)
@@ -161,40 +146,73 @@ def measure_drift(
             other = replace(bench, steps=int(value))
         else:
             other = replace(bench, pipeline=load(**{name: value}))
-        made = metrics.to_tensor(variations(other, few, width=512, height=512))
-        report[variant] = {"psnr": metrics.psnr(exact, made), "ssim": metrics.ssim(exact, made)}
+        report[variant] = measure_drift(exact, other.vary(few, width=512, height=512))
     return report
 
 
 def evaluate(
-    place: Workplace, icons: Icons, variants: Sequence[str], *, count: int = 48, steps: int = 28
+    checkpoint: Checkpoint,
+    icons: Icons,
+    photos: Path,
+    out: Path,
+    *,
+    variants: Sequence[str] = VARIANTS,
+    extent: Extent = Extent(),
 ) -> dict[str, Any]:
-    """Measure ``place.base`` and ``place.redux``; write and return the report."""
+    """Measure everything; write and return the report."""
 
     def load(**options: str) -> Pipeline:
         settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", **options}
-        return load_pipeline(base=place.base, redux=place.redux, **settings)
+        return load_pipeline(base=checkpoint.base, redux=checkpoint.redux, **settings)
 
-    place.report.mkdir(parents=True, exist_ok=True)
-    bench = make_bench(load(), icons, count, steps)
-    report = measure_retrieval(bench, EncoderSpace(place.redux, icons), place.report)
-    report["drift"] = measure_drift(bench, variants, load)
-    draw_sheets(bench, place.photos, place.report)
-    (place.report / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    bench = make_bench(load(), icons, extent.icons, extent.steps)
+    save_tiles(bench.images, out / "inputs.webp", columns=13, side=128)
+    gallery, space = Gallery(icons), EncoderSpace(checkpoint.redux, icons)
+    report: dict[str, Any] = {
+        "environment": {"cpu": platform.machine(), **{name: version(name) for name in _PACKAGES}},
+        "retrieval": {
+            **measure_squares(bench, gallery, space, extent, out),
+            **measure_shapes(bench, gallery, space, extent, out),
+        },
+        "options": measure_options(bench, extent, out),
+        "photograph_layout_correlation": measure_photos(bench, photos, out),
+        "drift": measure_variants(bench, variants, load, extent.drifting),
+        "safety": bench.seen.verdict(),
+    }
+    (out / "report.json").write_text(json.dumps(_rounded(report), indent=2) + "\n")
     return report
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
     """Command line."""
     parser: argparse.ArgumentParser = cli.parser(__doc__)
+    parser.add_argument(
+        "--run", action="store_true", help="what a training run exported, not the embedded model"
+    )
+    parser.add_argument("--out", type=Path, help="default: the report folder below --work")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--count", type=int, default=48, help="held-out icons, default: 48")
+    parser.add_argument("--icons", type=int, default=Extent().icons, help="default: %(default)s")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    place, sizes = Workplace(options.work), SMOKE if options.smoke else FULL
-    icons = load_icons(place.data, sizes.held_out)
-    variants = options.variant or ["dtype=bfloat16", "steps=14", "steps=8"]
-    print(json.dumps(evaluate(place, icons, variants, count=options.count), indent=2))
+    place = Workplace(options.work)
+    fetch.fetch(place)
+    checkpoint = Checkpoint(place.base, place.redux) if options.run else find_mini()
+    report = evaluate(
+        checkpoint,
+        load_icons(place.data, FULL.held_out),
+        place.photos,
+        options.out or place.report,
+        variants=options.variant or VARIANTS,
+        extent=Extent(icons=options.icons),
+    )
+    print(json.dumps(_rounded(report), indent=2))
 
 
 if __name__ == "__main__":

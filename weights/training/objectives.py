@@ -4,6 +4,7 @@ Knows the model and the autoencoder's latents; knows no files, no optimizer and 
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +99,8 @@ class Objective:
         """Loss and its parts for ``count`` new examples; draws from torch's generator too."""
         examples = self._source.draw(rng, grid, self.cell, count=count, amount=now.jitter)
         latents = self._latents(examples.targets)
-        with torch.autocast("cpu", torch.bfloat16), self._alignment.recording():
+        recording = self._alignment.recording() if now.alignment > 0 else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16), recording:
             features, given = self._conditions(rng, examples, now)
             flow_loss = self._flow_loss(latents, given, grid, now)
         loss, parts = flow_loss, {"flow": flow_loss.item()}

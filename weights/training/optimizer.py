@@ -7,7 +7,7 @@ https://kellerjordan.github.io/posts/muon/, whose Newton-Schulz coefficients are
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,19 +27,19 @@ class Rates:
     clip_norm: float = 1.0
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix to ``(rows, columns)``, roughly, in bfloat16.
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices to ``(N, rows, columns)``, roughly, in bfloat16.
 
     Singular values end between about 0.7 and 1.2 (Newton-Schulz, quintic).
     """
     a, b, c = _NEWTON_SCHULZ
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = (x / (x.norm() + 1e-7)).bfloat16()
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = (x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)).bfloat16()
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    nearest: Tensor = (x.T if is_tall else x).float()
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    nearest: Tensor = (x.mT if is_tall else x).float()
     return nearest
 
 
@@ -75,22 +75,34 @@ class MuonAdamW:
         Gradients of AdamW's share are clipped to a common norm; Muon's need no clipping.
         """
         torch.nn.utils.clip_grad_norm_(self._others, self._rates.clip_norm)
-        for parameter, momentum in zip(self._matrices, self._momenta, strict=True):
-            if parameter.grad is not None:
-                self._step_matrix(parameter, parameter.grad, momentum, factor * self._rates.muon)
+        for alike in self._by_shape():
+            self._step_matrices(alike, factor * self._rates.muon)
         for group in self._adamw.param_groups:
             group["lr"] = self._rates.adamw * factor
         self._adamw.step()
         self.zero_grad()
 
-    def _step_matrix(self, parameter: Tensor, grad: Tensor, momentum: Tensor, rate: float) -> None:
-        momentum.mul_(_MOMENTUM).add_(grad)
-        nesterov = grad.add(momentum, alpha=_MOMENTUM).flatten(1)
-        update = orthogonalize(nesterov).view_as(parameter)
-        rows, columns = nesterov.shape
+    def _by_shape(self) -> Iterable[list[tuple[Tensor, Tensor]]]:
+        """Matrices that have gradients, with their momenta, in groups that are stepped at once."""
+        groups: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for parameter, momentum in zip(self._matrices, self._momenta, strict=True):
+            if parameter.grad is not None:
+                groups.setdefault(parameter.shape, []).append((parameter, momentum))
+        return groups.values()
+
+    def _step_matrices(self, group: list[tuple[Tensor, Tensor]], rate: float) -> None:
+        parameters = [parameter for parameter, _ in group]
+        momenta = [momentum for _, momentum in group]
+        grads = [cast(Tensor, parameter.grad) for parameter in parameters]
+        torch._foreach_mul_(momenta, _MOMENTUM)
+        torch._foreach_add_(momenta, grads)
+        nesterov = torch.stack(torch._foreach_add(grads, momenta, alpha=_MOMENTUM)).flatten(2)
+        updates = orthogonalize(nesterov).view(-1, *parameters[0].shape)
+        rows, columns = nesterov.shape[1:]
         if self._rates.weight_decay:
-            parameter.mul_(1 - rate * self._rates.weight_decay)
-        parameter.add_(update, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+            torch._foreach_mul_(parameters, 1 - rate * self._rates.weight_decay)
+        scale = -rate * max(1.0, rows / columns) ** 0.5
+        torch._foreach_add_(parameters, list(updates.unbind()), alpha=scale)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

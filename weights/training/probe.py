@@ -57,14 +57,19 @@ class Probe:
         self._icons, self._core, self._side = icons, core, input_side
         self._gallery = Gallery(icons)
 
-    def look(self, model: MiniModel, sheet: Path, side: int = 8) -> dict[str, float]:
-        """Top-1 retrieval of variations with ``side`` × ``side`` tokens; writes a contact sheet."""
+    def look(self, model: MiniModel, sheet: Path, grids: tuple[int, ...]) -> dict[str, float]:
+        """Top-1 retrieval of variations with those token sides; writes a contact sheet.
+
+        The larger ones are made of held-out icons only.
+        """
         found, strips = {}, []
-        for name, rows in self._rows.items():
+        shown = [("trained", grids[0]), *(("held_out", side) for side in grids)]
+        for name, side in shown:
+            rows = self._rows[name]
             inputs = compose(self._icons.pixels[rows], plain(len(rows)), self._side, self._side)
             made = self._variations(model, inputs, Grid(side, side))
             hits = self._gallery.nearest(made) == self._icons.concepts[rows]
-            found[f"top1_{name}"] = float(hits.mean())
+            found[f"top1_{name}_{side}"] = float(hits.mean())
             strips += [inputs, F.interpolate(made, self._side, mode="area")]
         save_sheet(strips, sheet)
         return found

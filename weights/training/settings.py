@@ -66,17 +66,20 @@ class JointSettings:
     ``grids`` are token sides: early square, late square, longest. Fractions are of the budget:
     ``large_from`` brings larger grids, ``guides_from`` model guidance. ``text_only`` is the share
     of steps without a picture. ``alignment`` is that loss's first weight, 0 after
-    ``alignment_steps``.
+    ``alignment_steps``, and again at ``large_from``, 0 after ``realigned_in`` of the budget.
+    ``compiles`` the blocks (for steps without that loss).
     """
 
     batch: int = 32
     grids: tuple[int, int, int] = (8, 16, 24)
-    large_from: float = 0.6
+    large_from: float = 0.25
+    realigned_in: float = 0.05
     guides_from: float = 0.85
     constant_rate_until: float = 0.5
     text_only: float = 0.08
     alignment: float = 3.0
     alignment_steps: int = 500
+    compiles: bool = True
     average: float = 0.998
     report_every: int = 20
     save_every_s: float = 180.0
@@ -113,7 +116,12 @@ SMOKE = Sizes(
         encoder_side=64,
     ),
     joint=JointSettings(
-        batch=8, grids=(8, 10, 12), alignment_steps=20, report_every=10, save_every_s=40
+        batch=8,
+        grids=(8, 10, 12),
+        alignment_steps=20,
+        compiles=False,
+        report_every=10,
+        save_every_s=40,
     ),
     held_out=4,
 )

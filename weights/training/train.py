@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from redux_weights.embedded import Checkpoint
 from training import (
     autoencoder,
     cli,
-    evaluate,
     export,
     fetch,
     synthetic,
@@ -24,6 +24,7 @@ from training import (
     train_upsampler,
 )
 from training.dataset import load_icons
+from training.evaluate import Extent, evaluate
 from training.settings import FULL, SMOKE
 from training.workplace import Workplace
 
@@ -65,9 +66,11 @@ def main() -> None:
     train_model.train(place, sizes, cli.make_clock(options.minutes))
     size = export.export(place, sizes)
     print(f"{size / 1e6:.1f} MB in {place.base.parent}")
+    extent = Extent(4, 2, 2, 2, 2, steps=2) if options.smoke else Extent()
+    made = Checkpoint(place.base, place.redux)
     icons = load_icons(place.data, sizes.held_out)
-    variants = ["dtype=bfloat16", "steps=14", "steps=8"]
-    print(json.dumps(evaluate.evaluate(place, icons, variants), indent=2))
+    report = evaluate(made, icons, place.photos, place.report, extent=extent)
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
