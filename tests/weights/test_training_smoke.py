@@ -54,7 +54,7 @@ def _generate(pipeline, **options):
 def test_losses_fall(place):
     steps = _journal(place.autoencoder / "autoencoder.jsonl", "step")
     assert steps[-1]["l1"] < steps[0]["l1"]
-    (measured,) = _journal(place.autoencoder / "autoencoder.jsonl", "held_out")[-1:]
+    (measured,) = _journal(place.autoencoder / "autoencoder.jsonl", "look")[-1:]
     assert measured["psnr_large"] > 11
     flows = [line["flow"] for line in _journal(place.model / "model.jsonl", "step")]
     assert min(flows[-2:]) < 0.85 * flows[0]

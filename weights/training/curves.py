@@ -42,7 +42,7 @@ def draw(journal: list[dict[str, Any]], out: Path) -> None:
     """Write a PNG of two panels over minutes of training."""
     mpl.use("agg")
     figure, (losses, probes) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    for axes, event, names in ((losses, "step", _LOSSES), (probes, "probe", _PROBES)):
+    for axes, event, names in ((losses, "step", _LOSSES), (probes, "look", _PROBES)):
         for name, label in names.items():
             given = [line for line in journal if line["event"] == event and name in line]
             if given:

@@ -60,20 +60,31 @@ class ModelSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Cadence:
+    """How often a run writes to its journal, in steps, and saves and looks, in seconds of training.
+
+    ``look_every_s`` 0 never looks.
+    """
+
+    report_every: int
+    save_every_s: float
+    look_every_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class JointSettings:
     """How transformer and encoders are trained.
 
     ``grids`` are token sides: early square, late square, longest. Fractions are of the budget:
     ``large_from`` brings larger grids, ``guides_from`` model guidance. ``text_only`` is the share
-    of steps without a picture. ``alignment`` is that loss's first weight, 0 after
-    ``alignment_steps``, and again at ``large_from``, 0 after ``realigned_in`` of the budget.
-    ``compiles`` the blocks (for steps without that loss).
+    of steps without a picture. ``alignment`` is that loss's weight at first and again when larger
+    grids come, both times falling to 0 in ``alignment_steps``. ``compiles`` the blocks (for steps
+    without that loss).
     """
 
     batch: int = 32
     grids: tuple[int, int, int] = (8, 16, 24)
     large_from: float = 0.25
-    realigned_in: float = 0.05
     guides_from: float = 0.85
     constant_rate_until: float = 0.5
     text_only: float = 0.08
@@ -81,9 +92,7 @@ class JointSettings:
     alignment_steps: int = 500
     compiles: bool = True
     average: float = 0.998
-    report_every: int = 20
-    save_every_s: float = 180.0
-    probe_every_s: float = 600.0
+    cadence: Cadence = field(default_factory=lambda: Cadence(20, 180.0, 600.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +129,7 @@ SMOKE = Sizes(
         grids=(8, 10, 12),
         alignment_steps=20,
         compiles=False,
-        report_every=10,
-        save_every_s=40,
+        cadence=Cadence(report_every=10, save_every_s=40, look_every_s=600),
     ),
     held_out=4,
 )

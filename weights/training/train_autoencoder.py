@@ -23,15 +23,9 @@ from training.augment import compose, plain, random_crops, random_placement
 from training.dataset import TRAINING_PHOTOS, Icons, load_icons, load_photos
 from training.metrics import psnr
 from training.optimizer import MuonAdamW, Rates
-from training.progress import (
-    Average,
-    Journal,
-    TrainingClock,
-    decay,
-    load_checkpoint,
-    save_checkpoint,
-)
-from training.settings import AutoencoderSizes, Sizes
+from training.progress import Average, TrainingClock, decay
+from training.run import Run
+from training.settings import AutoencoderSizes, Cadence, Sizes
 from training.textures import random_textures
 from training.workplace import Workplace
 
@@ -39,8 +33,7 @@ _GRADIENT_WEIGHT = 0.5
 _KL_WEIGHT = 5e-4
 _CROP_STAGES = (0.45, 0.8)
 _CONSTANT_RATE_UNTIL = 0.4
-_SAVE_EVERY_S = 120.0
-_REPORT_EVERY = 50
+_CADENCE = Cadence(report_every=50, save_every_s=120.0, look_every_s=120.0)
 _RATES = Rates(muon=0.02, adamw=2e-3)
 
 
@@ -130,63 +123,20 @@ def reconstruct(core: AutoencoderKL, pictures: Tensor) -> Tensor:
     return torch.cat([ae.decode(core, ae.encode(core, part)) for part in torch.split(pictures, 8)])
 
 
-class AutoencoderTraining:
-    """One run: the core, its average, optimizer and clock, and how to save and restore them."""
+class AutoencoderTraining(Run):
+    """One run: the core, its average and its optimizer."""
 
     def __init__(
         self, sizes: AutoencoderSizes, material: Material, folder: Path, clock: TrainingClock
     ) -> None:
+        super().__init__(folder, "autoencoder", clock, _CADENCE)
         torch.manual_seed(0)
         core = ae.build_core(sizes.channels, sizes.groups, sizes.latent_channels)
         self.core: AutoencoderKL = core.to(memory_format=torch.channels_last)
         self.average = Average(self.core, 0.995)
         self.optimizer = MuonAdamW(self.core.named_parameters(), is_matrix, _RATES)
-        self.clock = clock
-        self.step = 0
-        self._sizes, self._material, self._folder = sizes, material, folder
-        self._journal = Journal(folder / "autoencoder.jsonl")
-        self._restore()
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self._folder / "autoencoder.pt"
-
-    def _restore(self) -> None:
-        state = load_checkpoint(self._checkpoint)
-        if state is None:
-            return
-        self.core.load_state_dict(state["core"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.clock.spent_s = state["step"], state["spent_s"]
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        state = {
-            "core": self.core.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "spent_s": self.clock.spent_s,
-        }
-        save_checkpoint(self._checkpoint, state)
-
-    def run(self) -> None:
-        """Train until the budget is spent."""
-        saved_at = self.clock.spent_s
-        self.clock.start()
-        while not self.clock.is_over:
-            parts = self.train_step()
-            self.clock.tick()
-            if self.step % _REPORT_EVERY == 0:
-                minutes = self.clock.spent_s / 60
-                self._journal.write("step", step=self.step, minutes=minutes, **parts)
-            if self.clock.spent_s - saved_at > _SAVE_EVERY_S:
-                saved_at = self.clock.spent_s
-                self.save()
-                self.measure()
-                self.clock.start()
-        self.save()
+        self._sizes, self._material = sizes, material
+        self.keep(core=self.core, average=self.average, optimizer=self.optimizer)
 
     def train_step(self) -> dict[str, float]:
         """One update; returns the parts of the loss."""
@@ -212,15 +162,15 @@ class AutoencoderTraining:
         copy.eval()
         return copy
 
-    def measure(self) -> float:
-        """PSNR in dB on held-out icons at full size ("1024"); also logs that at half of it."""
+    def look(self) -> dict[str, float]:
+        """PSNR in dB on held-out icons at full size ("1024") and at half of it."""
         core, icons = self.averaged(), self._material.icons
         large = held_out_pictures(icons, self._material.side)
         small = F.avg_pool2d(large, 2)
-        values = {"psnr_large": psnr(large, reconstruct(core, large))}
-        values["psnr_small"] = psnr(small, reconstruct(core, small))
-        self._journal.write("held_out", step=self.step, minutes=self.clock.spent_s / 60, **values)
-        return values["psnr_large"]
+        return {
+            "psnr_large": psnr(large, reconstruct(core, large)),
+            "psnr_small": psnr(small, reconstruct(core, small)),
+        }
 
 
 def finish(training: AutoencoderTraining, icons: Icons, core: Path, vae: Path) -> None:
@@ -242,7 +192,6 @@ def train(place: Workplace, sizes: Sizes, clock: TrainingClock) -> None:
     material = Material(icons, load_photos(place.photos, tuple(TRAINING_PHOTOS)))
     training = AutoencoderTraining(sizes.autoencoder, material, place.autoencoder, clock)
     training.run()
-    training.measure()
     finish(training, icons, place.core, place.vae)
 
 

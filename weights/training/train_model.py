@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +29,8 @@ from training.model import MiniModel, is_matrix
 from training.objectives import Auxiliary, Objective, Schedule
 from training.optimizer import MuonAdamW, Rates
 from training.probe import Probe
-from training.progress import (
-    Average,
-    Journal,
-    TrainingClock,
-    decay,
-    load_checkpoint,
-    save_checkpoint,
-)
+from training.progress import Average, TrainingClock, decay
+from training.run import Run
 from training.scenes import SceneSource, Words
 from training.settings import JointSettings, ModelSizes, Sizes
 from training.workplace import Workplace
@@ -54,15 +49,14 @@ class Inputs:
     t5_pieces: int
 
 
-def schedule_at(rng: Generator, step: int, fraction: float, settings: JointSettings) -> Schedule:
-    """What to train at ``step``, ``fraction`` of the budget being spent."""
-    late = max(0.0, fraction - settings.large_from)
-    aligning = max(0.0, 1 - step / settings.alignment_steps)
-    if fraction >= settings.large_from:  # the same place is another position in a larger grid
-        aligning = max(aligning, 1 - late / settings.realigned_in)
+def schedule_at(
+    rng: Generator, aligned_for: int, fraction: float, settings: JointSettings
+) -> Schedule:
+    """What to train after ``aligned_for`` steps of alignment, at ``fraction`` of the budget."""
+    late = max(0.0, fraction - settings.large_from) / (1 - settings.large_from)
     return Schedule(
-        alignment=settings.alignment * aligning,
-        jitter=1 + late / (1 - settings.large_from),
+        alignment=settings.alignment * max(0.0, 1 - aligned_for / settings.alignment_steps),
+        jitter=1 + late,
         guides=fraction >= settings.guides_from,
         shows_pictures=bool(rng.random() >= settings.text_only),
     )
@@ -80,12 +74,44 @@ def grid_at(rng: Generator, fraction: float, settings: JointSettings) -> Grid:
     return Grid(*sides)
 
 
-class JointTraining:
-    """One run: the model, its average, optimizer and clock, and how to save and restore them."""
+class Alignment:
+    """Since which step attention is aligned, and whether that was for larger grids already.
 
-    def __init__(self, sizes: Sizes, inputs: Inputs, folder: Path, clock: TrainingClock) -> None:
+    In a larger grid the same place has another position: it must be aligned anew.
+    """
+
+    def __init__(self) -> None:
+        self.since, self.is_for_large = 0, False
+
+    def update(self, step: int, *, sees_large: bool) -> int:
+        """How many steps alignment has lasted at ``step``."""
+        if sees_large and not self.is_for_large:
+            self.since, self.is_for_large = step, True
+        return step - self.since
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both values."""
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.since, self.is_for_large = state["since"], state["is_for_large"]
+
+
+class JointTraining(Run):
+    """One run: the model, its average, the auxiliary heads and the optimizer."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        inputs: Inputs,
+        folder: Path,
+        clock: TrainingClock,
+        probe: Probe | None = None,
+    ) -> None:
+        super().__init__(folder, "model", clock, sizes.joint.cadence)
         torch.manual_seed(0)
-        self._settings, self._inputs, self._folder = sizes.joint, inputs, folder
+        self._settings, self._inputs, self._probe = sizes.joint, inputs, probe
         self.model = self._fresh(sizes)
         self._averaged = self._fresh(sizes).eval().requires_grad_(False)
         self.auxiliary = Auxiliary(sizes.model.encoder_width)
@@ -94,12 +120,17 @@ class JointTraining:
         self.optimizer = MuonAdamW(named, is_matrix, _RATES)
         if sizes.joint.compiles:
             self._compile()
-        self.clock, self.step = clock, 0
+        self._aligned = Alignment()
         self._objective = Objective(
             self.model, self.auxiliary, inputs.core, inputs.source, inputs.words
         )
-        self._journal = Journal(folder / "model.jsonl")
-        self._restore()
+        self.keep(
+            model=self.model,
+            auxiliary=self.auxiliary,
+            average=self.average,
+            optimizer=self.optimizer,
+            aligned=self._aligned,
+        )
 
     def _fresh(self, sizes: Sizes) -> MiniModel:
         channels = sizes.autoencoder.latent_channels
@@ -107,79 +138,27 @@ class JointTraining:
         mix_norms(model)
         return model
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the run is saved."""
-        return self._folder / "model.pt"
-
-    def _restore(self) -> None:
-        state = load_checkpoint(self.checkpoint)
-        if state is None:
-            return
-        self.model.load_state_dict(state["model"])
-        self.auxiliary.load_state_dict(state["auxiliary"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.clock.spent_s = state["step"], state["spent_s"]
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        state = {
-            "model": self.model.state_dict(),
-            "auxiliary": self.auxiliary.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "spent_s": self.clock.spent_s,
-        }
-        save_checkpoint(self.checkpoint, state)
-
     def averaged(self) -> MiniModel:
         """The model with averaged weights, for use and for export."""
         self._averaged.load_state_dict(self.average.weights)
         return self._averaged
 
-    def run(self, probe: Probe | None = None) -> None:
-        """Train until the budget is spent; ``probe`` looks at samples now and then."""
-        saved_at = probed_at = self.clock.spent_s
-        sums: dict[str, list[float]] = {}
-        self.clock.start()
-        while not self.clock.is_over:
-            for name, value in self.train_step().items():
-                sums.setdefault(name, []).append(value)
-            self.clock.tick()
-            if self.step % self._settings.report_every == 0:
-                self._report(sums)
-            if self.clock.spent_s - saved_at >= self._settings.save_every_s:
-                saved_at = self.clock.spent_s
-                self.save()
-                self.clock.start()
-            if probe and self.clock.spent_s - probed_at >= self._settings.probe_every_s:
-                probed_at = self.clock.spent_s
-                self._probe(probe)
-                self.clock.start()
-        self.save()
-        if probe:
-            self._probe(probe)
-
-    def _report(self, sums: dict[str, list[float]]) -> None:
-        means = {name: float(np.mean(values)) for name, values in sums.items()}
-        sums.clear()
-        self._journal.write("step", step=self.step, minutes=self.clock.spent_s / 60, **means)
-
-    def _probe(self, probe: Probe) -> None:
-        minutes = self.clock.spent_s / 60
-        sheet = self._folder / f"probe-{round(minutes):04d}.png"
-        found = probe.look(self.averaged(), sheet, self._settings.grids[:2])
-        self._journal.write("probe", step=self.step, minutes=minutes, **found)
+    def look(self) -> dict[str, float]:
+        """Samples of held-out and trained icons, and what they are nearest to."""
+        if self._probe is None:
+            return {}
+        sheet = self.checkpoint.parent / f"probe-{round(self.clock.spent_s / 60):04d}.png"
+        return self._probe.look(self.averaged(), sheet, self._settings.grids[:2])
 
     def train_step(self) -> dict[str, float]:
         """One update; returns the parts of the loss. Depends on nothing but state and step."""
         rng = np.random.default_rng((2, self.step))
         torch.manual_seed(self.step)
         fraction = self.clock.fraction
+        sees_large = fraction >= self._settings.large_from
+        aligned_for = self._aligned.update(self.step, sees_large=sees_large)
         grid = grid_at(rng, fraction, self._settings)
-        now = schedule_at(rng, self.step, fraction, self._settings)
+        now = schedule_at(rng, aligned_for, fraction, self._settings)
         # the hooks that alignment reads attention with would split compiled graphs
         with _fast_attention(), set_stance("force_eager" if now.alignment > 0 else "default"):
             loss, parts = self._objective(rng, grid, self._count(grid), now)
@@ -254,9 +233,10 @@ def prepare(place: Workplace, sizes: Sizes) -> tuple[Inputs, Icons]:
 def train(place: Workplace, sizes: Sizes, clock: TrainingClock) -> JointTraining:
     """Train, or go on with what was begun, until the clock's budget is spent."""
     inputs, icons = prepare(place, sizes)
-    training = JointTraining(sizes, inputs, place.model, clock)
     count = min(16, len(icons.held_out_rows))
-    training.run(Probe(icons, inputs.core, sizes.model.encoder_side, count))
+    probe = Probe(icons, inputs.core, sizes.model.encoder_side, count)
+    training = JointTraining(sizes, inputs, place.model, clock, probe)
+    training.run()
     return training
 
 

@@ -23,7 +23,9 @@ from training.augment import compose, random_placement
 from training.dataset import load_large
 from training.metrics import psnr
 from training.optimizer import MuonAdamW, Rates
-from training.progress import Journal, TrainingClock, decay, load_checkpoint, save_checkpoint
+from training.progress import TrainingClock, decay
+from training.run import Run
+from training.settings import Cadence
 from training.workplace import Workplace
 
 SCALE = 2**ae.OUTER_LEVELS
@@ -33,8 +35,7 @@ _NOISE = 0.05
 """Noise on the latents, in their deviations: denoised latents are never perfect."""
 _GRADIENT_WEIGHT = 1.0
 _RATES = Rates(muon=0.01, adamw=1e-3)
-_SAVE_EVERY_S = 120.0
-_REPORT_EVERY = 20
+_CADENCE = Cadence(report_every=20, save_every_s=120.0)
 
 
 def outer_levels(vae: AutoencoderKL) -> nn.ModuleList:
@@ -52,7 +53,7 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 4 and parameter.shape[0] == parameter.shape[1]
 
 
-class UpsamplerTraining:
+class UpsamplerTraining(Run):
     """One run over ``drawings (N, S, S, 4)``, premultiplied RGBA of 1024 pixels."""
 
     def __init__(
@@ -63,50 +64,15 @@ class UpsamplerTraining:
         folder: Path,
         clock: TrainingClock,
     ) -> None:
+        super().__init__(folder, "upsampler", clock, _CADENCE)
         self.vae: Any = vae.requires_grad_(False).to(memory_format=torch.channels_last)
-        self.clock, self.step = clock, 0
         self._core, self._drawings = core, drawings
         self._levels = outer_levels(vae).requires_grad_(True)
         self._optimizer = MuonAdamW(self._levels.named_parameters(), is_matrix, _RATES)
-        self._checkpoint = folder / "upsampler.pt"
-        self._journal = Journal(folder / "upsampler.jsonl")
-        self._restore()
+        self.keep(levels=self._levels, optimizer=self._optimizer)
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self._checkpoint)
-        if state is not None:
-            self._levels.load_state_dict(state["levels"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self.step, self.clock.spent_s = state["step"], state["spent_s"]
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        state = {
-            "levels": self._levels.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "step": self.step,
-            "spent_s": self.clock.spent_s,
-        }
-        save_checkpoint(self._checkpoint, state)
-
-    def run(self) -> None:
-        """Train until the budget is spent."""
-        saved_at = self.clock.spent_s
-        self.clock.start()
-        while not self.clock.is_over:
-            loss = self.train_step()
-            self.clock.tick()
-            if self.step % _REPORT_EVERY == 0:
-                self._journal.write(
-                    "step", step=self.step, minutes=self.clock.spent_s / 60, loss=loss
-                )
-            if self.clock.spent_s - saved_at > _SAVE_EVERY_S:
-                saved_at = self.clock.spent_s
-                self.save()
-        self.save()
-
-    def train_step(self) -> float:
-        """One update; returns the loss."""
+    def train_step(self) -> dict[str, float]:
+        """One update."""
         rng = np.random.default_rng((3, self.step))
         torch.manual_seed(self.step)
         loss = self._loss(self._windows(rng))
@@ -114,7 +80,7 @@ class UpsamplerTraining:
         warmup = min(1.0, (self.step + 1) / 15)
         self._optimizer.step(warmup * decay(self.clock.fraction, 0.4))
         self.step += 1
-        return loss.item()
+        return {"loss": loss.item()}
 
     def _loss(self, pictures: Tensor) -> Tensor:
         latents = ae.encode(self._core, F.avg_pool2d(pictures, SCALE))
@@ -154,7 +120,7 @@ def train(place: Workplace, clock: TrainingClock) -> None:
     rng = np.random.default_rng(0)
     scenes = compose(held_out[:12], random_placement(rng, len(held_out[:12]), 1.0), 512, 512)
     plain, sharp = compare(core, [ae.grow(core), training.vae], scenes)
-    Journal(place.autoencoder / "upsampler.jsonl").write("held_out", grown=plain, trained=sharp)
+    training.journal.write("held_out", grown=plain, trained=sharp)
 
 
 def main() -> None:
