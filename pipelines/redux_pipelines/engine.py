@@ -1,0 +1,107 @@
+"""The transformer backend ``engine``: exact, and without what need not be computed.
+
+Equal text tokens are one row; text is embedded once a request; modulations and RoPE tables are
+kept for the next request of the same kind. Knows no images and no sampling loop.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redux_pipelines.attention import Implementation
+from redux_pipelines.layers import Rope, rope_table
+from redux_pipelines.lru import LRU, digest, tensor_bytes
+from redux_pipelines.sampling import Grid, Schedule
+from redux_pipelines.tokens import Conditioning, lay_out
+from redux_pipelines.transformer import Flux, Joint
+
+MODULATION_CACHE_BYTES = 256 * 2**20
+"""Four schedules of FLUX.1 at 28 steps in bfloat16."""
+
+ROPE_CACHE_BYTES = 64 * 2**20
+"""Six grids of 1536 × 1536 pixels or more of smaller ones."""
+
+
+class EngineDenoiser:
+    """FLUX's transformer with tables of modulations and rotations kept between requests."""
+
+    name = "engine"
+
+    def __init__(self, flux: Flux, attention: Implementation) -> None:
+        self._flux = flux
+        self._attention = attention
+        self._modulations: LRU[tuple[tuple[float, ...], float, bytes], Tensor] = LRU(
+            MODULATION_CACHE_BYTES, tensor_bytes
+        )
+        self._ropes: LRU[tuple[Grid, int], Rope] = LRU(
+            ROPE_CACHE_BYTES, lambda rope: tensor_bytes(*rope)
+        )
+
+    @property
+    def caches(self) -> Mapping[str, LRU[Any, Any]]:
+        """What is kept between requests: ``modulations`` and ``rotations``."""
+        return {"modulations": self._modulations, "rotations": self._ropes}
+
+    def prepare(
+        self, conditioning: Conditioning, schedule: Schedule, grid: Grid
+    ) -> "_PreparedEngine":
+        """Embed the text rows, and find or make the tables for ``schedule`` and ``grid``."""
+        rows = lay_out(conditioning, grid.tokens, self._attention.row_multiple)
+        txt_in = self._flux.txt_in
+        txt = txt_in(rows.values.to(txt_in.weight.device, txt_in.weight.dtype))
+        joint = Joint(
+            txt_rows=len(txt),
+            rope=self._rope(grid, len(txt)),
+            groups=rows.groups,
+            attention=self._attention,
+        )
+        return _PreparedEngine(self._flux, txt, self._modulation(conditioning, schedule), joint)
+
+    def evict_modulation(self) -> None:
+        """Move the modulation layers to host memory; only a new table brings them back, in turn."""
+        self._flux.modulation.evict()
+
+    def _rope(self, grid: Grid, txt_rows: int) -> Rope:
+        weight = self._flux.txt_in.weight
+        kind = torch.promote_types(weight.dtype, torch.float32)
+
+        def make() -> Rope:
+            table = rope_table(txt_rows, grid, self._flux.params.axes_dim)
+            return Rope(*(each.to(weight.device, kind) for each in table))
+
+        return self._ropes.get((grid, txt_rows), make)
+
+    def _modulation(self, conditioning: Conditioning, schedule: Schedule) -> Tensor:
+        weight = self._flux.txt_in.weight
+        vec = conditioning.vec.to(weight.device, weight.dtype)
+        has_guidance = self._flux.params.guidance_embed
+        guidance = conditioning.guidance if has_guidance else 0.0
+        key = (schedule.sigmas, guidance, digest(vec))
+        return self._modulations.get(
+            key, lambda: self._flux.modulation.table(*_times(schedule, guidance, weight), vec)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _PreparedEngine:
+    flux: Flux
+    txt: Tensor
+    modulation: Tensor
+    joint: Joint
+
+    def predict(self, img: Tensor, step: int) -> Tensor:
+        velocity: Tensor = self.flux(img, self.txt, self.modulation[step], self.joint)
+        return velocity
+
+
+def _times(schedule: Schedule, guidance: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Times ``(N,)`` and guidance ``(1,)``, times 1000 and rounded as diffusers does.
+
+    Its scheduler's times are float32; the model's dtype is what they are divided and multiplied in.
+    """
+    times = torch.tensor(schedule.sigmas[:-1], device=like.device) * 1000
+    scale = torch.tensor([guidance], device=like.device)
+    return times.to(like.dtype) / 1000 * 1000, scale.to(like.dtype) * 1000
