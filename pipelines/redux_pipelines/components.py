@@ -4,46 +4,58 @@ Expects files that are complete (``redux_weights.layout`` checks that); knows no
 names.
 """
 
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from safetensors import SafetensorError
 from transformers import SiglipVisionModel
 
+from redux_pipelines.attention import choose
 from redux_pipelines.autoencoder import Autoencoder
-from redux_pipelines.denoiser import DiffusersDenoiser
+from redux_pipelines.checkpoint import Shards, load_flux
+from redux_pipelines.denoiser import Denoiser, DiffusersDenoiser
+from redux_pipelines.engine import EngineDenoiser
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.image_encoder import ImageEncoder, Preprocessing
 from redux_pipelines.redux import Components
 from redux_pipelines.text_encoders import TextEncoders, TextSizes
+from redux_pipelines.transformer import FluxParams
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_components(base: Path, redux: Path, *, device: str, dtype: str) -> Components:
+def load_components(
+    base: Path, redux: Path, *, backend: str, device: str, dtype: str
+) -> Components:
     """Load everything but the text encoders, which load themselves when first used.
 
-    Raises ``ValueError`` for a device or dtype that is not there, ``WeightsError`` for files that
-    are not what their place says.
+    ``backend`` is ``engine`` or ``diffusers``. Raises ``ValueError`` for a device or dtype that is
+    not there, ``WeightsError`` for files that are not what their place says.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    try:
-        transformer = FluxTransformer2DModel.from_pretrained(base / "transformer", dtype=kind)
+    with _weights_errors(base, redux):
+        config = FluxTransformer2DModel.load_config(base / "transformer")
         vae = AutoencoderKL.from_pretrained(base / "vae", dtype=kind)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base / "scheduler")
         siglip = SiglipVisionModel.from_pretrained(redux / "image_encoder", dtype=kind)
         embedder = ReduxImageEncoder.from_pretrained(redux / "image_embedder", dtype=kind)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise WeightsError(f"{base} and {redux} cannot be loaded: {error}") from error
-    preprocessing = Preprocessing.read(redux / "feature_extractor" / "preprocessor_config.json")
-    _check_fit(transformer, vae, siglip, embedder)
-    sizes = TextSizes.of(transformer.config, base)
+        preprocessing = Preprocessing.read(redux / "feature_extractor" / "preprocessor_config.json")
+        _check_fit(config, vae, siglip, embedder)
+        denoiser = _denoiser(backend, base / "transformer", config, place, kind)
+        sizes = TextSizes.of(config, base)
     return Components(
         image_encoder=ImageEncoder(_ready(siglip, place), _ready(embedder, place), preprocessing),
         text_encoders=TextEncoders(base, sizes, device=place, dtype=kind),
-        denoiser=DiffusersDenoiser(_ready(transformer, place)),
+        denoiser=denoiser,
         autoencoder=Autoencoder(_ready(vae, place)),
         scheduler=scheduler,
         device=place,
@@ -72,21 +84,46 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return _DTYPES[dtype]
 
 
+@contextmanager
+def _weights_errors(base: Path, redux: Path) -> Iterator[None]:
+    """Turn what loaders raise for unusable files into ``WeightsError``."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{base} and {redux} cannot be loaded: {error}") from error
+
+
+def _denoiser(
+    backend: str, folder: Path, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> Denoiser:
+    if backend == "diffusers":
+        model = FluxTransformer2DModel.from_pretrained(folder, dtype=dtype)
+        return DiffusersDenoiser(_ready(model, device))
+    params = FluxParams.of(config)
+    choice = choose(device, dtype, params.head_dim)
+    logger.info("attention: %s", choice.attention.name)
+    for name, reason in choice.refusals.items():
+        logger.info("attention %s is not used: it %s", name, reason)
+    return EngineDenoiser(
+        load_flux(params, Shards(folder), device=device, dtype=dtype), choice.attention
+    )
+
+
 def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return module.to(device).eval().requires_grad_(False)
 
 
 def _check_fit(
-    transformer: FluxTransformer2DModel,
+    transformer: Mapping[str, Any],
     vae: AutoencoderKL,
     siglip: SiglipVisionModel,
     embedder: ReduxImageEncoder,
 ) -> None:
     """Raise ``WeightsError`` where a base and a Redux of different families were mixed."""
     pairs = (
-        ("Redux tokens", embedder.config.txt_in_features, transformer.config.joint_attention_dim),
+        ("Redux tokens", embedder.config.txt_in_features, transformer["joint_attention_dim"]),
         ("SigLIP features", siglip.config.hidden_size, embedder.config.redux_dim),
-        ("latent channels", 4 * vae.config.latent_channels, transformer.config.in_channels),
+        ("latent channels", 4 * vae.config.latent_channels, transformer["in_channels"]),
     )
     for what, given, expected in pairs:
         if given != expected:

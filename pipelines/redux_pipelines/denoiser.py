@@ -2,42 +2,22 @@
 
 ``prepare`` receives all that stays the same over the steps, so that a faster backend can embed the
 text once, compute every modulation of the schedule in one go, keep RoPE tables per grid and fold
-equal text tokens; ``DiffusersDenoiser`` runs diffusers' own network and does none of this.
-Knows no images and no sampling loop.
+equal text tokens. ``redux_pipelines.engine`` does all this; ``DiffusersDenoiser`` runs diffusers'
+own network, does none of it, and is what the engine is measured against. Knows no images and no
+sampling loop.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from redux_pipelines.lru import LRU
 from redux_pipelines.sampling import Grid, Schedule, image_ids
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Conditioning tokens ``values (N, D)``, each standing for ``copies`` equal ones.
-
-    They all have RoPE position 0, so they are a set: their order means nothing.
-    """
-
-    values: Tensor
-    copies: int = 1
-
-    def expanded(self) -> Tensor:
-        """All ``N · copies`` tokens, written out."""
-        return self.values.repeat(self.copies, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What steers a request: text tokens, Redux tokens, pooled text ``vec (P,)``, guidance."""
-
-    txt: Tokens
-    redux: Tokens
-    vec: Tensor
-    guidance: float
+from redux_pipelines.tokens import Conditioning
 
 
 class PreparedDenoiser(Protocol):
@@ -56,6 +36,11 @@ class Denoiser(Protocol):
         """Backend name for ``ModelInfo``."""
         ...
 
+    @property
+    def caches(self) -> Mapping[str, LRU[Any, Any]]:
+        """What it keeps between requests, by name."""
+        ...
+
     def prepare(
         self, conditioning: Conditioning, schedule: Schedule, grid: Grid
     ) -> PreparedDenoiser:
@@ -70,6 +55,7 @@ class DiffusersDenoiser:
     """
 
     name = "diffusers"
+    caches: Mapping[str, LRU[Any, Any]] = MappingProxyType({})
 
     def __init__(self, transformer: Any) -> None:
         self._transformer = transformer
@@ -77,9 +63,15 @@ class DiffusersDenoiser:
     def prepare(
         self, conditioning: Conditioning, schedule: Schedule, grid: Grid
     ) -> "_PreparedDiffusers":
-        """Write out the tokens and put positions, times and guidance on the device."""
+        """Write out the tokens and put positions, times and guidance on the device.
+
+        Raises ``ValueError`` for tokens with a weight, of which diffusers knows nothing.
+        """
         model = self._transformer
-        txt = torch.cat([conditioning.txt.expanded(), conditioning.redux.expanded()])
+        sets = conditioning.present()
+        if any(each.log_weight != 0.0 for each in sets):
+            raise ValueError("weights of tokens need the engine backend; this one is diffusers")
+        txt = torch.cat([each.expanded() for each in sets])
         txt = txt.to(model.device, model.dtype)
         embeds_guidance = model.config.guidance_embeds
         return _PreparedDiffusers(

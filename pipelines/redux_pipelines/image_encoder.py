@@ -17,6 +17,10 @@ from torch import Tensor
 
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.images import to_rgb
+from redux_pipelines.lru import LRU, digest, tensor_bytes
+
+CACHE_BYTES = 64 * 2**20
+"""Ten pictures of FLUX.1-Redux in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +57,25 @@ class Preprocessing:
 
 
 class ImageEncoder:
-    """SigLIP vision tower and Redux embedder on one device."""
+    """SigLIP vision tower and Redux embedder on one device; tokens of recent pictures are kept."""
 
     def __init__(self, siglip: Any, embedder: Any, preprocessing: Preprocessing) -> None:
         self._siglip = siglip
         self._embedder = embedder
         self._preprocessing = preprocessing
+        self.cache: LRU[bytes, Tensor] = LRU(CACHE_BYTES, tensor_bytes)
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
-        """Redux tokens ``(N, D)`` of one picture, D the transformer's text width."""
-        pixels = self._preprocessing.apply(image).to(self._siglip.device, self._siglip.dtype)
+        """Redux tokens ``(N, D)`` of one picture, D the transformer's text width.
+
+        The same for the same preprocessed pixels, and not to be changed.
+        """
+        pixels = self._preprocessing.apply(image)
+        return self.cache.get(digest(pixels), lambda: self._embed(pixels))
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self._siglip.device, self._siglip.dtype)
         hidden = self._siglip(pixel_values=pixels).last_hidden_state
         tokens: Tensor = self._embedder(hidden).image_embeds[0]
         return tokens

@@ -52,7 +52,7 @@ def load_pipeline(
     base: str | Path | None = None,
     redux: str | Path | None = None,
     revision: str | None = None,
-    backend: str = "diffusers",
+    backend: str = "engine",
     device: str = "auto",
     dtype: str = "auto",
     max_batch_size: int = 1,
@@ -65,7 +65,9 @@ def load_pipeline(
     layout or hub repository ids and override the name's; without ``redux`` FLUX.1-Redux-dev is
     taken. ``revision`` is that of ``base`` on the hub.
 
-    ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else float32.
+    ``backend`` is what runs the transformer: ``engine``, or ``diffusers``, the reference that it is
+    tested against. ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else
+    float32.
     ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` work as in huggingface_hub. Raises
     ``WeightsError`` for a checkpoint that cannot be had, ``ValueError`` for an unknown option.
     """
@@ -127,7 +129,13 @@ def _assemble(
     from redux_pipelines.components import load_components
     from redux_pipelines.redux import ReduxPipeline
 
-    components = load_components(base, redux, device=placement.device, dtype=placement.dtype)
+    components = load_components(
+        base,
+        redux,
+        backend=placement.backend,
+        device=placement.device,
+        dtype=placement.dtype,
+    )
     if preload_text:
         components.text_encoders.load()
     pipeline = ReduxPipeline(components, name=name, max_batch_size=placement.max_batch_size)

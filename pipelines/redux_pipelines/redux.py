@@ -14,10 +14,12 @@ from torch import Tensor
 
 from redux_pipelines import sampling
 from redux_pipelines.autoencoder import Autoencoder
-from redux_pipelines.denoiser import Conditioning, Denoiser, PreparedDenoiser, Tokens
+from redux_pipelines.denoiser import Denoiser, PreparedDenoiser
 from redux_pipelines.image_encoder import ImageEncoder
+from redux_pipelines.lru import CacheStats
 from redux_pipelines.sampling import Grid, Scheduler
 from redux_pipelines.text_encoders import TextEncoders
+from redux_pipelines.tokens import Conditioning, Tokens
 from redux_pipelines.types import GenerationRequest, ModelInfo, Progress, Result
 from redux_pipelines.validation import check_request
 
@@ -63,6 +65,14 @@ class ReduxPipeline:
         """What was loaded."""
         return self._info
 
+    def cache_stats(self) -> dict[str, CacheStats]:
+        """Hits, misses and bytes of every cache, by its name. May be called from any thread."""
+        parts = self._parts
+        stats = {name: cache.stats for name, cache in parts.denoiser.caches.items()}
+        stats["prompts"] = parts.text_encoders.cache.stats
+        stats["pictures"] = parts.image_encoder.cache.stats
+        return stats
+
     def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
         """Check the request at once; then yield a ``Progress`` per step and one ``Result``.
 
@@ -92,7 +102,7 @@ class ReduxPipeline:
     def _encode(self, request: GenerationRequest) -> Conditioning:
         text = self._parts.text_encoders
         txt, vec = text.encode(request.prompt) if _needs_text(request) else text.zeros()
-        redux = Tokens(self._parts.image_encoder.encode(request.image))
+        redux = (Tokens(self._parts.image_encoder.encode(request.image)),)
         return Conditioning(txt, redux, vec, guidance=float(request.guidance_scale))
 
     def _denoise(

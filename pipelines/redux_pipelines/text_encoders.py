@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redux_pipelines.denoiser import Tokens
 from redux_pipelines.errors import RequestError
+from redux_pipelines.lru import LRU, tensor_bytes
+from redux_pipelines.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
 COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 CLIP_TOKENS = 77
+
+CACHE_BYTES = 64 * 2**20
+"""Fifteen prompts of FLUX.1-dev in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class TextSizes:
 
 
 class TextEncoders:
-    """CLIP and T5 of one checkpoint directory, loaded on first use."""
+    """CLIP and T5 of one checkpoint directory, loaded on first use; recent prompts are kept."""
 
     def __init__(
         self, base: Path, sizes: TextSizes, *, device: torch.device, dtype: torch.dtype
@@ -57,6 +61,9 @@ class TextEncoders:
         self._sizes = sizes
         self._device = device
         self._dtype = dtype
+        self.cache: LRU[tuple[str, int], tuple[Tensor, Tensor]] = LRU(
+            CACHE_BYTES, lambda encoded: tensor_bytes(*encoded)
+        )
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -94,16 +101,22 @@ class TextEncoders:
     def encode(self, prompt: str) -> tuple[Tokens, Tensor]:
         """T5 tokens ``(T, D)`` and CLIP's pooled vector ``(P,)``; longer prompts are cut off.
 
-        Raises ``RequestError`` where the encoders are not on disk.
+        The same for the same prompt, and not to be changed. Raises ``RequestError`` where the
+        encoders are not on disk.
         """
         self.require()
+        key = (prompt, self._sizes.tokens)
+        txt, vec = self.cache.get(key, lambda: self._embed(prompt))
+        return Tokens(txt), vec
+
+    def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         clip_tokenizer, clip = self._clip
         t5_tokenizer, t5 = self._t5
         clip_ids = _token_ids(clip_tokenizer, prompt, _clip_length(clip_tokenizer))
         vec = clip(clip_ids.to(self._device)).pooler_output[0]
         t5_ids = _token_ids(t5_tokenizer, prompt, self._sizes.tokens)
         txt = t5(t5_ids.to(self._device)).last_hidden_state[0]
-        return Tokens(txt.to(self._dtype)), vec.to(self._dtype)
+        return txt.to(self._dtype), vec.to(self._dtype)
 
     @cached_property
     def _clip(self) -> tuple[Any, Any]:

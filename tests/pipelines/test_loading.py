@@ -48,13 +48,16 @@ def test_a_directory_is_loaded_and_described(tiny, caplog):
     with caplog.at_level(logging.WARNING, "redux_pipelines"):
         pipeline = load_pipeline(base=tiny.base, redux=tiny.redux, device="cpu")
     info = pipeline.info
-    assert (info.name, info.backend, info.device) == ("base", "diffusers", "cpu")
+    assert (info.name, info.backend, info.device) == ("base", "engine", "cpu")
     assert (info.dtype, info.size_multiple) == ("float32", 64)
     assert sum("non-commercial" in record.message for record in caplog.records) == 1
 
 
-def test_the_engine_backend_says_what_really_runs(tiny, load):
-    assert load(tiny, backend="engine").info.backend == "diffusers"
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_the_backend_that_was_asked_for_runs(backend, tiny, load):
+    pipeline = load(tiny, backend=backend)
+    assert pipeline.info.backend == backend
+    assert ("Engine" in type(pipeline._parts.denoiser).__name__) == (backend == "engine")
 
 
 def test_bfloat16_runs_on_a_cpu(tiny, load, request_for, finish):

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -79,22 +80,31 @@ PARITY = {
 }
 
 
+@pytest.fixture(scope="module")
+def backends(tiny, load):
+    return {name: load(tiny, backend=name) for name in ("engine", "diffusers")}
+
+
 @pytest.mark.parametrize("fields", PARITY.values(), ids=PARITY)
-def test_images_are_those_of_diffusers(fields, pipeline, oracle, request_for, finish, difference):
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_images_are_those_of_diffusers(
+    fields, backend, backends, oracle, request_for, finish, difference
+):
     request = request_for(**fields)
-    ours = finish(pipeline.generate(request)).images
+    ours = finish(backends[backend].generate(request)).images
     theirs = oracle.images(request, encode_empty=request.empty_prompt == "encode")
     assert len(ours) == len(theirs) == request.num_images
     assert max(map(difference, ours, theirs)) <= 1
 
 
 @pytest.mark.parametrize("kind", ["tiny_schnell", "tiny_f8"])
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
 def test_other_kinds_of_model_match_diffusers_too(
-    kind, request, load, request_for, finish, difference
+    kind, backend, request, load, request_for, finish, difference
 ):
     checkpoint = request.getfixturevalue(kind)
     wanted = request_for(prompt="a red fox")
-    ours = finish(load(checkpoint).generate(wanted)).images[0]
+    ours = finish(load(checkpoint, backend=backend).generate(wanted)).images[0]
     assert difference(ours, Oracle(checkpoint).images(wanted)[0]) <= 1
 
 
@@ -165,6 +175,36 @@ def test_guidance_is_not_given_to_a_model_without_it(
     assert difference(low, high) == 0
 
 
+def test_repeats_are_served_from_caches(tiny, load, request_for, finish, difference):
+    pipeline, request = load(tiny), request_for(prompt="again")
+    first, second = (finish(pipeline.generate(request)).images[0] for _ in range(2))
+    assert difference(first, second) == 0
+    stats = pipeline.cache_stats()
+    assert set(stats) == {"modulations", "rotations", "prompts", "pictures"}
+    assert {(each.hits, each.misses, each.entries) for each in stats.values()} == {(1, 1, 1)}
+    finish(pipeline.generate(replace(request, seed=9, num_images=2)))
+    assert all(each.misses == 1 for each in pipeline.cache_stats().values())
+
+
+CHANGES = {
+    "a prompt": ({"prompt": "other"}, {"prompts", "modulations"}),
+    "a picture": ({"image": Image.new("RGB", (8, 8), "green")}, {"pictures"}),
+    "a size": ({"width": 576}, {"rotations", "modulations"}),  # sizes shift the schedule
+    "guidance": ({"guidance_scale": 2.0}, {"modulations"}),
+    "steps": ({"num_inference_steps": 3}, {"modulations"}),
+    "a seed": ({"seed": 5}, set()),
+}
+
+
+@pytest.mark.parametrize(("fields", "missed"), CHANGES.values(), ids=CHANGES)
+def test_caches_miss_what_changed(fields, missed, tiny, load, request_for, finish):
+    pipeline, request = load(tiny), request_for(prompt="first")
+    finish(pipeline.generate(request))
+    finish(pipeline.generate(replace(request, **fields)))
+    stats = pipeline.cache_stats()
+    assert {name for name, each in stats.items() if each.misses == 2} == missed
+
+
 def test_progress_counts_every_step_of_every_image(pipeline, request_for):
     *steps, result = pipeline.generate(request_for(num_images=2, num_inference_steps=3))
     assert steps == [Progress(step, 6) for step in range(1, 7)]
@@ -183,13 +223,15 @@ class _Spy:
     """A denoiser that remembers weakly what it handed out."""
 
     name = "spy"
+    caches: ClassVar = {}
 
     def __init__(self, denoiser):
         self._denoiser = denoiser
         self.tensors = []
 
     def prepare(self, conditioning, schedule, grid):
-        self.tensors += [weakref.ref(conditioning.redux.values), weakref.ref(conditioning.vec)]
+        picture = conditioning.redux[0].values
+        self.tensors += [weakref.ref(picture), weakref.ref(conditioning.vec)]
         prepared = self._denoiser.prepare(conditioning, schedule, grid)
         return _SpyPrepared(prepared, self.tensors)
 
@@ -215,8 +257,12 @@ def test_closing_midway_frees_everything_at_once(pipeline, request_for):
         assert next(events) == Progress(1, 5)
         assert next(events) == Progress(2, 5)
         events.close()
-        assert len(spy.tensors) == 6
-        assert all(tensor() is None for tensor in spy.tensors)
+        picture, *others = spy.tensors
+        assert len(others) == 5
+        assert all(tensor() is None for tensor in others)
+        assert picture() is not None  # kept for the next request
+        pipeline._parts.image_encoder.cache.clear()
+        assert picture() is None
     finally:
         gc.enable()
     assert list(events) == []
