@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all check lint format types imports dockerfile \
-        bench bench-server train-mini docker clean
+        bench bench-server bench-engine train-mini docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -119,6 +119,9 @@ bench:  ## list the benchmarks
 
 bench-server: $(RUNTIME)  ## measure the server alone, with a model that does nothing
 	@$(BIN)/python server/benchmarks/bench_server.py $(ARGS)
+
+bench-engine: $(RUNTIME)  ## one step of the engine against diffusers, random weights
+	@$(BIN)/python pipelines/benchmarks/bench_engine.py $(ARGS)
 
 clean:  ## delete .venv, caches and build results (never data/ or demo-output/)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

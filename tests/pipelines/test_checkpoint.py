@@ -109,9 +109,7 @@ def test_tensors_without_a_place_are_named(tensors):
 
 
 def test_many_problems_are_counted(tensors):
-    with pytest.raises(
-        WeightsError, match=r"lacks context_embedder.bias, .* and 1\d\d more"
-    ):
+    with pytest.raises(WeightsError, match=r"lacks context_embedder.bias, .* and 1\d\d more"):
         _load({"x_embedder.weight": tensors["x_embedder.weight"], "other": torch.zeros(1)})
 
 

@@ -1,0 +1,189 @@
+"""One denoising step of the engine against diffusers' transformer, same random weights.
+
+    make bench-engine ARGS="--cases narrow --threads 1"
+
+Prints JSON, also written to bench-results/engine.json. Runs alternate, so that what else the
+machine does falls on both; a ratio is the median over pairs of neighbouring runs. ``wall`` is time
+passed, ``cpu`` is processor time of this process, which a busy machine disturbs less. Both backends
+get the same prepared request; what the engine does once a request is ``prepare_ms``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from redux_pipelines.attention import choose
+from redux_pipelines.checkpoint import load_flux
+from redux_pipelines.denoiser import DiffusersDenoiser
+from redux_pipelines.engine import EngineDenoiser
+from redux_pipelines.sampling import Schedule, grid_for
+from redux_pipelines.tokens import Conditioning, Tokens
+from redux_pipelines.transformer import FluxParams
+
+TEXT, PICTURE = 512, 729
+STEPS = 28
+SCHEDULE = Schedule(tuple(1 - step / STEPS for step in range(STEPS + 1)))
+NETWORKS: dict[str, dict[str, Any]] = {
+    "wide": {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
+    "narrow": {
+        "num_layers": 2,
+        "num_single_layers": 4,
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 256,
+        "axes_dims_rope": (8, 28, 28),
+        "guidance_embeds": True,
+    },
+}
+TARGETS = {
+    ("wide", 512, "empty"): 0.76,
+    ("wide", 1024, "empty"): 0.89,
+    ("wide", 512, "encoded"): 0.98,
+    ("wide", 1024, "encoded"): 0.98,
+    ("narrow", 512, "empty"): 0.67,
+    ("narrow", 1024, "empty"): 0.82,
+    ("narrow", 1536, "empty"): 0.90,
+    ("narrow", 512, "encoded"): 0.90,
+    ("narrow", 1024, "encoded"): 0.90,
+    ("narrow", 1536, "encoded"): 0.90,
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One call, in milliseconds."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024, 1536])
+    parser.add_argument("--prompts", nargs="*", default=["empty", "encoded"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, default=Path("bench-results/engine.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    report = {"environment": _environment(options), "cases": _cases(options)}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2)
+    options.out.write_text(text + "\n")
+    print(text)
+
+
+def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
+    results = []
+    for name in options.cases:
+        model, engine = _networks(name, torch.device(options.device), options.dtype)
+        for size in options.sizes:
+            for prompt in options.prompts:
+                if (name, size, prompt) in TARGETS:
+                    results.append(_case(model, engine, (name, size, prompt), options.repeats))
+    return results
+
+
+def _networks(name: str, device: torch.device, dtype: str) -> tuple[Any, EngineDenoiser]:
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    model = FluxTransformer2DModel(**NETWORKS[name]).to(device, kind).eval().requires_grad_(False)
+    params = FluxParams.of(model.config)
+    flux = load_flux(params, model.state_dict(), device=device, dtype=kind)
+    return model, EngineDenoiser(flux, choose(device, kind, params.head_dim).attention)
+
+
+@torch.inference_mode()
+def _case(
+    model: Any, engine: EngineDenoiser, case: tuple[str, int, str], repeats: int
+) -> dict[str, Any]:
+    name, size, prompt = case
+    grid = grid_for(size, size, 16)
+    given = _conditioning(model, prompt)
+    img = torch.randn(1, grid.tokens, model.config.in_channels).to(model.device, model.dtype)
+    theirs = DiffusersDenoiser(model).prepare(given, SCHEDULE, grid)
+    first = _timed(lambda: engine.prepare(given, SCHEDULE, grid))
+    again = _timed(lambda: engine.prepare(given, SCHEDULE, grid))
+    ours = engine.prepare(given, SCHEDULE, grid)
+    difference = ours.predict(img, 3) - theirs.predict(img, 3)  # warms both up, too
+    pairs = [
+        (_timed(lambda: theirs.predict(img, 3)), _timed(lambda: ours.predict(img, 3)))
+        for _ in range(repeats)
+    ]
+    return {
+        "network": name,
+        "size": size,
+        "prompt": prompt,
+        "target": TARGETS[case],
+        "ratio_wall": _median([ours.wall_ms / theirs.wall_ms for theirs, ours in pairs], 3),
+        "ratio_cpu": _median([ours.cpu_ms / theirs.cpu_ms for theirs, ours in pairs], 3),
+        "diffusers_ms": _median([theirs.wall_ms for theirs, _ in pairs]),
+        "engine_ms": _median([ours.wall_ms for _, ours in pairs]),
+        "prepare_ms": {"first": round(first.wall_ms, 1), "again": round(again.wall_ms, 1)},
+        "largest_difference": float(difference.abs().max()),
+    }
+
+
+def _conditioning(model: Any, prompt: str) -> Conditioning:
+    config = model.config
+    width = config.joint_attention_dim
+    if prompt == "empty":
+        txt, vec = Tokens(torch.zeros(1, width), TEXT), torch.zeros(config.pooled_projection_dim)
+    else:
+        txt, vec = Tokens(torch.randn(TEXT, width)), torch.randn(config.pooled_projection_dim)
+    return Conditioning(txt, (Tokens(torch.randn(PICTURE, width)),), vec, guidance=3.5)
+
+
+def _timed(call: Callable[[], object]) -> Timing:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    synchronize()
+    return Timing(1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu))
+
+
+def _median(values: list[float], digits: int = 1) -> float:
+    return round(statistics.median(values), digits)
+
+
+def _environment(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("torch", "diffusers")
+    gpu = torch.cuda.get_device_name() if options.device.startswith("cuda") else None
+    return {
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "gpu": gpu,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "threads": options.threads,
+        "dtype": options.dtype,
+        "repeats": options.repeats,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
