@@ -66,15 +66,11 @@ def load_flux(
         flux = Flux(params)
     sources = key_map(flux)
     _check_keys(tensors, [key for keys in sources.values() for key in keys])
-    for name, parameter in dict(flux.named_parameters()).items():
+    for name, parameter in list(flux.named_parameters()):
         on_host = evict_modulation and name.startswith("modulation.layers.")
         place = torch.device("cpu") if on_host else device
-        room = torch.empty(
-            parameter.shape,
-            dtype=dtype,
-            device=place,
-            pin_memory=on_host and device.type == "cuda",
-        )
+        pinned = on_host and device.type == "cuda"
+        room = torch.empty(parameter.shape, dtype=dtype, device=place, pin_memory=pinned)
         _fill(room, sources[name], tensors)
         _set(flux, name, room)
     return flux.eval()

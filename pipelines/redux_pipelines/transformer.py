@@ -124,19 +124,25 @@ class DoubleBlock(nn.Module):
 
     def forward(self, x: Tensor, mod: Tensor, joint: Joint) -> None:
         """Change ``x (B, S, H)`` in place; ``mod (12, H)``."""
-        end, rows = joint.txt_rows, x.shape[1]
         parts = (
-            (self.txt, slice(0, end), mod[DOUBLE_ROWS:]),
-            (self.img, slice(end, rows), mod[:DOUBLE_ROWS]),
+            (self.txt, slice(0, joint.txt_rows), mod[DOUBLE_ROWS:]),
+            (self.img, slice(joint.txt_rows, x.shape[1]), mod[:DOUBLE_ROWS]),
         )
+        attn = self._attend(x, parts, joint)
+        for stream, span, own in parts:
+            stream.update_(x[:, span], attn[:, span], own)
+
+    def _attend(self, x: Tensor, parts: "_Parts", joint: Joint) -> Tensor:
+        """``(B, S, H)``. Queries, keys and values are let go before the MLP needs its room."""
         qk = new_qk(x, self.num_heads)
         values = [
             stream.project(x[:, span], own, joint.rope.rows(span.start, span.stop), qk[:, span])
             for stream, span, own in parts
         ]
-        attn = joint.attend(qk, torch.cat(values, dim=1))
-        for stream, span, own in parts:
-            stream.update_(x[:, span], attn[:, span], own)
+        return joint.attend(qk, torch.cat(values, dim=1))
+
+
+_Parts = tuple[tuple[Stream, slice, Tensor], ...]
 
 
 class SingleBlock(nn.Module):
