@@ -9,6 +9,7 @@ import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
 
 from redux_pipelines import loading
 from redux_pipelines.errors import WeightsError
@@ -110,6 +111,16 @@ def test_parts_of_different_families_are_refused(tiny, tmp_path):
     ReduxImageEncoder(redux_dim=32, txt_in_features=48).save_pretrained(redux / "image_embedder")
     with pytest.raises(WeightsError, match="Redux tokens are 48 wide, but 32 is expected"):
         load_pipeline(base=tiny.base, redux=redux, device="cpu")
+
+
+def test_a_transformer_that_lacks_a_tensor_is_refused(tiny, tmp_path):
+    base = shutil.copytree(tiny.base, tmp_path / "base")
+    path = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["proj_out.bias"]
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match=r"the transformer lacks proj_out\.bias"):
+        load_pipeline(base=base, redux=tiny.redux, device="cpu")
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./models", "flux", "a/b/c"])
