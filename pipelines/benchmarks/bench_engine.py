@@ -10,18 +10,16 @@ get the same prepared request; what the engine does once a request is ``prepare_
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from machine import environment
 
 from redux_pipelines.attention import choose
 from redux_pipelines.checkpoint import load_flux
@@ -80,7 +78,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-results/engine.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    report = {"environment": _environment(options), "cases": _cases(options)}
+    report = {
+        "environment": environment(
+            options.device,
+            threads=options.threads,
+            dtype=options.dtype,
+            repeats=options.repeats,
+        ),
+        "cases": _cases(options),
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2)
     options.out.write_text(text + "\n")
@@ -159,30 +165,6 @@ def _timed(call: Callable[[], object]) -> Timing:
 
 def _median(values: list[float], digits: int = 1) -> float:
     return round(statistics.median(values), digits)
-
-
-def _environment(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("torch", "diffusers")
-    gpu = torch.cuda.get_device_name() if options.device.startswith("cuda") else None
-    return {
-        "machine": platform.machine(),
-        "cpu": _cpu_name(),
-        "gpu": gpu,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "threads": options.threads,
-        "dtype": options.dtype,
-        "repeats": options.repeats,
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from PIL import Image
 
 from redux_pipelines.images import to_rgb
-from redux_pipelines.types import GenerationRequest, ModelInfo, Progress, Result
+from redux_pipelines.types import CacheStats, GenerationRequest, ModelInfo, Progress, Result
 from redux_pipelines.validation import check_request
 
 SLOW_STEP_S = 0.02
@@ -32,6 +32,10 @@ class FakePipeline:
     def info(self) -> ModelInfo:
         """A model called ``fake``."""
         return ModelInfo(name="fake", backend="fake", device="cpu", dtype="uint8", size_multiple=1)
+
+    def cache_stats(self) -> dict[str, CacheStats]:
+        """It keeps nothing."""
+        return {}
 
     def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
         """Check the request at once; then yield a ``Progress`` per step and one ``Result``."""

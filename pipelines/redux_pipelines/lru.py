@@ -7,25 +7,15 @@ by several threads at once; its counters may be read from any.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from redux_pipelines.types import CacheStats
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """Counts since the start, and what is held now."""
-
-    hits: int
-    misses: int
-    entries: int
-    size_bytes: int
-    max_bytes: int
 
 
 class LRU(Generic[K, V]):

@@ -16,11 +16,10 @@ from redux_pipelines import sampling
 from redux_pipelines.autoencoder import Autoencoder
 from redux_pipelines.denoiser import Denoiser, PreparedDenoiser
 from redux_pipelines.image_encoder import ImageEncoder
-from redux_pipelines.lru import CacheStats
 from redux_pipelines.sampling import Grid, Scheduler
 from redux_pipelines.text_encoders import TextEncoders
 from redux_pipelines.tokens import Conditioning, Tokens
-from redux_pipelines.types import GenerationRequest, ModelInfo, Progress, Result
+from redux_pipelines.types import CacheStats, GenerationRequest, ModelInfo, Progress, Result
 from redux_pipelines.validation import check_request
 
 
@@ -66,7 +65,7 @@ class ReduxPipeline:
         return self._info
 
     def cache_stats(self) -> dict[str, CacheStats]:
-        """Hits, misses and bytes of every cache, by its name. May be called from any thread."""
+        """Those of the prompts, of the pictures, and of what the denoiser keeps."""
         parts = self._parts
         stats = {name: cache.stats for name, cache in parts.denoiser.caches.items()}
         stats["prompts"] = parts.text_encoders.cache.stats

@@ -68,6 +68,17 @@ class ModelInfo:
     size_multiple: int
 
 
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """A cache's counts since the start, and what it holds now."""
+
+    hits: int
+    misses: int
+    entries: int
+    size_bytes: int
+    max_bytes: int
+
+
 class Pipeline(Protocol):
     """Anything that turns a request into images.
 
@@ -78,6 +89,10 @@ class Pipeline(Protocol):
     @property
     def info(self) -> ModelInfo:
         """What was loaded."""
+        ...
+
+    def cache_stats(self) -> Mapping[str, CacheStats]:
+        """How its caches fare, by name. May be called from any thread."""
         ...
 
     def generate(self, request: GenerationRequest) -> Iterator[Progress | Result]:

@@ -3,11 +3,20 @@
 See ``redux_server.metrics_sharing`` for how the folder is set up, which must come first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from redux_pipelines.types import CacheStats
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
@@ -21,6 +30,14 @@ QUEUED = Histogram("flux_redux_task_queue_seconds", "From accepting to starting.
 INFERENCE = Histogram("flux_redux_task_inference_seconds", "On the device.", buckets=_SECONDS)
 E2E = Histogram("flux_redux_task_e2e_seconds", "From accepting to the end.", buckets=_SECONDS)
 STAGES = Histogram("flux_redux_stage_seconds", "Parts of a task.", ["stage"], buckets=_SECONDS)
+CACHE_HITS = Counter("flux_redux_cache_hits", "Found in a worker's cache.", ["cache"])
+CACHE_MISSES = Counter("flux_redux_cache_misses", "Not found in a worker's cache.", ["cache"])
+CACHE_BYTES = Gauge(
+    "flux_redux_cache_bytes",
+    "Held by the workers' caches.",
+    ["cache"],
+    multiprocess_mode="livesum",
+)
 HTTP = Histogram(
     "flux_redux_http_request_duration_seconds",
     "Answers of the API.",
@@ -29,6 +46,22 @@ HTTP = Histogram(
 )
 
 Gauges = dict[tuple[str, str], float]
+
+
+class CacheMeter:
+    """Carries the counts that a pipeline's caches keep over to our metrics."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, CacheStats] = {}
+
+    def update(self, stats: Mapping[str, CacheStats]) -> None:
+        """Count what happened since the last call."""
+        for name, now in stats.items():
+            before = self._last.get(name)
+            CACHE_HITS.labels(name).inc(now.hits - (before.hits if before else 0))
+            CACHE_MISSES.labels(name).inc(now.misses - (before.misses if before else 0))
+            CACHE_BYTES.labels(name).set(now.size_bytes)
+        self._last.update(stats)
 
 
 class _Now(Collector):

@@ -96,6 +96,7 @@ class Worker:
         self._has_ended = threading.Event()
         # One task at most waits for the device; more would keep it from other workers.
         self._next_up = threading.Semaphore(1)
+        self._caches = metrics.CacheMeter()
         self._device = device or ThreadPoolExecutor(1, thread_name_prefix="device")
 
     def wake(self) -> None:
@@ -216,8 +217,11 @@ class Worker:
         # cannot take the next one down with it, again and again.
         if task.crashes == 0:
             waits()
-        with held.timed("inference"):
-            return self._generate(request, held)
+        try:
+            with held.timed("inference"):
+                return self._generate(request, held)
+        finally:
+            self._caches.update(self._pipeline.cache_stats())
 
     def _generate(self, request: GenerationRequest, held: _Held) -> Result:
         self._check_still_wanted(held)

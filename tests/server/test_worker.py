@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 from e2e.live import wait_until
 from redux_pipelines.errors import RequestError
 from redux_pipelines.fakes import FakePipeline
-from redux_pipelines.types import GenerationRequest, ModelInfo, Progress, Result
+from redux_pipelines.types import CacheStats, GenerationRequest, ModelInfo, Progress, Result
 from redux_server import worker as worker_module
 from redux_server.blobs import Blobs
 from redux_server.decode import DecodeError
@@ -102,6 +102,9 @@ class BrokenPipeline:
 
     def __init__(self, *events: Progress | Result | Exception) -> None:
         self.events = events
+
+    def cache_stats(self) -> dict[str, CacheStats]:
+        return {}
 
     def generate(self, request: GenerationRequest) -> Iterator[Progress | Result]:
         for event in self.events:
