@@ -1,0 +1,105 @@
+"""What operators demand of their tensors, and the errors that say so.
+
+Every function raises ``ValueError`` with the tensor's name, what was given and what is allowed.
+The checks look at metadata only, so they run in eager mode and while a graph is traced alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_WIDTH = 16384  # a row that a program holds in registers
+HEAD_SIZES = (16, 32, 64, 128, 256)
+
+
+def check_matrix(name: str, x: Tensor) -> None:
+    """``x`` is (B, S, width) with contiguous rows and a float dtype; rows may lie apart."""
+    check_float(name, x)
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be (batch, rows, width), got shape {tuple(x.shape)}")
+    check_last_stride(name, x)
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """``x`` is a matrix as above whose rows fit into a program's registers."""
+    check_matrix(name, x)
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{name} must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """``x`` is bfloat16, float16 or float32."""
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}")
+
+
+def check_last_stride(name: str, x: Tensor) -> None:
+    """The last axis of ``x`` is contiguous."""
+    if x.shape[-1] != 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous along its last axis, got stride {x.stride(-1)}: "
+            "call .contiguous() on it"
+        )
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """``x`` has exactly this shape; ``why`` names the axes, for the message."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be {why} = {shape}, got {tuple(x.shape)}")
+
+
+def check_vector(name: str, v: Tensor, x: Tensor) -> None:
+    """``v`` is (B, width) for the rows ``x`` (B, S, width): one vector for an image's rows."""
+    check_float(name, v)
+    check_shape(name, v, (x.shape[0], x.shape[-1]), "(batch, width)")
+    check_last_stride(name, v)
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """All tensors lie on one device."""
+    devices = {name: str(t.device) for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"all tensors must be on one device, got {devices}")
+
+
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """``x`` has this dtype."""
+    if x.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {x.dtype}")
+
+
+def empty_quantized(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Room for ``width`` columns of e4m3 per row of ``x`` (B, S, …), and for the rows' scales."""
+    batch, rows = x.shape[:2]
+    q = x.new_empty((batch, rows, width), dtype=torch.float8_e4m3fn)
+    return q, x.new_empty((batch, rows, 1), dtype=torch.float32)
+
+
+def check_heads(name: str, x: Tensor) -> tuple[int, int, int, int]:
+    """``x`` is (batch, heads, rows, d), contiguous along d, of a float dtype; gives that shape."""
+    check_float(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be (batch, heads, rows, d), got shape {tuple(x.shape)}")
+    check_last_stride(name, x)
+    batch, heads, rows, d = x.shape
+    return batch, heads, rows, d
+
+
+def check_head_size(name: str, d: int) -> None:
+    """A head is a power of two wide, from 16 to 256."""
+    if d not in HEAD_SIZES:
+        raise ValueError(f"{name} must have a head size in {HEAD_SIZES}, got {d}")
+
+
+def check_attention(out: Tensor, lse: Tensor, into: Tensor) -> None:
+    """Attention's output (B, heads, S, d), its float32 log-sum-exp (B, heads, S), a place like it."""
+    shape = check_heads("out", out)
+    check_head_size("out", shape[3])
+    check_shape("lse", lse, shape[:3], "(batch, heads, rows)")
+    check_dtype("lse", lse, torch.float32)
+    check_last_stride("lse", lse)
+    check_heads("into", into)
+    check_shape("into", into, shape, "like out")
+    check_dtype("into", into, out.dtype)

@@ -1,0 +1,123 @@
+"""GELU of an MLP's rows, quantised to e4m3, with other columns beside them if asked.
+
+What the last linear of a double block (GELU alone) and of a single block (attention beside GELU)
+take in fp8: one scale a row, over all of its columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from redux_kernels import checks, dispatch, reference
+from redux_kernels.compiler import constexpr, jit, next_power_of_2, tensor, tl
+from redux_kernels.device_functions import gelu_tanh, scale_of_rows
+
+
+class WholeRowPlan(NamedTuple):
+    """One row a program, held in registers while its largest magnitude is found."""
+
+    block: int
+    beside_block: int
+    warps: int
+    grid: tuple[int, int]
+    """(rows, batch)."""
+
+
+def plan_whole_row(batch: int, rows: int, width: int, beside: int) -> WholeRowPlan:
+    """About 32 elements a thread: 16 warps at 12288 columns, 1 at 1024."""
+    block = next_power_of_2(max(width, 16))
+    beside_block = next_power_of_2(max(beside, 16))
+    return WholeRowPlan(block, beside_block, max(1, min(16, block // 1024)), (rows, batch))
+
+
+@jit
+def _gelu_quantize_kernel(
+    mlp_ptr: tensor, beside_ptr: tensor, q_ptr: tensor, row_scale_ptr: tensor,
+    rows: tensor, mlp_batch: tensor, mlp_row: tensor, beside_batch: tensor, beside_row: tensor,
+    width: constexpr, block: constexpr, extra: constexpr, extra_block: constexpr,
+) -> None:  # fmt: skip
+    """One row: extra columns as they are, then GELU of width columns; one scale for all."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    col = tl.arange(0, block)
+    mask = col < width
+    mlp = tl.load(mlp_ptr + batch * mlp_batch + row * mlp_row + col, mask=mask, other=0.0)
+    y = gelu_tanh(mlp.to(tl.float32))
+    amax = tl.max(tl.abs(y), axis=0)
+
+    out_row = batch * rows + row
+    q_ptr += out_row * (extra + width)
+    if extra > 0:
+        beside_col = tl.arange(0, extra_block)
+        beside_mask = beside_col < extra
+        beside_ptr += batch * beside_batch + row * beside_row
+        a = tl.load(beside_ptr + beside_col, mask=beside_mask, other=0.0).to(tl.float32)
+        row_scale = scale_of_rows(tl.maximum(amax, tl.max(tl.abs(a), axis=0)))
+        a = (a / row_scale).to(q_ptr.dtype.element_ty)
+        tl.store(q_ptr + beside_col, a, mask=beside_mask)
+    else:
+        row_scale = scale_of_rows(amax)
+    tl.store(row_scale_ptr + out_row, row_scale)
+    tl.store(q_ptr + extra + col, (y / row_scale).to(q_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(mlp: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run the kernel on checked tensors: (q, row_scale)."""
+    batch, rows, width = mlp.shape
+    extra = 0 if beside is None else beside.shape[-1]
+    other = mlp if beside is None else beside
+    plan = plan_whole_row(batch, rows, width, extra)
+    q, row_scale = checks.empty_quantized(mlp, extra + width)
+    with dispatch.on_device_of(mlp):
+        _gelu_quantize_kernel[plan.grid](
+            mlp, other, q, row_scale,
+            rows, mlp.stride(0), mlp.stride(1), other.stride(0), other.stride(1),
+            width=width, block=plan.block, extra=extra, extra_block=plan.beside_block,
+            num_warps=plan.warps,
+        )  # fmt: skip
+    return q, row_scale
+
+
+def check(mlp: Tensor, beside: Tensor | None) -> None:
+    """Raise ``ValueError`` unless the tensors are those that ``gelu_quantize`` describes."""
+    checks.check_rows("mlp", mlp)
+    if beside is not None:
+        checks.check_rows("beside", beside)
+        checks.check_shape("beside", beside, (*mlp.shape[:2], beside.shape[-1]),
+                           "(batch, rows, columns)")  # fmt: skip
+    checks.check_same_device(mlp=mlp, beside=beside)
+
+
+@torch.library.custom_op("redux::gelu_quantize", mutates_args=())
+def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise the rows ``h = [beside, gelu(mlp)]`` to e4m3: ``(q, row_scale)``.
+
+    GELU is that of ``gelu_into``; ``row_scale = max|h| / 448`` over a whole row and
+    ``q = round(h / row_scale)``, from the float32 ``h``.
+
+    Args:
+        mlp: (B, S, F), F <= 16384, contiguous along F; rows may lie apart.
+        beside: (B, S, C), C <= 16384, contiguous along C, or None: attention's output, say.
+
+    Returns:
+        q (B, S, C + F), contiguous, float8_e4m3fn, and row_scale (B, S, 1), float32.
+        Error: half a step of e4m3 (2^-4 relative, 2^-10 * row_scale absolute); where ``h`` lies on
+        the border between two numbers the kernel and the reference may choose differently.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices are not those above.
+    """
+    check(mlp, beside)
+    if dispatch.runs_kernel("gelu_quantize", mlp):
+        return launch(mlp, beside)
+    return reference.gelu_quantize(mlp, beside)
+
+
+@gelu_quantize.register_fake
+def _(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check(mlp, beside)
+    extra = 0 if beside is None else beside.shape[-1]
+    return checks.empty_quantized(mlp, extra + mlp.shape[-1])

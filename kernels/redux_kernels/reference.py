@@ -1,0 +1,131 @@
+"""The operators in plain torch, in float32: what kernels must equal, and what runs on CPUs.
+
+Each function computes in float32 whatever the inputs' dtype, rounds once at the end, and returns
+new tensors unless it says that it writes into one. Shapes are checked by the operators, not here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3_MAX = 448.0
+TINY = 1e-12
+
+
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm of the rows of ``x`` (B, S, H) times 1 + ``scale`` plus ``shift``, in float32."""
+    h = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift.float()[:, None], h, 1 + scale.float()[:, None])
+
+
+def quantize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 rows, float32 scale of each row), so that rows are about ``q.float() * row_scale``.
+
+    A row's largest magnitude becomes 448. The scale keeps the rows' last axis, with size 1.
+    """
+    h = h.float()
+    row_scale = h.abs().amax(dim=-1, keepdim=True).clamp_min(TINY) * (1 / E4M3_MAX)
+    q = (h / row_scale).clamp(-E4M3_MAX, E4M3_MAX)
+    return q.to(torch.float8_e4m3fn), row_scale
+
+
+def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """See ``redux_kernels.adaln.adaln``."""
+    return _modulated(x, scale, shift, eps).to(x.dtype)
+
+
+def adaln_quantize(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """See ``redux_kernels.adaln.adaln_quantize``."""
+    return quantize_rows(_modulated(x, scale, shift, eps))
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``x + gate * y`` for rows (B, S, H) and a gate (B, H), in the dtype of ``x``."""
+    return torch.addcmul(x.float(), gate.float()[:, None], y.float()).to(x.dtype)
+
+
+def gate_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """See ``redux_kernels.gate_residual_adaln.gate_residual_adaln``."""
+    x = gate_residual(x, y, gate)
+    return x, adaln(x, scale, shift, eps)
+
+
+def gate_residual_adaln_quantize(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``redux_kernels.gate_residual_adaln.gate_residual_adaln_quantize``."""
+    x = gate_residual(x, y, gate)
+    return x, *adaln_quantize(x, scale, shift, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * weight`` along the last axis, in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[2i], x[2i + 1]) of the last axis by the angles of a (S, d/2) table.
+
+    ``x`` is (B, S, heads, d) in float32.
+    """
+    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    q: Tensor, k: Tensor, v: Tensor | None, row_offset: int = 0, eps: float = 1e-6,
+) -> None:  # fmt: skip
+    """Write into ``q``, ``k`` and ``v``; see ``redux_kernels.qk_norm_rope.qk_norm_rope``."""
+    heads, d = q.shape[1], q.shape[3]
+    parts = qkv.view(*qkv.shape[:2], 3, heads, d).unbind(-3)  # each (B, S, heads, d)
+    rows = slice(row_offset, row_offset + qkv.shape[1])
+    for part, weight, out in ((parts[0], q_weight, q), (parts[1], k_weight, k)):
+        out[:, :, rows] = rotate(rms_norm(part, weight, eps), cos, sin).transpose(1, 2).to(q.dtype)
+    if v is not None:
+        v[:, :, rows] = parts[2].transpose(1, 2)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, in float32."""
+    return F.gelu(x.float(), approximate="tanh")
+
+
+def gelu_into(mlp: Tensor, out: Tensor, column: int = 0) -> None:
+    """Write into ``out``; see ``redux_kernels.gelu_into.gelu_into``."""
+    out[..., column : column + mlp.shape[-1]] = gelu(mlp).to(out.dtype)
+
+
+def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``redux_kernels.gelu_quantize.gelu_quantize``."""
+    h = gelu(mlp)
+    return quantize_rows(h if beside is None else torch.cat((beside.float(), h), dim=-1))
+
+
+def merge_folded_key(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
+) -> None:
+    """Write into ``into``; see ``redux_kernels.merge_folded_key.merge_folded_key``."""
+    logits = (q.float() * k.float()[:, :, None]).sum(dim=-1) / math.sqrt(q.shape[-1])
+    more = math.log(copies - 1) if copies > 1 else -math.inf
+    w = torch.sigmoid(logits + more - lse)[..., None]
+    into.copy_(torch.lerp(out.float(), v.float()[:, :, None].expand(out.shape), w))
+
+
+def merge_lse(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: float, into: Tensor
+) -> Tensor:
+    """Write into ``into``; see ``redux_kernels.merge_lse.merge_lse``."""
+    lse_b = lse_b.float() + bias_b
+    w = torch.where(lse_b == -math.inf, 0.0, torch.sigmoid(lse_b - lse_a))[..., None]
+    into.copy_(torch.lerp(out_a.float(), out_b.float(), w))
+    return torch.logaddexp(lse_a.float(), lse_b)
