@@ -94,7 +94,7 @@ def check_head_size(name: str, d: int) -> None:
 
 
 def check_attention(out: Tensor, lse: Tensor, into: Tensor) -> None:
-    """Attention's output (B, heads, S, d), its float32 log-sum-exp (B, heads, S), a place like it."""
+    """Attention's output (B, heads, S, d), its float32 log-sum-exp, and a place like the output."""
     shape = check_heads("out", out)
     check_head_size("out", shape[3])
     check_shape("lse", lse, shape[:3], "(batch, heads, rows)")

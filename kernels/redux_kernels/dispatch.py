@@ -88,6 +88,6 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def _indexed(device: torch.device) -> torch.device:
     """``cuda`` is a name for the current GPU: say which."""
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+    if str(device) == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -37,7 +37,7 @@ def _gelu_into_kernel(
     mlp_batch: tensor, mlp_row: tensor, out_batch: tensor, out_row: tensor,
     width: constexpr, block: constexpr,
 ) -> None:  # fmt: skip
-    """Block columns of one row."""
+    """``block`` columns of one row."""
     col = tl.program_id(1) * block + tl.arange(0, block)
     row = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)

@@ -39,7 +39,7 @@ def _gelu_quantize_kernel(
     rows: tensor, mlp_batch: tensor, mlp_row: tensor, beside_batch: tensor, beside_row: tensor,
     width: constexpr, block: constexpr, extra: constexpr, extra_block: constexpr,
 ) -> None:  # fmt: skip
-    """One row: extra columns as they are, then GELU of width columns; one scale for all."""
+    """One row: ``extra`` columns as they are, then GELU of ``width``; one scale for all."""
     row = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, block)

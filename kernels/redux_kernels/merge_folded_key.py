@@ -42,7 +42,7 @@ def _merge_folded_key_kernel(
     into_batch: tensor, into_head: tensor, into_row: tensor, scale: tensor, log_more: tensor,
     tile: constexpr, d: constexpr,
 ) -> None:  # fmt: skip
-    """Tile rows of one head of one image."""
+    """``tile`` rows of one head of one image."""
     first = tl.program_id(0).to(tl.int64) * tile
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -89,7 +89,7 @@ def check(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
 ) -> None:
     """Raise ``ValueError`` unless the arguments are those that ``merge_folded_key`` describes."""
-    batch, heads, rows, d = checks.check_heads("q", q)
+    batch, heads, _, d = checks.check_heads("q", q)
     checks.check_attention(out, lse, into)
     checks.check_shape("q", q, tuple(out.shape), "like out")
     for name, x in (("k", k), ("v", v)):

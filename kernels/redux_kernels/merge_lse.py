@@ -23,7 +23,7 @@ def _merge_lse_kernel(
     into_batch: tensor, into_head: tensor, into_row: tensor, bias_b: tensor,
     tile: constexpr, d: constexpr,
 ) -> None:  # fmt: skip
-    """Tile rows of one head of one image; ``lse`` is contiguous."""
+    """``tile`` rows of one head of one image; ``lse`` is contiguous."""
     first = tl.program_id(0).to(tl.int64) * tile
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)

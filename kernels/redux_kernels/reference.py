@@ -76,7 +76,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     ``x`` is (B, S, heads, d) in float32.
     """
-    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
+    even, odd = x.view(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 

@@ -1,0 +1,61 @@
+"""What the kernels' tests share: where they run, tensors amid canaries, tolerances."""
+
+import pytest
+import torch
+from torch import Tensor
+
+KERNEL_DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreter"),
+    pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+]
+"""``launch`` runs the kernel on both: an interpreter takes CPU tensors."""
+
+TOLERANCES = [
+    pytest.param(torch.bfloat16, 1e-5, 2**-8, id="bfloat16"),
+    pytest.param(torch.float16, 1e-5, 2**-10, id="float16"),
+    pytest.param(torch.float32, 2e-6, 1e-5, id="float32"),
+]
+"""(dtype, atol, rtol) against the float32 result: one unit in the last place."""
+
+NAN = float("nan")
+
+
+def amid_canaries(*shape: int, dtype: torch.dtype, device: str = "cpu", gap: int = 16) -> Tensor:
+    """Normal numbers in a view of a buffer whose every other element is NaN.
+
+    Rows (the last axis but one) lie ``gap`` elements apart, and there are NaN rows before and
+    after each block of rows: an element read or written outside the view shows.
+    """
+    *outer, rows, width = shape
+    buffer = torch.full((*outer, rows + 2, width + 2 * gap), NAN, dtype=dtype, device=device)
+    view = buffer[..., 1 : rows + 1, gap : gap + width]
+    view.copy_(torch.randn(*shape, device=device))
+    return view
+
+
+def canaries_of(view: Tensor) -> Tensor:
+    """All elements of the buffer behind a view that are not in the view."""
+    base = view._base
+    assert base is not None
+    inside = torch.zeros(base.shape, dtype=torch.bool, device=base.device)
+    inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+    return base[~inside]
+
+
+def modulation(batch: int, width: int, count: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """``count`` vectors (batch, width), side by side in one table as a modulation linear's are."""
+    table = torch.randn(batch, count * width, device=device).to(dtype) * 0.5
+    return list(table.chunk(count, dim=-1))
+
+
+def assert_quantized(q: Tensor, row_scale: Tensor, h: Tensor) -> None:
+    """``q * row_scale`` is ``h`` (float32) to within half a step of e4m3, and uses its range."""
+    assert q.dtype == torch.float8_e4m3fn
+    assert row_scale.dtype == torch.float32
+    amax = h.abs().amax(dim=-1, keepdim=True)
+    torch.testing.assert_close(row_scale, amax.clamp_min(1e-12) / 448, rtol=1e-5, atol=0)
+    error = (q.float() * row_scale - h).abs()
+    half_step = h.abs() * 2**-4 + row_scale * 2**-10
+    assert (error <= half_step * 1.001).all()
+    largest = q.float().abs().amax(dim=-1, keepdim=True)
+    assert torch.equal(largest[amax > 1e-9], torch.full_like(largest, 448.0)[amax > 1e-9])

@@ -1,0 +1,85 @@
+"""Gated residual and the next norm, against torch in float64 and against the reference."""
+
+import pytest
+import torch
+from kernel_cases import KERNEL_DEVICES, TOLERANCES, amid_canaries, assert_quantized, modulation
+
+from redux_kernels import gate_residual_adaln as op
+from redux_kernels import reference
+from redux_kernels.adaln import adaln
+from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
+
+SHAPES = [
+    pytest.param(1, 3, 3072, id="flux"),
+    pytest.param(2, 9, 256, id="mini-with-a-tail-of-rows"),
+    pytest.param(2, 5, 100, id="odd-width"),
+    pytest.param(1, 0, 256, id="no-rows"),
+]
+
+
+def inputs(batch, rows, width, dtype, device="cpu"):
+    x = amid_canaries(batch, rows, width, dtype=dtype, device=device)
+    y = amid_canaries(batch, rows, width, dtype=dtype, device=device, gap=32)
+    return (x, y, *modulation(batch, width, 3, dtype, device))
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), TOLERANCES)
+@pytest.mark.parametrize(("batch", "rows", "width"), SHAPES)
+def test_kernel_is_its_reference(batch, rows, width, dtype, atol, rtol, device):
+    x, y, gate, scale, shift = inputs(batch, rows, width, dtype, device)
+    total, h, _ = op.launch(x, y, gate, scale, shift, 1e-6, quantize=False)
+    want = reference.gate_residual(x.float(), y.float(), gate)
+    torch.testing.assert_close(total.float(), want, atol=atol, rtol=rtol)
+    want = reference.adaln(total.float(), scale, shift)  # of the sum as it was rounded
+    torch.testing.assert_close(h.float(), want, atol=atol, rtol=rtol)
+    assert total.dtype == h.dtype == dtype
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize(("batch", "rows", "width"), SHAPES[:3])
+def test_quantising_kernel_is_its_reference(batch, rows, width, device):
+    x, y, gate, scale, shift = inputs(batch, rows, width, torch.bfloat16, device)
+    total, q, row_scale = op.launch(x, y, gate, scale, shift, 1e-6, quantize=True)
+    plain, _, _ = op.launch(x, y, gate, scale, shift, 1e-6, quantize=False)
+    assert torch.equal(total, plain)
+    assert_quantized(q, row_scale, reference.adaln(total.float(), scale, shift))
+
+
+def test_reference_is_the_residual_and_its_norm():
+    x, y = torch.randn(2, 2, 5, 64, dtype=torch.bfloat16)
+    gate, scale, shift = modulation(2, 64, 3, torch.bfloat16, "cpu")
+    total, h = gate_residual_adaln(x, y, gate, scale, shift)
+    want = x.double() + gate.double()[:, None] * y.double()
+    torch.testing.assert_close(total.double(), want, atol=0, rtol=2**-8)
+    assert torch.equal(h, adaln(total, scale, shift))
+
+
+def test_reference_quantises_what_it_computes():
+    x, y = torch.randn(2, 2, 5, 64)
+    gate, scale, shift = modulation(2, 64, 3, torch.float32, "cpu")
+    total, h = gate_residual_adaln(x, y, gate, scale, shift)
+    again, q, row_scale = gate_residual_adaln_quantize(x, y, gate, scale, shift)
+    assert torch.equal(total, again)
+    assert_quantized(q, row_scale, h)
+
+
+@pytest.mark.parametrize("operator", [gate_residual_adaln, gate_residual_adaln_quantize])
+def test_operator_is_well_formed(operator):
+    x, y = torch.randn(2, 2, 5, 64, dtype=torch.bfloat16)
+    torch.library.opcheck(operator, (x, y, *modulation(2, 64, 3, torch.bfloat16, "cpu")))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"y": torch.zeros(2, 6, 64)}, r"y must be like x = \(2, 5, 64\), got \(2, 6, 64\)"),
+        ({"y": torch.zeros(2, 64, 5).transpose(1, 2)}, "y must be contiguous"),
+        ({"gate": torch.zeros(2, 1, 64)}, r"gate must be \(batch, width\) = \(2, 64\)"),
+    ],
+)
+def test_wrong_tensors_are_refused_by_name(wrong, message):
+    vectors = {name: torch.zeros(2, 64) for name in ("gate", "scale", "shift")}
+    right = {"x": torch.zeros(2, 5, 64), "y": torch.zeros(2, 5, 64), **vectors}
+    with pytest.raises(ValueError, match=message):
+        gate_residual_adaln(**right | wrong)
