@@ -1,0 +1,215 @@
+"""The start-up test: each kernel against its float32 reference, on the device that will run it.
+
+What passes may run there; what does not keeps its reference, with the reason (``dispatch``). The
+test also compiles the kernels for the model's sizes before the first request needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from redux_kernels import (
+    adaln,
+    dispatch,
+    gate_residual_adaln,
+    gelu_into,
+    gelu_quantize,
+    merge_folded_key,
+    merge_lse,
+    qk_norm_rope,
+    reference,
+)
+
+EPS = 1e-6
+ROWS = 67  # a tail in every tile
+REASON_LENGTH = 300
+
+
+class Comparison(NamedTuple):
+    """What a kernel gave, and the float32 numbers it should be within the tolerance of."""
+
+    got: Tensor
+    want: Tensor
+    atol: float
+    rtol: float
+
+
+class Draw(NamedTuple):
+    """Makes a test's tensors: the same ones every time, without touching torch's generators."""
+
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    @property
+    def width(self) -> int:
+        """The hidden size."""
+        return self.heads * self.head_dim
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Normal numbers in the test's dtype."""
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def rows(self, columns: int) -> Tensor:
+        """One image's rows, which lie apart, so that strides are tested."""
+        return self(1, ROWS, columns + 64)[..., :columns]
+
+    def vectors(self, count: int) -> tuple[Tensor, ...]:
+        """Modulation vectors out of one table."""
+        return self(1, count * self.width).chunk(count, dim=-1)
+
+    def attention(self) -> Tensor:
+        """(1, heads, rows, d) whose rows come before its heads in memory."""
+        return self(1, ROWS, self.heads, self.head_dim).transpose(1, 2)
+
+    def rounded(self, got: Tensor, want: Tensor) -> Comparison:
+        """For numbers that are rounded once."""
+        return Comparison(got, want, 2e-5, max(torch.finfo(self.dtype).eps, 2e-5))
+
+
+def _quantized(q: Tensor, row_scale: Tensor, want: Tensor) -> Comparison:
+    """Half a step of e4m3, with a little room for the float32 numbers before it."""
+    return Comparison(q.float() * row_scale, want, float(row_scale.max()) * 2**-9, 1.01 * 2**-4)
+
+
+def _test_adaln(draw: Draw) -> Iterator[Comparison]:
+    x, (scale, shift) = draw.rows(draw.width), draw.vectors(2)
+    h, _ = adaln.launch(x, scale, shift, EPS, quantize=False)
+    yield draw.rounded(h, reference.adaln(x.float(), scale, shift, EPS))
+
+
+def _test_adaln_quantize(draw: Draw) -> Iterator[Comparison]:
+    x, (scale, shift) = draw.rows(draw.width), draw.vectors(2)
+    q, row_scale = adaln.launch(x, scale, shift, EPS, quantize=True)
+    yield _quantized(q, row_scale, reference.adaln(x.float(), scale, shift, EPS))
+
+
+def _test_gate_residual_adaln(draw: Draw) -> Iterator[Comparison]:
+    x, y, (gate, scale, shift) = draw.rows(draw.width), draw.rows(draw.width), draw.vectors(3)
+    total, h, _ = gate_residual_adaln.launch(x, y, gate, scale, shift, EPS, quantize=False)
+    yield draw.rounded(total, reference.gate_residual(x.float(), y, gate))
+    yield draw.rounded(h, reference.adaln(total.float(), scale, shift, EPS))
+
+
+def _test_gate_residual_adaln_quantize(draw: Draw) -> Iterator[Comparison]:
+    x, y, (gate, scale, shift) = draw.rows(draw.width), draw.rows(draw.width), draw.vectors(3)
+    total, q, row_scale = gate_residual_adaln.launch(x, y, gate, scale, shift, EPS, quantize=True)
+    yield draw.rounded(total, reference.gate_residual(x.float(), y, gate))
+    yield _quantized(q, row_scale, reference.adaln(total.float(), scale, shift, EPS))
+
+
+def _test_qk_norm_rope(draw: Draw) -> Iterator[Comparison]:
+    qkv, offset = draw.rows(3 * draw.width), 5
+    q_weight, k_weight = draw(2, draw.head_dim)
+    angles = draw(ROWS, draw.head_dim // 2).float()
+    cos, sin = angles.cos(), angles.sin()
+    got = torch.zeros_like(draw(3, 1, draw.heads, ROWS + 2 * offset, draw.head_dim))
+    want = torch.zeros_like(got, dtype=torch.float32)
+    q, k, v = got
+    qk_norm_rope.launch(qkv, q_weight, k_weight, cos, sin, q, k, v, offset, EPS)
+    q, k, v = want
+    reference.qk_norm_rope(qkv.float(), q_weight, k_weight, cos, sin, q, k, v, offset, EPS)
+    yield draw.rounded(got, want)
+
+
+def _test_gelu_into(draw: Draw) -> Iterator[Comparison]:
+    mlp = draw.rows(4 * draw.width)
+    out = torch.zeros_like(draw(1, ROWS, 5 * draw.width))
+    want = torch.zeros_like(out, dtype=torch.float32)
+    gelu_into.launch(mlp, out, draw.width)
+    reference.gelu_into(mlp.float(), want, draw.width)
+    yield draw.rounded(out, want)
+
+
+def _test_gelu_quantize(draw: Draw) -> Iterator[Comparison]:
+    mlp, beside = draw.rows(4 * draw.width), draw.rows(draw.width)
+    h = reference.gelu(mlp)
+    yield _quantized(*gelu_quantize.launch(mlp, None), h)
+    h = torch.cat((beside.float(), h), dim=-1)
+    yield _quantized(*gelu_quantize.launch(mlp, beside), h)
+
+
+def _test_merge_folded_key(draw: Draw) -> Iterator[Comparison]:
+    q, out = draw.attention(), draw.attention()
+    k, v = draw(2, 1, draw.heads, draw.head_dim)
+    lse = draw(1, draw.heads, ROWS).float() + 6
+    got = torch.zeros_like(draw(1, draw.heads, ROWS, draw.head_dim))
+    want = torch.zeros_like(got, dtype=torch.float32)
+    merge_folded_key.launch(q, k, v, out, lse, 512, got)
+    reference.merge_folded_key(q, k, v, out.float(), lse, 512, want)
+    yield draw.rounded(got, want)
+
+
+def _test_merge_lse(draw: Draw) -> Iterator[Comparison]:
+    a, b = draw.attention(), draw.attention()
+    lse_a, lse_b = draw(2, 1, draw.heads, ROWS).float()
+    got = torch.zeros_like(draw(1, draw.heads, ROWS, draw.head_dim))
+    want = torch.zeros_like(got, dtype=torch.float32)
+    lse = merge_lse.launch(a, lse_a, b, lse_b, 0.5, got)
+    want_lse = reference.merge_lse(a.float(), lse_a, b.float(), lse_b, 0.5, want)
+    yield draw.rounded(got, want)
+    yield Comparison(lse, want_lse, 1e-5, 1e-5)
+
+
+TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
+    "adaln": _test_adaln,
+    "adaln_quantize": _test_adaln_quantize,
+    "gate_residual_adaln": _test_gate_residual_adaln,
+    "gate_residual_adaln_quantize": _test_gate_residual_adaln_quantize,
+    "qk_norm_rope": _test_qk_norm_rope,
+    "gelu_into": _test_gelu_into,
+    "gelu_quantize": _test_gelu_quantize,
+    "merge_folded_key": _test_merge_folded_key,
+    "merge_lse": _test_merge_lse,
+}
+
+
+def _verdict(operator: str, draw: Draw) -> str | None:
+    """Why the kernel must not run, or None. Whatever goes wrong is a reason."""
+    if reason := dispatch.hardware_refusal(operator, draw.device):
+        return reason
+    try:
+        for got, want, atol, rtol in TESTS[operator](draw):
+            error = (got.float() - want).abs()
+            if not bool((error <= atol + rtol * want.abs()).all()):  # NaN is not <= anything
+                return (
+                    f"differs from its reference by up to {float(error.max()):.3g} "
+                    f"(allowed: {atol:.3g} + {rtol:.3g} * |value|)"
+                )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:REASON_LENGTH]
+    return None
+
+
+@torch.no_grad()
+def self_test(
+    device: torch.device | str,
+    *,
+    heads: int = 24,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, str | None]:
+    """Let every kernel that agrees with its reference on ``device`` run there, and no other.
+
+    Args:
+        device: for example ``"cuda:0"``; on a CPU every kernel is refused.
+        heads: the model's attention heads, for the sizes to test.
+        head_dim: the size of a head, a power of two.
+        dtype: the model's dtype.
+
+    Returns:
+        For each operator None if its kernel will run, or the reason why its reference will.
+    """
+    device = torch.device(device)
+    verdicts = {}
+    for operator in TESTS:
+        draw = Draw(heads, head_dim, dtype, device, torch.Generator().manual_seed(0))
+        verdicts[operator] = _verdict(operator, draw)
+        dispatch.record(operator, device, verdicts[operator])
+    return verdicts

@@ -1,0 +1,55 @@
+"""The bytes that each operator must move through a GPU's memory, from its sizes alone.
+
+A lower bound: every row is read and written once, vectors and weights are left out (they stay in
+cache). Bytes over a memory's bandwidth is a bound on time and never a measurement.
+"""
+
+from __future__ import annotations
+
+SCALE_BYTES = 4  # one float32 a quantised row
+E4M3_BYTES = 1
+
+
+def adaln(rows: int, width: int, *, element: int = 2, quantized: bool = False) -> int:
+    """``adaln``: x in; h out, or q and its scales. ``rows`` counts those of all images."""
+    return rows * (width * element + _normed(width, element, quantized))
+
+
+def gate_residual_adaln(
+    rows: int, width: int, *, element: int = 2, quantized: bool = False
+) -> int:  # fmt: skip
+    """``gate_residual_adaln``: x and y in; their sum and h out, or q and its scales."""
+    return rows * (3 * width * element + _normed(width, element, quantized))
+
+
+def qk_norm_rope(
+    rows: int, heads: int, d: int, *, element: int = 2, copies_v: bool = True
+) -> int:  # fmt: skip
+    """``qk_norm_rope``: q, k and (unless it stays where it is) v in and out, and the angles."""
+    parts = 3 if copies_v else 2
+    return rows * (2 * parts * heads * d * element + 2 * (d // 2) * 4)
+
+
+def gelu_into(rows: int, width: int, *, element: int = 2) -> int:
+    """``gelu_into``: mlp in and out."""
+    return rows * 2 * width * element
+
+
+def gelu_quantize(rows: int, width: int, beside: int = 0, *, element: int = 2) -> int:
+    """``gelu_quantize``: mlp and what stands beside it in; q and its scales out."""
+    columns = width + beside
+    return rows * (columns * (element + E4M3_BYTES) + SCALE_BYTES)
+
+
+def merge_folded_key(rows: int, heads: int, d: int, *, element: int = 2) -> int:
+    """``merge_folded_key``: q, attention's output and its log-sum-exp in; the merged output out."""
+    return rows * heads * (3 * d * element + 4)
+
+
+def merge_lse(rows: int, heads: int, d: int, *, element: int = 2) -> int:
+    """``merge_lse``: two outputs and log-sum-exps in; one of each out."""
+    return rows * heads * (3 * d * element + 3 * 4)
+
+
+def _normed(width: int, element: int, quantized: bool) -> int:
+    return width * E4M3_BYTES + SCALE_BYTES if quantized else width * element

@@ -1,0 +1,78 @@
+"""The operators inside torch.compile: one graph for all sizes, and nothing copied around them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flux_blocks import MINI, DoubleBlock, SingleBlock
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+SIZES = (64, 96, 117, 150, 256)
+TEXT = 7
+Inputs = Callable[[int], tuple[object, ...]]
+
+
+def angles(rows: int) -> tuple[Tensor, Tensor]:
+    table = torch.randn(rows, MINI.d // 2)
+    return table.cos(), table.sin()
+
+
+def for_double(rows: int) -> tuple[object, ...]:
+    text, image = torch.randn(2, 1, TEXT, MINI.width), torch.randn(2, 1, rows, MINI.width)
+    return (*text, *image, *angles(TEXT + rows), torch.randn(1, 6 * MINI.width))
+
+
+def for_single(rows: int) -> tuple[object, ...]:
+    x, h = torch.randn(2, 1, rows, MINI.width)
+    return x, h, *angles(rows), torch.randn(1, 3 * MINI.width), 512.0
+
+
+BLOCKS = [
+    pytest.param(DoubleBlock, for_double, id="double"),
+    pytest.param(SingleBlock, for_single, id="single"),
+]
+
+
+def mark_rows(inputs: tuple[object, ...]) -> None:
+    """Say that the axis of the image's rows (and of the joint ones) may be of any size."""
+    for each in inputs:
+        if isinstance(each, Tensor) and each.shape[0] > 1:
+            torch._dynamo.mark_dynamic(each, 0)
+        elif isinstance(each, Tensor) and each.dim() == 3 and each.shape[1] != TEXT:
+            torch._dynamo.mark_dynamic(each, 1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_compiles_once(block: nn.Module, inputs: Inputs, backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for rows in SIZES:
+            given = inputs(rows)
+            mark_rows(given)
+            for got, want in zip(compiled(*given), block(*given), strict=True):
+                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 1
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("block", "inputs"), BLOCKS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_one_graph_serves_all_sizes(block, inputs, backend):
+    assert_compiles_once(block(MINI), inputs, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "inputs"), BLOCKS)
+def test_one_inductor_graph_serves_all_sizes(block, inputs):
+    assert_compiles_once(block(MINI), inputs, "inductor")

@@ -1,0 +1,90 @@
+"""What the compiler makes of each kernel, for every architecture, held to a record.
+
+Fails when a kernel needs more than it did. If that is meant, the new record is written by
+
+    PYTHONPATH=kernels python tests/kernels/offline_compile.py
+"""
+
+import json
+
+import pytest
+import torch
+import triton
+from offline_compile import (
+    ARCHITECTURES,
+    FIRST_WITH_E4M3,
+    LAUNCHERS,
+    MODELS,
+    RECORD,
+    compiled,
+    measure,
+    measured,
+    needs_e4m3,
+)
+
+from redux_kernels import adaln
+
+QUICK = {"flux": (80, 90, 120), "mini": (90,)}
+CAN_ONLY_SHRINK = ("registers", "shared_bytes", "narrow")
+MOST_REGISTERS = 128  # 16 warps stay resident: 64 KiB of loads under way at 128 bytes a thread
+MOST_SHARED_BYTES = 48 * 1024  # what every architecture grants without asking
+
+
+def _cases():
+    for label in LAUNCHERS:
+        for architecture in ARCHITECTURES:
+            if architecture >= FIRST_WITH_E4M3 or not needs_e4m3(label):
+                quick = QUICK[label.split()[0]]
+                marks = () if architecture in quick else (pytest.mark.slow,)
+                name = f"{label}-sm_{architecture}".replace(" ", "-")
+                yield pytest.param(label, architecture, marks=marks, id=name)
+
+
+CASES = list(_cases())
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads(RECORD.read_text())
+
+
+@pytest.mark.parametrize(("label", "architecture"), CASES)
+def test_kernel_neither_spills_nor_grows(label, architecture, record):
+    now = measured(label, architecture)
+    assert now["stack"] == now["local_instructions"] == 0, "spills, or an array in local memory"
+    assert now["registers"] <= MOST_REGISTERS
+    assert now["shared_bytes"] <= MOST_SHARED_BYTES
+    assert now["wide"] > 0
+    if label.startswith("flux"):
+        assert now["wide"] > now["narrow"], "rows are not read 128 bits at a time"
+    if record["triton"] != triton.__version__:
+        pytest.skip(f"recorded with triton {record['triton']}, this is {triton.__version__}")
+    before = record[label][f"sm_{architecture}"]
+    assert now["grid"] == before["grid"]
+    grown = {name: now[name] for name in CAN_ONLY_SHRINK if now[name] > before[name]}
+    assert not grown, f"recorded: {before}"
+
+
+def test_record_holds_every_kernel_and_nothing_else(record):
+    record = {label: by_arch for label, by_arch in record.items() if label != "triton"}
+    wanted = {(label, f"sm_{architecture}") for label, architecture in (p.values for p in CASES)}
+    assert wanted == {(label, arch) for label, by_arch in record.items() for arch in by_arch}
+
+
+def test_rows_that_are_not_aligned_would_be_caught():
+    """Rows that start at odd elements cannot be read 128 bits at a time."""
+    rows, heads, d = MODELS["mini"]
+    width = heads * d
+    x = torch.empty(1, rows, width + 1, dtype=torch.bfloat16)[..., 1:]
+    vector = torch.empty(1, width, dtype=torch.bfloat16)
+    with compiled(90) as launches:
+        adaln.launch(x, vector, vector, 1e-6, quantize=False)
+    assert measure(launches[0].compiled)["narrow"] > 30
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a < FIRST_WITH_E4M3])
+@pytest.mark.parametrize("label", [each for each in LAUNCHERS if needs_e4m3(each)])
+def test_e4m3_does_not_compile_where_dispatch_refuses_it(label, architecture, capfd):
+    with compiled(architecture), pytest.raises(Exception, match=r"fp8e4nv|PassManager"):
+        LAUNCHERS[label]()
+    capfd.readouterr()  # the compiler's own complaint
