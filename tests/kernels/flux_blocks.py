@@ -31,7 +31,7 @@ MINI = Model(4, 64)
 
 @torch.library.custom_op("redux_tests::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp); the output's rows come before its heads, as flash attentions give it."""
+    """(output, log-sum-exp); the output's rows come before its heads, as in flash attentions."""
     logits = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
     out = (logits.softmax(dim=-1) @ v.float()).to(q.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2), logits.logsumexp(dim=-1)
@@ -65,7 +65,7 @@ class Stream(torch.nn.Module):
 
 
 class DoubleBlock(torch.nn.Module):
-    """From and to residual streams whose next norm is done: each block ends with its successor's."""
+    """Takes and gives streams with their next norm: each block ends with its successor's."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()

@@ -1,0 +1,49 @@
+"""The benchmarks compare like with like, and say so where there is nothing to measure."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from redux_kernels.dispatch import REQUIRED_CAPABILITY
+
+FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+NAMES = sorted(path.stem for path in FOLDER.glob("bench_*.py"))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def benchmark(request, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("benchmark", NAMES, indirect=True)
+def test_benchmark_compares_the_same_numbers(benchmark):
+    for case in benchmark.cases(11, CPU):
+        pairs = zip(*(each if isinstance(each, tuple) else (each,)
+                      for each in (case.call(), case.replaced())), strict=True)  # fmt: skip
+        for ours, theirs in pairs:
+            assert ours.shape == theirs.shape
+            assert ours.dtype == theirs.dtype
+            error = (ours.float() - theirs.float()).abs()
+            tolerance = 40 if ours.dtype == torch.float8_e4m3fn else 0.3
+            assert error.max() <= tolerance
+            assert error.mean() <= 0.02 * theirs.float().abs().mean()
+
+
+@pytest.mark.parametrize("benchmark", NAMES, indirect=True)
+def test_benchmark_refuses_to_run_without_a_gpu(benchmark, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    with pytest.raises(SystemExit, match="torch sees none: nothing was run"):
+        benchmark.main("", benchmark.cases)
+
+
+def test_every_operator_has_a_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    modules = [importlib.import_module(name) for name in NAMES]
+    timed = {case.operator for module in modules for case in module.cases(3, CPU)}
+    assert timed == set(REQUIRED_CAPABILITY)
