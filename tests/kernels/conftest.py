@@ -25,9 +25,11 @@ sys.path.append(str(HERE))  # not a package: it would shadow Hugging Face's `ker
 pytest.importorskip("triton", reason="triton is not installed")
 
 if IS_INTERPRETED:
+    import interpreter_memory
     import kernel_interpreter
 
     kernel_interpreter.install()
+    interpreter_memory.install()
 
 
 def pytest_configure(config: pytest.Config) -> None:

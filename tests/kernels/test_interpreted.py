@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,44 @@ def test_interpreter_casts_as_torch_does(name: str) -> None:
     wanted = (x.clamp(-top, top) if name.startswith("float8") else x).to(dtype)
     raw = torch.uint8 if name.startswith("float8") else torch.int16
     assert torch.equal(y.view(raw), wanted.view(raw))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("read", "write", "stride", "complaint"),
+    [
+        (0, 0, 8, None),
+        (1, 0, 8, "reads outside its tensors at 1 addresses"),
+        (0, 1, 8, "writes outside its tensors at 1 addresses"),
+        (0, 0, 4, "writes an element twice"),
+    ],
+)
+def test_interpreter_watches_memory(read, write, stride, complaint) -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _copy_kernel(x_ptr, y_ptr, read, write, stride):
+        at = tl.program_id(0) * stride + tl.arange(0, 8)
+        tl.store(y_ptr + at + write, tl.load(x_ptr + at + read))
+
+    x, y = torch.randn(16), torch.zeros(16)
+    with nullcontext() if complaint is None else pytest.raises(Exception, match=complaint):
+        _copy_kernel[(2,)](x, y, read, write, stride)
+
+
+@pytest.mark.interpreted
+def test_interpreter_forbids_to_read_what_another_program_writes() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _reverse_kernel(x_ptr):
+        at = tl.arange(0, 8)
+        tl.store(x_ptr + at, tl.load(x_ptr + 7 - at))
+
+    with pytest.raises(IndexError, match="reads what it writes"):
+        _reverse_kernel[(1,)](torch.randn(8))
 
 
 @pytest.mark.interpreted
