@@ -40,7 +40,7 @@ def plan_rows(batch: int, rows: int, width: int) -> RowPlan:
     return RowPlan(tile, block, warps, (-(-rows // tile), batch))
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _adaln_kernel(
     x_ptr: tensor, scale_ptr: tensor, shift_ptr: tensor, h_ptr: tensor, row_scale_ptr: tensor,
     rows: tensor, x_batch: tensor, x_row: tensor, scale_batch: tensor, shift_batch: tensor,
@@ -114,7 +114,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
 
     Returns:
         (B, S, H), contiguous, in the dtype of ``x``: bfloat16, float16 or float32.
-        Error: one unit in the last place against the float32 result rounded once.
+        Error: one unit in the last place in bfloat16 and float16, 2e-6 + 1e-5 |h| in float32.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.

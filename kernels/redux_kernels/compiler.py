@@ -7,16 +7,24 @@ references, so kernels are then left as plain functions that nobody launches.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    Kernel = Callable[..., Any]
+
+    class _Jit(Protocol):
+        @overload
+        def __call__(self, kernel: Kernel, /) -> Any: ...
+        @overload
+        def __call__(self, *, do_not_specialize: Sequence[str]) -> Callable[[Kernel], Any]: ...
 
     constexpr = Any
     tensor = Any
     HAS_TRITON: bool
     tl: Any
-    jit: Callable[[Callable[..., Any]], Any]
+    jit: _Jit
 else:
     try:
         import triton.language as tl
@@ -29,9 +37,9 @@ else:
         tl = SimpleNamespace()
         constexpr = tensor = object
 
-        def jit(kernel: Any) -> Any:
+        def jit(kernel: Any = None, **options: Any) -> Any:
             """Leave a kernel as it is."""
-            return kernel
+            return (lambda each: each) if kernel is None else kernel
 
 
 def next_power_of_2(n: int) -> int:

@@ -15,7 +15,7 @@ from redux_kernels.compiler import constexpr, jit, tensor, tl
 from redux_kernels.device_functions import normalize_rows, scale_of_rows
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _gate_residual_adaln_kernel(
     x_ptr: tensor, y_ptr: tensor, gate_ptr: tensor, scale_ptr: tensor, shift_ptr: tensor,
     sum_ptr: tensor, h_ptr: tensor, row_scale_ptr: tensor,
@@ -102,7 +102,7 @@ def gate_residual_adaln(
 
     Returns:
         Two (B, S, H), contiguous, in the dtype of ``x``: bfloat16, float16 or float32.
-        Error of each: one unit in the last place of its float32 result rounded once.
+        Error: one unit in the last place in bfloat16 and float16, 2e-6 + 1e-5 |h| in float32.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.

@@ -85,7 +85,7 @@ def gelu_into(mlp: Tensor, out: Tensor, column: int = 0) -> None:
             memory with it. Its other columns are left alone.
         column: the first column to write.
 
-    Error: one unit in the last place of the float32 result rounded once.
+    Error: one unit in the last place in bfloat16 and float16, 2e-6 + 1e-5 |x| in float32.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.

@@ -33,7 +33,7 @@ def plan_whole_row(batch: int, rows: int, width: int, beside: int) -> WholeRowPl
     return WholeRowPlan(block, beside_block, max(1, min(16, block // 1024)), (rows, batch))
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _gelu_quantize_kernel(
     mlp_ptr: tensor, beside_ptr: tensor, q_ptr: tensor, row_scale_ptr: tensor,
     rows: tensor, mlp_batch: tensor, mlp_row: tensor, beside_batch: tensor, beside_row: tensor,

@@ -32,7 +32,7 @@ def plan_head_rows(batch: int, heads: int, rows: int, d: int) -> HeadRowsPlan:
     return HeadRowsPlan(tile, 4, (-(-rows // tile), heads, batch))
 
 
-@jit
+@jit(do_not_specialize=["rows", "lse_batch", "lse_head"])
 def _merge_folded_key_kernel(
     q_ptr: tensor, k_ptr: tensor, v_ptr: tensor, out_ptr: tensor, lse_ptr: tensor,
     into_ptr: tensor, rows: tensor,
@@ -121,7 +121,8 @@ def merge_folded_key(
         into: as ``out``, sharing no memory with the others; a view of a wider buffer's columns,
             transposed, puts the result where the next linear reads it.
 
-    Error: one unit in the last place of the float32 result rounded once, for the given ``lse``.
+    Error, for the given ``lse``: one unit in the last place in bfloat16 and float16,
+    2e-6 + 1e-5 |out| in float32.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above, or copies < 1.

@@ -47,7 +47,7 @@ def _norm_and_rotate(
     return tl.reshape(turned, (heads, d))
 
 
-@jit
+@jit(do_not_specialize=["offset"])
 def _qk_norm_rope_kernel(
     qkv_ptr: tensor, q_weight_ptr: tensor, k_weight_ptr: tensor, cos_ptr: tensor, sin_ptr: tensor,
     q_ptr: tensor, k_ptr: tensor, v_ptr: tensor,
@@ -161,7 +161,8 @@ def qk_norm_rope(
         row_offset: where this stream starts among the rows of ``q``, ``k`` and ``v``.
         eps: added to the mean square.
 
-    Error: one unit in the last place of the float32 result rounded once; v is copied.
+    Error: one unit in the last place in bfloat16 and float16, 2e-6 + 1e-5 |q| in float32; v is
+    copied.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above, or the rows do not fit.

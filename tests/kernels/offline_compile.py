@@ -131,7 +131,7 @@ class Sizes(NamedTuple):
 MODELS = {"flux": Sizes(5337, 24, 128), "mini": Sizes(300, 4, 64)}
 
 
-def _launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
+def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
     """A launch of every kernel as the model's blocks make it, on memory that nobody touches."""
 
     def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -169,7 +169,7 @@ def _launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]
 LAUNCHERS: dict[str, Callable[[], object]] = {
     f"{model} {name}": launch
     for model, sizes in MODELS.items()
-    for name, launch in _launchers(*sizes).items()
+    for name, launch in launchers(*sizes).items()
 }
 
 

@@ -17,6 +17,7 @@ from offline_compile import (
     MODELS,
     RECORD,
     compiled,
+    launchers,
     measure,
     measured,
     needs_e4m3,
@@ -80,6 +81,17 @@ def test_rows_that_are_not_aligned_would_be_caught():
     with compiled(90) as launches:
         adaln.launch(x, vector, vector, 1e-6, quantize=False)
     assert measure(launches[0].compiled)["narrow"] > 30
+
+
+@pytest.mark.parametrize("name", sorted({label.split(" ", 1)[1] for label in LAUNCHERS}))
+def test_one_binary_serves_every_number_of_rows(name):
+    """A new picture size must not wait for the compiler."""
+    hashes = set()
+    for rows in (1, 16, 300, 1241, 5337):
+        with compiled(90) as launches:
+            launchers(rows, 4, 64)[name]()
+        hashes.add(launches[0].compiled.hash)
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a < FIRST_WITH_E4M3])

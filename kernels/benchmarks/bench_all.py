@@ -1,0 +1,34 @@
+"""Every operator's benchmark in one run: ``python bench_all.py --json results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import bench_adaln
+import bench_gate_residual_adaln
+import bench_gelu_into
+import bench_gelu_quantize
+import bench_merge_folded_key
+import bench_merge_lse
+import bench_qk_norm_rope
+import torch
+from timing import Case, main
+
+BENCHMARKS = (
+    bench_adaln,
+    bench_gate_residual_adaln,
+    bench_qk_norm_rope,
+    bench_gelu_into,
+    bench_gelu_quantize,
+    bench_merge_folded_key,
+    bench_merge_lse,
+)
+
+
+def cases(rows: int, device: torch.device) -> Iterator[Case]:
+    for benchmark in BENCHMARKS:
+        yield from benchmark.cases(rows, device)
+
+
+if __name__ == "__main__":
+    main("Time every operator.", cases)
