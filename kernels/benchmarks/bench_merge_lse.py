@@ -17,6 +17,7 @@ BIAS = -0.5
 
 def cases(rows: int, device: torch.device) -> Iterator[Case]:
     a, b = torch.randn(2, 1, rows, HEADS, D, device=device, dtype=torch.bfloat16).transpose(2, 3)
+    bias = torch.full((1,), BIAS, device=device)
     lse_a, lse_b = torch.randn(2, 1, HEADS, rows, device=device)
 
     def replaced() -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
 
     def call() -> tuple[Tensor, Tensor]:
         into = torch.empty_like(a)
-        return into, merge_lse(a, lse_a, b, lse_b, BIAS, into)
+        return into, merge_lse(a, lse_a, b, lse_b, bias, into)
 
     size_bytes = traffic.merge_lse(rows, HEADS, D)
     yield Case("merge_lse", f"merge_lse, {rows} rows", size_bytes, replaced, call)

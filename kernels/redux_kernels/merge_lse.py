@@ -15,14 +15,21 @@ from redux_kernels.merge_folded_key import plan_head_rows
 
 
 @jit(
-    do_not_specialize=["rows", "lse_a_batch", "lse_a_head", "lse_b_batch", "lse_b_head"]
-)  # fmt: skip
+    do_not_specialize=[
+        "rows",
+        "lse_a_batch",
+        "lse_a_head",
+        "lse_b_batch",
+        "lse_b_head",
+        "bias_batch",
+    ]
+)
 def _merge_lse_kernel(
     a_ptr: tensor, lse_a_ptr: tensor, b_ptr: tensor, lse_b_ptr: tensor,
-    into_ptr: tensor, lse_ptr: tensor, rows: tensor,
+    bias_ptr: tensor, into_ptr: tensor, lse_ptr: tensor, rows: tensor,
     a_batch: tensor, a_head: tensor, a_row: tensor, lse_a_batch: tensor, lse_a_head: tensor,
     b_batch: tensor, b_head: tensor, b_row: tensor, lse_b_batch: tensor, lse_b_head: tensor,
-    into_batch: tensor, into_head: tensor, into_row: tensor, bias_b: tensor,
+    into_batch: tensor, into_head: tensor, into_row: tensor, bias_batch: tensor,
     tile: constexpr, d: constexpr,
 ) -> None:  # fmt: skip
     """``tile`` rows of one head of one image; ``lse`` is contiguous."""
@@ -42,7 +49,8 @@ def _merge_lse_kernel(
     lse_a_ptr += batch * lse_a_batch + head * lse_a_head + first
     lse_b_ptr += batch * lse_b_batch + head * lse_b_head + first
     lse_a = tl.load(lse_a_ptr + row, mask=inside, other=0.0)
-    lse_b = tl.load(lse_b_ptr + row, mask=inside, other=0.0) + bias_b
+    lse_b = tl.load(lse_b_ptr + row, mask=inside, other=0.0)
+    lse_b += tl.load(bias_ptr + batch * bias_batch)
 
     top = tl.maximum(lse_a, lse_b)
     none = top == float("-inf")  # no keys at all: keep a, and no weight
@@ -59,7 +67,7 @@ def _merge_lse_kernel(
 
 
 def launch(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: float, into: Tensor
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: Tensor, into: Tensor
 ) -> Tensor:
     """Run the kernel on checked tensors: the joint log-sum-exp."""
     batch, heads, rows, d = out_a.shape
@@ -67,23 +75,28 @@ def launch(
     lse = lse_a.new_empty((batch, heads, rows))
     with dispatch.on_device_of(out_a):
         _merge_lse_kernel[plan.grid](
-            out_a, lse_a, out_b, lse_b, into, lse, rows,
+            out_a, lse_a, out_b, lse_b, bias_b, into, lse, rows,
             *out_a.stride()[:3], *lse_a.stride()[:2], *out_b.stride()[:3], *lse_b.stride()[:2],
-            *into.stride()[:3], bias_b, tile=plan.rows, d=d, num_warps=plan.warps,
+            *into.stride()[:3], bias_b.stride(0), tile=plan.rows, d=d, num_warps=plan.warps,
         )  # fmt: skip
     return lse
 
 
-def check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: Tensor) -> None:
+def check(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: Tensor, into: Tensor
+) -> None:
     """Raise ``ValueError`` unless the tensors are those that ``merge_lse`` describes."""
     checks.check_attention(out_a, lse_a, into)
     checks.check_attention(out_b, lse_b, into)
-    checks.check_same_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b, into=into)
+    checks.check_dtype("bias_b", bias_b, torch.float32)
+    checks.check_shape("bias_b", bias_b, (out_a.shape[0],), "(batch,)")
+    checks.check_same_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b, bias_b=bias_b,
+                             into=into)  # fmt: skip
 
 
 @torch.library.custom_op("redux::merge_lse", mutates_args=("into",))
 def merge_lse(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: float, into: Tensor
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: Tensor, into: Tensor
 ) -> Tensor:
     """Attention over the keys of a and b, those of b with ``bias_b`` added to their logits.
 
@@ -95,7 +108,8 @@ def merge_lse(
         lse_a: (B, heads, S), float32, contiguous along S; -inf for a row without keys.
         out_b: as ``out_a``.
         lse_b: as ``lse_a``.
-        bias_b: log of the group's weight; -inf leaves b out.
+        bias_b: (B,), float32: the log of the group's weight in each image; -inf leaves b out. A
+            tensor, so that another weight needs no other graph.
         into: as ``out_a``, sharing no memory with the others; may be a transposed view of a wider
             buffer's columns.
 
@@ -107,7 +121,7 @@ def merge_lse(
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    check(out_a, lse_a, out_b, lse_b, into)
+    check(out_a, lse_a, out_b, lse_b, bias_b, into)
     if dispatch.runs_kernel("merge_lse", out_a):
         return launch(out_a, lse_a, out_b, lse_b, bias_b, into)
     return reference.merge_lse(out_a, lse_a, out_b, lse_b, bias_b, into)
@@ -115,7 +129,7 @@ def merge_lse(
 
 @merge_lse.register_fake
 def _(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: float, into: Tensor
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: Tensor, into: Tensor
 ) -> Tensor:
-    check(out_a, lse_a, out_b, lse_b, into)
+    check(out_a, lse_a, out_b, lse_b, bias_b, into)
     return torch.empty_like(lse_a, memory_format=torch.contiguous_format)

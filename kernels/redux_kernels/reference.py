@@ -112,20 +112,20 @@ def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def merge_folded_key(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: Tensor, into: Tensor
 ) -> None:
     """Write into ``into``; see ``redux_kernels.merge_folded_key.merge_folded_key``."""
     logits = (q.float() * k.float()[:, :, None]).sum(dim=-1) / math.sqrt(q.shape[-1])
-    more = math.log(copies - 1) if copies > 1 else -math.inf
+    more = torch.log(copies - 1)[:, None, None]
     w = torch.sigmoid(logits + more - lse)[..., None]
     into.copy_(torch.lerp(out.float(), v.float()[:, :, None].expand(out.shape), w))
 
 
 def merge_lse(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: float, into: Tensor
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: Tensor, into: Tensor
 ) -> Tensor:
     """Write into ``into``; see ``redux_kernels.merge_lse.merge_lse``."""
-    lse_b = lse_b.float() + bias_b
+    lse_b = lse_b + bias_b[:, None, None]
     w = torch.where(lse_b == -math.inf, 0.0, torch.sigmoid(lse_b - lse_a))[..., None]
     into.copy_(torch.lerp(out_a.float(), out_b.float(), w))
-    return torch.logaddexp(lse_a.float(), lse_b)
+    return torch.logaddexp(lse_a, lse_b)

@@ -141,8 +141,9 @@ def _test_merge_folded_key(draw: Draw) -> Iterator[Comparison]:
     lse = draw(1, draw.heads, ROWS).float() + 6
     got = torch.zeros_like(draw(1, draw.heads, ROWS, draw.head_dim))
     want = torch.zeros_like(got, dtype=torch.float32)
-    merge_folded_key.launch(q, k, v, out, lse, 512, got)
-    reference.merge_folded_key(q, k, v, out.float(), lse, 512, want)
+    copies = torch.full((1,), 512.0, device=draw.device)
+    merge_folded_key.launch(q, k, v, out, lse, copies, got)
+    reference.merge_folded_key(q, k, v, out.float(), lse, copies, want)
     yield draw.rounded(got, want)
 
 
@@ -151,8 +152,9 @@ def _test_merge_lse(draw: Draw) -> Iterator[Comparison]:
     lse_a, lse_b = draw(2, 1, draw.heads, ROWS).float()
     got = torch.zeros_like(draw(1, draw.heads, ROWS, draw.head_dim))
     want = torch.zeros_like(got, dtype=torch.float32)
-    lse = merge_lse.launch(a, lse_a, b, lse_b, 0.5, got)
-    want_lse = reference.merge_lse(a.float(), lse_a, b.float(), lse_b, 0.5, want)
+    bias = torch.full((1,), 0.5, device=draw.device)
+    lse = merge_lse.launch(a, lse_a, b, lse_b, bias, got)
+    want_lse = reference.merge_lse(a.float(), lse_a, b.float(), lse_b, bias, want)
     yield draw.rounded(got, want)
     yield Comparison(lse, want_lse, 1e-5, 1e-5)
 

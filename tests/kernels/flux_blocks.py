@@ -105,7 +105,7 @@ class SingleBlock(torch.nn.Module):
         self.k_weight = torch.nn.Parameter(torch.ones(model.d))
 
     def forward(self, x: Tensor, h: Tensor, cos: Tensor, sin: Tensor, vectors: Tensor,
-                copies: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+                copies: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         heads, d, width = *self.model, self.model.width
         qkv, mlp = self.linear1(h).split((3 * width, 4 * width), dim=-1)
         q, k = (x.new_empty((x.shape[0], heads, x.shape[1], d)) for _ in range(2))

@@ -110,6 +110,7 @@ def measure(kernel: Any) -> dict[str, Any]:
         "local_instructions": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "wide": wide,
         "narrow": sum(accesses.values()) - wide,
+        "float64": kernel.asm["ptx"].count(".f64"),
     }
 
 
@@ -144,6 +145,7 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
     qkv, mlp = qkv_mlp.split((3 * width, 4 * width), dim=-1)
     weight, angles = empty(d), empty(rows, d // 2, dtype=torch.float32)
     q, out = empty(1, heads, rows, d), empty(1, rows, heads, d).transpose(1, 2)
+    one = empty(1, dtype=torch.float32)
     key, lse = empty(1, heads, d), empty(1, heads, rows, dtype=torch.float32)
     into = beside_mlp[..., :width].unflatten(-1, (heads, d)).transpose(1, 2)
     after = gate_residual_adaln.launch
@@ -161,8 +163,8 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
         "gelu_into": lambda: gelu_into.launch(mlp, beside_mlp, width),
         "gelu_quantize": lambda: gelu_quantize.launch(mlp, None),
         "gelu_quantize, beside": lambda: gelu_quantize.launch(mlp, x),
-        "merge_folded_key": lambda: merge_folded_key.launch(q, key, key, out, lse, 512.0, into),
-        "merge_lse": lambda: merge_lse.launch(out, lse, out, lse, 0.5, into),
+        "merge_folded_key": lambda: merge_folded_key.launch(q, key, key, out, lse, one, into),
+        "merge_lse": lambda: merge_lse.launch(out, lse, out, lse, one, into),
     }
 
 

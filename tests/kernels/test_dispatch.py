@@ -19,6 +19,7 @@ CUDA = torch.device("cuda", 0)
 def gpu(monkeypatch):
     """A GPU that only names itself; gives it a compute capability."""
     monkeypatch.setattr(dispatch, "_tested", {})
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+from redux_kernels.merge_folded_key import merge_folded_key
+from redux_kernels.merge_lse import merge_lse
 from redux_kernels.self_test import self_test
 
 SIZES = (64, 96, 117, 150, 256)
@@ -31,7 +33,7 @@ def for_double(rows: int) -> tuple[object, ...]:
 
 def for_single(rows: int) -> tuple[object, ...]:
     x, h = torch.randn(2, 1, rows, MINI.width)
-    return x, h, *angles(rows), torch.randn(1, 3 * MINI.width), 512.0
+    return x, h, *angles(rows), torch.randn(1, 3 * MINI.width), torch.tensor([512.0])
 
 
 BLOCKS = [
@@ -81,6 +83,25 @@ def assert_compiles_once(block: nn.Module, inputs: Inputs, backend: str) -> None
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_one_graph_serves_all_sizes(block, inputs, backend):
     assert_compiles_once(block(MINI), inputs, backend)
+
+
+def test_one_graph_serves_all_weights():
+    """A request's strength or number of equal tokens must not wait for the compiler."""
+
+    def merged(a, b, lse, k, copies, bias):
+        both, out = torch.empty_like(a), torch.empty_like(a)
+        lse = merge_lse(a, lse, b, lse, bias, both)
+        merge_folded_key(a, k, k, both, lse, copies, out)
+        return out
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(merged, backend=counter, fullgraph=True)
+    a, b = torch.randn(2, 1, 2, 5, 64)
+    for weight in (1.0, 2.0, 7.5, 512.0):
+        weights = torch.full((1,), weight), torch.full((1,), -weight)
+        given = a, b, torch.randn(1, 2, 5), torch.randn(1, 2, 64), *weights
+        torch.testing.assert_close(compiled(*given), merged(*given))
+    assert counter.frame_count == 1
 
 
 @inductor

@@ -34,9 +34,10 @@ def test_kernel_is_its_reference(batch, heads, rows, d, dtype, atol, rtol, devic
         amid_canaries(batch, heads, rows, dtype=torch.float32, device=device) for _ in range(2)
     )
     into.fill_(NAN)
-    lse = op.launch(a, lse_a, b, lse_b, 0.7, into)
+    bias = torch.tensor([0.7, -1.0], device=device)[:batch]
+    lse = op.launch(a, lse_a, b, lse_b, bias, into)
     want = torch.empty(into.shape, device=device)
-    want_lse = reference.merge_lse(a.float(), lse_a, b.float(), lse_b, 0.7, want)
+    want_lse = reference.merge_lse(a.float(), lse_a, b.float(), lse_b, bias, want)
     torch.testing.assert_close(into.float(), want, atol=max(atol, 2e-6), rtol=rtol)
     torch.testing.assert_close(lse, want_lse, atol=1e-6, rtol=1e-6)
     assert canaries_of(into).isnan().all()
@@ -62,21 +63,21 @@ def assert_empty_groups_are_left_out(a, b, into, lse):
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_kernel_leaves_empty_groups_out(device):
     a, lse_a, b, lse_b = empty_groups(device)
-    into = torch.empty_like(a)
-    assert_empty_groups_are_left_out(a, b, into, op.launch(a, lse_a, b, lse_b, 0.0, into))
+    into, bias = torch.empty_like(a), torch.zeros(1, device=device)
+    assert_empty_groups_are_left_out(a, b, into, op.launch(a, lse_a, b, lse_b, bias, into))
 
 
 def test_reference_leaves_empty_groups_out():
     a, lse_a, b, lse_b = empty_groups("cpu")
-    into = torch.empty_like(a)
-    assert_empty_groups_are_left_out(a, b, into, merge_lse(a, lse_a, b, lse_b, 0.0, into))
+    into, bias = torch.empty_like(a), torch.zeros(1)
+    assert_empty_groups_are_left_out(a, b, into, merge_lse(a, lse_a, b, lse_b, bias, into))
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_kernel_leaves_out_a_group_of_weight_zero(device):
     a, b, into = torch.randn(3, 1, 2, 9, 64, device=device)
     lse_a, lse_b = torch.randn(2, 1, 2, 9, device=device)
-    lse = op.launch(a, lse_a, b, lse_b, -math.inf, into)
+    lse = op.launch(a, lse_a, b, lse_b, torch.tensor([-math.inf], device=device), into)
     assert torch.equal(into, a)
     torch.testing.assert_close(lse, lse_a)
 
@@ -90,7 +91,7 @@ def test_reference_is_attention_over_both_groups_with_a_bias():
     a, lse_a = (each.float() for each in attention(q, k[:, :, :6], v[:, :, :6]))
     b, lse_b = (each.float() for each in attention(q, k[:, :, 6:], v[:, :, 6:]))
     into = torch.empty_like(a)
-    lse = merge_lse(a, lse_a, b, lse_b, strength, into)
+    lse = merge_lse(a, lse_a, b, lse_b, torch.full((2,), strength), into)
     torch.testing.assert_close(into, want.float(), atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(lse, want_lse.float(), atol=1e-6, rtol=1e-6)
 
@@ -98,13 +99,14 @@ def test_reference_is_attention_over_both_groups_with_a_bias():
 def test_operator_is_well_formed():
     a, b, into = torch.randn(3, 2, 4, 5, 64, dtype=torch.bfloat16)
     lse_a, lse_b = torch.randn(2, 2, 4, 5)
-    torch.library.opcheck(merge_lse, (a, lse_a, b, lse_b, 0.5, into))
+    torch.library.opcheck(merge_lse, (a, lse_a, b, lse_b, torch.randn(2), into))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"out_b": torch.zeros(2, 4, 6, 64)}, r"lse must be .* = \(2, 4, 6\), got \(2, 4, 5\)"),
+        ({"bias_b": torch.zeros(())}, r"bias_b must be \(batch,\) = \(2,\), got \(\)"),
         ({"into": torch.zeros(2, 4, 5, 64, dtype=torch.float16)}, "into must be torch.float32"),
         ({"out_a": torch.zeros(2, 4, 5, 48)}, "out must have a head size in"),
     ],
@@ -113,7 +115,7 @@ def test_wrong_tensors_are_refused_by_name(wrong, message):
     right = {
         **{name: torch.zeros(2, 4, 5, 64) for name in ("out_a", "out_b", "into")},
         **{name: torch.zeros(2, 4, 5) for name in ("lse_a", "lse_b")},
-        "bias_b": 0.0,
+        "bias_b": torch.zeros(2),
     }
     with pytest.raises(ValueError, match=message):
         merge_lse(**right | wrong)

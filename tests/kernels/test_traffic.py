@@ -58,7 +58,8 @@ def double() -> Calls:
 def single() -> Calls:
     block = SingleBlock(FLUX).to("meta", torch.bfloat16)
     with torch.no_grad(), Calls() as calls:
-        block(*[empty(1, TOTAL, WIDTH)] * 2, *angles(TOTAL), empty(1, 3 * WIDTH), 512)
+        block(*[empty(1, TOTAL, WIDTH)] * 2, *angles(TOTAL), empty(1, 3 * WIDTH),
+              torch.empty(1, device="meta"))  # fmt: skip
     return calls
 
 
