@@ -67,6 +67,18 @@ def test_images_may_share_one_modulation(device):
     torch.testing.assert_close(got, reference.adaln(x, scale, shift), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.gpu
+def test_kernel_reaches_rows_beyond_two_to_the_31_elements():
+    if torch.cuda.get_device_properties("cuda").total_memory < 16 * 2**30:
+        pytest.skip("needs a GPU with 16 GiB")
+    x = torch.zeros(1, 700_001, 3072, dtype=torch.bfloat16, device="cuda")
+    x[:, -3:] = torch.randn(3, 3072)
+    scale, shift = modulation(1, 3072, 2, torch.bfloat16, "cuda")
+    got, _ = op.launch(x, scale, shift, 1e-6, quantize=False)
+    want = reference.adaln(x[:, -3:].float(), scale, shift)
+    torch.testing.assert_close(got[:, -3:].float(), want, atol=1e-5, rtol=2**-8)
+
+
 def test_reference_is_layer_norm_and_modulation_in_float64():
     x, scale, shift = torch.randn(2, 5, 64), torch.randn(2, 64), torch.randn(2, 64)
     norm = torch.nn.functional.layer_norm(x.double(), (64,), eps=1e-6)
