@@ -63,12 +63,11 @@ class Auxiliary(nn.Module):
 class Schedule:
     """What changes over a run, at one of its steps.
 
-    ``alignment`` weighs the alignment loss; ``jitter`` is how much inputs and targets differ;
-    ``guides`` switches model guidance on; ``shows_pictures`` off trains on text alone.
+    ``alignment`` weighs the alignment loss; ``guides`` switches model guidance on;
+    ``shows_pictures`` off trains on text alone.
     """
 
     alignment: float
-    jitter: float
     guides: bool
     shows_pictures: bool
 
@@ -97,7 +96,7 @@ class Objective:
         self, rng: Generator, grid: Grid, count: int, now: Schedule
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss and its parts for ``count`` new examples; draws from torch's generator too."""
-        examples = self._source.draw(rng, grid, self.cell, count=count, amount=now.jitter)
+        examples = self._source.draw(rng, grid, self.cell, count=count)
         latents = self._latents(examples.targets)
         recording = self._alignment.recording() if now.alignment > 0 else nullcontext()
         with torch.autocast("cpu", torch.bfloat16), recording:

@@ -60,16 +60,11 @@ class SceneSource:
     rows: NDArray[np.int64]
     input_side: int
 
-    def draw(
-        self, rng: Generator, grid: Grid, cell: int, *, count: int, amount: float = 1.0
-    ) -> Examples:
-        """``count`` examples for a grid of ``cell`` × ``cell`` core pixels per token.
-
-        ``amount`` is how much the inputs' geometry differs from the targets'.
-        """
+    def draw(self, rng: Generator, grid: Grid, cell: int, *, count: int) -> Examples:
+        """``count`` examples for a grid of ``cell`` × ``cell`` core pixels per token."""
         height, width = grid.rows * cell, grid.columns * cell
         kinds = rng.multinomial(count, _KINDS)
-        icons = self._icons(rng, int(kinds[0]), height, width, amount)
+        icons = self._icons(rng, int(kinds[0]), height, width)
         others = torch.cat(
             [
                 self._photographs(rng, int(kinds[1]), height, width),
@@ -85,9 +80,7 @@ class SceneSource:
             concepts=icons.concepts,
         )
 
-    def _icons(
-        self, rng: Generator, count: int, height: int, width: int, amount: float
-    ) -> Examples:
+    def _icons(self, rng: Generator, count: int, height: int, width: int) -> Examples:
         rows = rng.choice(self.rows, count)
         seen = np.array([self._input_row(rng, int(row)) for row in rows], dtype=np.int64)
         is_squashed = bool(height != width and rng.random() < 0.5)
@@ -100,7 +93,7 @@ class SceneSource:
             targets=compose(self.icons.pixels[rows], place, height, width),
             inputs=compose(
                 self.icons.pixels[seen],
-                jitter(place, rng, amount),
+                jitter(place, rng, 1.0),
                 side,
                 side,
                 frame if is_squashed else None,

@@ -1,6 +1,6 @@
 """Makes the mini model from nothing: fetch, autoencoder, joint training, export, evaluation.
 
-    python -m training.train --work DIR --autoencoder-minutes 60 --minutes 240
+    python -m training.train --work DIR --autoencoder-minutes 60 --minutes 150
 
 Every stage is skipped when its result is there, and goes on where it was stopped. ``--smoke`` does
 it all in toy sizes on synthetic pictures. Knows only the order of things.
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="use this finished one, train none")
     parser.add_argument("--autoencoder-minutes", type=float, default=60.0)
     parser.add_argument("--upsampler-minutes", type=float, default=10.0)
-    parser.add_argument("--minutes", type=float, default=240.0, help="of joint training")
+    parser.add_argument("--minutes", type=float, default=150.0, help="of joint training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     place, sizes = Workplace(options.work), SMOKE if options.smoke else FULL

@@ -1,6 +1,6 @@
 """Trains transformer, SigLIP, Redux embedder and text encoders together.
 
-    python -m training.train_model --minutes 180
+    python -m training.train_model --minutes 150
 
 Needs the data and the autoencoder's core. Resumes from its checkpoint; the first quarter sees
 512 × 512 only, then come 1024 × 1024 and other shapes, and at last guidance. Knows no losses.
@@ -53,10 +53,8 @@ def schedule_at(
     rng: Generator, aligned_for: int, fraction: float, settings: JointSettings
 ) -> Schedule:
     """What to train after ``aligned_for`` steps of alignment, at ``fraction`` of the budget."""
-    late = max(0.0, fraction - settings.large_from) / (1 - settings.large_from)
     return Schedule(
         alignment=settings.alignment * max(0.0, 1 - aligned_for / settings.alignment_steps),
-        jitter=1 + late,
         guides=fraction >= settings.guides_from,
         shows_pictures=bool(rng.random() >= settings.text_only),
     )
@@ -66,9 +64,9 @@ def grid_at(rng: Generator, fraction: float, settings: JointSettings) -> Grid:
     """Which shape to train: the smallest square early, then a mix with up to three times it."""
     small, large, most = settings.grids
     draw = rng.random()
-    if fraction < settings.large_from or draw < 0.4:
+    if fraction < settings.large_from or draw < 0.25:
         return Grid(small, small)
-    if draw < 0.75:
+    if draw < 0.7:
         return Grid(large, large)
     sides = np.exp(rng.uniform(math.log(small), math.log(most), 2)).round().astype(int).tolist()
     return Grid(*sides)
@@ -242,7 +240,7 @@ def train(place: Workplace, sizes: Sizes, clock: TrainingClock) -> JointTraining
 
 def main() -> None:
     """Command line."""
-    options = cli.parse(__doc__, minutes=180.0)
+    options = cli.parse(__doc__, minutes=150.0)
     train(options.place, options.sizes, options.clock)
 
 
