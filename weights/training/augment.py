@@ -75,24 +75,13 @@ def jitter(placement: Placement, rng: Generator, amount: float) -> Placement:
     )
 
 
-Frame = tuple[float, float]
-"""Height and width of what a canvas shows, in units of the scene's shorter side."""
-
-
-def compose(
-    icons: NDArray[np.uint8], place: Placement, height: int, width: int, frame: Frame | None = None
-) -> Tensor:
-    """RGB scenes ``(B, 3, height, width)`` in -1…1 of premultiplied ``icons (B, S, S, 4)``.
-
-    ``frame`` is by default that of an undistorted canvas; another one squashes the scene.
-    """
+def compose(icons: NDArray[np.uint8], place: Placement, height: int, width: int) -> Tensor:
+    """RGB scenes ``(B, 3, height, width)`` in -1…1 of premultiplied ``icons (B, S, S, 4)``."""
     empty = (place.background * 2 - 1)[:, :, None, None].expand(-1, -1, height, width)
-    return overlay(icons, place, empty, frame)
+    return overlay(icons, place, empty)
 
 
-def overlay(
-    icons: NDArray[np.uint8], place: Placement, scenes: Tensor, frame: Frame | None = None
-) -> Tensor:
+def overlay(icons: NDArray[np.uint8], place: Placement, scenes: Tensor) -> Tensor:
     """``icons`` drawn over ``scenes (B, 3, height, width)``; the placement's colours are unused."""
     if len(scenes) == 0:
         return scenes
@@ -101,16 +90,15 @@ def overlay(
     pixels = torch.from_numpy(np.array(icons)).permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-1] >= 2 * shorter:  # grid_sample reads 2 × 2 pixels: avoid aliasing
         pixels = F.avg_pool2d(pixels, pixels.shape[-1] // shorter)
-    theta = _inverse_affine(place, frame or (height / shorter, width / shorter))
+    theta = _inverse_affine(place, height / shorter, width / shorter)
     grid = F.affine_grid(theta, [len(pixels), 4, height, width], align_corners=False)
     drawn = F.grid_sample(pixels, grid, align_corners=False)
     colour, alpha = drawn[:, :3], drawn[:, 3:]
     return colour * 2 - alpha + (1 - alpha) * scenes
 
 
-def _inverse_affine(place: Placement, frame: Frame) -> Tensor:
-    """Canvas to picture coordinates, ``(B, 2, 3)``."""
-    height, width = frame
+def _inverse_affine(place: Placement, height: float, width: float) -> Tensor:
+    """Canvas to picture coordinates, ``(B, 2, 3)``; the canvas's shorter side is 1 long."""
     cos = torch.cos(place.rotation) / place.scale
     sin = torch.sin(place.rotation) / place.scale
     x, y = place.shift_x, place.shift_y

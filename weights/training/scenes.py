@@ -83,21 +83,11 @@ class SceneSource:
     def _icons(self, rng: Generator, count: int, height: int, width: int) -> Examples:
         rows = rng.choice(self.rows, count)
         seen = np.array([self._input_row(rng, int(row)) for row in rows], dtype=np.int64)
-        is_squashed = bool(height != width and rng.random() < 0.5)
         place = random_placement(rng, count)
-        if is_squashed:
-            place = _spread(place, rng, height, width)
-        frame = (height / min(height, width), width / min(height, width))
         side = self.input_side
         return Examples(
             targets=compose(self.icons.pixels[rows], place, height, width),
-            inputs=compose(
-                self.icons.pixels[seen],
-                jitter(place, rng, 1.0),
-                side,
-                side,
-                frame if is_squashed else None,
-            ),
+            inputs=compose(self.icons.pixels[seen], jitter(place, rng, 1.0), side, side),
             captions=tuple(
                 self._caption(rng, int(row), int(other))
                 for row, other in zip(rows, seen, strict=True)
@@ -142,19 +132,6 @@ class SceneSource:
         if len(scenes) == 0:
             return torch.empty(0, 3, *size)
         return F.interpolate(scenes, size, mode="bilinear", antialias=True)
-
-
-def _spread(place: Placement, rng: Generator, height: int, width: int) -> Placement:
-    """The placement moved along the canvas's longer side."""
-    count, shorter = len(place.scale), min(height, width)
-    return Placement(
-        place.background,
-        place.flip,
-        place.scale,
-        place.shift_x + uniform(rng, count, -0.8, 0.8) * (width / shorter - 1),
-        place.shift_y + uniform(rng, count, -0.8, 0.8) * (height / shorter - 1),
-        place.rotation,
-    )
 
 
 def _scattered(rng: Generator, count: int, height: int, width: int) -> Placement:

@@ -85,7 +85,7 @@ class JointSettings:
     batch: int = 32
     grids: tuple[int, int, int] = (8, 16, 24)
     large_from: float = 0.25
-    guides_from: float = 0.85
+    guides_from: float = 0.88
     constant_rate_until: float = 0.5
     text_only: float = 0.08
     alignment: float = 3.0
