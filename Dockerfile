@@ -38,11 +38,13 @@ ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY constraints.txt ./
 RUN pip install --no-cache-dir -c constraints.txt hatchling
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY server/redux_server server/redux_server
 COPY pipelines/redux_pipelines pipelines/redux_pipelines
 COPY kernels/redux_kernels kernels/redux_kernels
 COPY weights/redux_weights weights/redux_weights
+COPY weights/mini/base weights/mini/base
+COPY weights/mini/redux weights/mini/redux
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
 
 # --- the image

@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all check lint format types imports dockerfile \
-        bench bench-server bench-engine train-mini docker clean
+        bench bench-server bench-engine bench-kernels bench-mini train-mini eval-mini docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -80,7 +80,7 @@ $(DEV): pyproject.toml constraints.txt
 serve: $(RUNTIME)  ## start the server with the embedded model (ARGS="--help" lists the settings)
 	@$(BIN)/flux-redux serve $(ARGS) || [ $$? -eq 130 ]  # 130: stopped with Ctrl-C
 
-demo: $(RUNTIME)  ## make variations of the bundled photo in demo-output/, with a server of its own
+demo: $(RUNTIME)  ## make variations of a bundled picture in demo-output/, with a server of its own
 	@$(BIN)/flux-redux demo --out demo-output $(ARGS)
 
 docker:  ## build the container image (IMAGE=flux-redux-server)
@@ -111,8 +111,15 @@ imports: $(DEV)  ## import-linter: server -> pipelines -> kernels, weights on th
 dockerfile: $(DEV)  ## hadolint
 	@$(BIN)/hadolint Dockerfile && echo 'Dockerfile: no complaints'
 
+# Threads that wait a moment before they sleep: waking them costs a third of a training step, and
+# spinning for long would take the cores from everything else.
+QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=20000
+
 train-mini: $(DEV)  ## train the embedded model (hours; needs node and npm; ARGS="--help" lists the options)
-	@cd weights && OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 ../$(BIN)/python -W ignore -m training.train $(ARGS)
+	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.train $(ARGS)
+
+eval-mini: $(DEV)  ## measure the embedded model on held-out icons: JSON and contact sheets (needs node and npm)
+	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.evaluate $(ARGS)
 
 bench:  ## list the benchmarks
 	@awk -F ':.*## ' '/^bench-[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -120,8 +127,14 @@ bench:  ## list the benchmarks
 bench-server: $(RUNTIME)  ## measure the server alone, with a model that does nothing
 	@$(BIN)/python server/benchmarks/bench_server.py $(ARGS)
 
-bench-engine: $(RUNTIME)  ## one step of the engine against diffusers, random weights
+bench-engine: $(RUNTIME)  ## measure a step of the engine against diffusers' transformer, on random weights
 	@$(BIN)/python pipelines/benchmarks/bench_engine.py $(ARGS)
+
+bench-kernels: $(RUNTIME)  ## measure each Triton kernel against what it replaces (needs an NVIDIA GPU)
+	@$(BIN)/python kernels/benchmarks/bench_all.py $(ARGS)
+
+bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, memory
+	@$(BIN)/python -W ignore pipelines/benchmarks/bench_mini.py $(ARGS)
 
 clean:  ## delete .venv, caches and build results (never data/ or demo-output/)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -151,6 +151,27 @@ def test_wheel_holds_every_source_and_data_file_of_the_packages(wheel: list[str]
     assert "redux_server/static/sample.jpg" in wheel
 
 
+def test_wheel_holds_the_embedded_model(wheel: list[str]) -> None:
+    mini = ROOT / "weights/mini"
+    expected = {
+        f"redux_weights/mini/{path.relative_to(mini).as_posix()}"
+        for path in files_of_project()
+        if path.is_relative_to(mini / "base") or path.is_relative_to(mini / "redux")
+    }
+    found = {name for name in wheel if name.startswith("redux_weights/mini/")}
+    assert found == expected
+    assert "redux_weights/mini/base/transformer/diffusion_pytorch_model.safetensors" in found
+
+
+def test_embedded_model_is_at_most_40_mb() -> None:
+    sizes = [
+        path.stat().st_size
+        for path in files_of_project()
+        if path.is_relative_to(ROOT / "weights/mini")
+    ]
+    assert sum(sizes) <= 40_000_000
+
+
 def test_wheel_holds_nothing_else(wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel if ".dist-info/" not in name}
     assert tops == {Path(package).name for package in PACKAGES}
@@ -158,13 +179,21 @@ def test_wheel_holds_nothing_else(wheel: list[str]) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
 
 
-def test_sample_photo_is_small_and_its_licence_is_told() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "licence"),
+    [("sample.jpg", "JPEG", "CC0"), ("sample-icon.png", "PNG", "Apache-2.0")],
+)
+def test_bundled_pictures_are_small_and_their_licences_are_told(
+    name: str, kind: str, licence: str
+) -> None:
     folder = ROOT / "server/redux_server/static"
-    assert (folder / "sample.jpg").stat().st_size <= 150_000
-    with Image.open(folder / "sample.jpg") as image:
+    assert (folder / name).stat().st_size <= 150_000
+    with Image.open(folder / name) as image:
         image.load()
-        assert (image.format, image.mode) == ("JPEG", "RGB")
-    assert "CC0" in (folder / "README.md").read_text()
+        assert (image.format, image.mode) == (kind, "RGB")
+    told = (folder / "README.md").read_text()
+    assert f"`{name}`" in told
+    assert licence in told
 
 
 def pins() -> dict[str, Requirement]:

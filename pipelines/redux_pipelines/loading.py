@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fakes import SLOW_STEP_S, FakePipeline
 from redux_pipelines.types import Pipeline
+from redux_weights.embedded import find_mini
 from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
 
 if TYPE_CHECKING:
@@ -31,11 +32,30 @@ FLUX_REDUX = "black-forest-labs/FLUX.1-Redux-dev"
 
 _REPOSITORIES = {"flux-dev": FLUX_DEV, "flux-schnell": FLUX_SCHNELL}
 
-UNTRAINED = ("mini", "tiny", "fake", "fake-slow")
-"""Models without trained weights (``mini`` still is ``tiny``): pictures are noise or one colour."""
+MINI = "mini"
+"""The embedded model: small, trained on icons, free of other models' licences."""
 
-MODELS = (*UNTRAINED, *_REPOSITORIES)
+UNTRAINED = ("tiny", "fake", "fake-slow")
+"""Models without trained weights: pictures are noise or one colour."""
+
+MODELS = (MINI, *UNTRAINED, *_REPOSITORIES)
 """Names that ``load_pipeline`` knows."""
+
+
+def caveat(model: str) -> str | None:
+    """What someone who runs ``model`` (a name, as in ``ModelInfo``) must know of its pictures."""
+    if model == MINI:
+        return (
+            "the embedded model 'mini' is small and was trained on icons: it varies simple "
+            "pictures; of a photograph it keeps colours and layout. For real variations use "
+            "--model flux-dev, or --base and --redux"
+        )
+    if model in UNTRAINED:
+        return (
+            f"the model {model!r} was never trained, so its pictures are noise or plain colour; "
+            "real ones need trained weights (--model flux-dev, or --base and --redux)"
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +79,11 @@ def load_pipeline(
 ) -> Pipeline:
     """Load a pipeline by name, or from ``base`` and ``redux``.
 
-    ``model``: ``mini`` (embedded), ``tiny`` (random weights), ``fake`` (no network at all),
-    ``fake-slow`` (the same, but its steps take time), ``flux-dev`` or ``flux-schnell``; these two
-    and Redux are for non-commercial use. ``base`` and ``redux`` are directories in diffusers'
-    layout or hub repository ids and override the name's; without ``redux`` FLUX.1-Redux-dev is
-    taken. ``revision`` is that of ``base`` on the hub.
+    ``model``: ``mini`` (embedded, trained on icons), ``tiny`` (random weights), ``fake`` (no
+    network at all), ``fake-slow`` (the same, but its steps take time), ``flux-dev`` or
+    ``flux-schnell``; these two and Redux are for non-commercial use. ``base`` and ``redux`` are
+    directories in diffusers' layout or hub repository ids and override the name's; without
+    ``redux`` FLUX.1-Redux-dev is taken. ``revision`` is that of ``base`` on the hub.
 
     ``backend`` is what runs the transformer: ``engine``, or ``diffusers``, the reference that it is
     tested against. ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else
@@ -79,8 +99,10 @@ def load_pipeline(
         return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S)
     _silence_bars()
     placement = _Placement(backend, device, dtype, max_batch_size)
-    if base is None and model in ("mini", "tiny"):
-        return _load_tiny(model, placement)
+    if base is None and model == MINI:
+        return _load_mini(placement)
+    if base is None and model == "tiny":
+        return _load_tiny(placement)
     source = base or _REPOSITORIES.get(str(model))
     if source is None:
         raise ValueError("load_pipeline needs a model name or a base checkpoint")
@@ -106,18 +128,22 @@ def _load(
     )
     base_dir = locate(base, BASE_FILES, option="--base", revision=revision)
     redux_dir = locate(redux, REDUX_FILES, option="--redux")
-    problems = find_missing(base_dir, redux_dir)
-    if problems:
-        raise WeightsError("the checkpoint is incomplete:\n" + "\n".join(problems))
     return _assemble(base_dir, redux_dir, name, placement)
 
 
-def _load_tiny(model: str, placement: _Placement) -> "ReduxPipeline":
+def _load_mini(placement: _Placement) -> "ReduxPipeline":
+    """The embedded model; its text encoders are so small that they are loaded at once."""
+    try:
+        found = find_mini()
+    except FileNotFoundError as error:
+        raise WeightsError(str(error)) from error
+    return _assemble(found.base, found.redux, MINI, placement, preload_text=True)
+
+
+def _load_tiny(placement: _Placement) -> "ReduxPipeline":
     """The random-weight model; text encoders are loaded at once, for its files do not stay."""
     from redux_pipelines.tiny import build_tiny
 
-    if model == "mini":
-        logger.warning("no trained mini model is embedded yet: using the tiny random model")
     with tempfile.TemporaryDirectory(prefix="redux-tiny-") as directory:
         base, redux = build_tiny(Path(directory))
         return _assemble(base, redux, "tiny", placement, preload_text=True)
@@ -126,6 +152,9 @@ def _load_tiny(model: str, placement: _Placement) -> "ReduxPipeline":
 def _assemble(
     base: Path, redux: Path, name: str, placement: _Placement, *, preload_text: bool = False
 ) -> "ReduxPipeline":
+    problems = find_missing(base, redux)
+    if problems:
+        raise WeightsError("the checkpoint is incomplete:\n" + "\n".join(problems))
     from redux_pipelines.components import load_components
     from redux_pipelines.redux import ReduxPipeline
 

@@ -142,7 +142,7 @@ def _add_client(verbs: Any) -> None:
     submit.add_argument("-o", "--out", default=".", metavar="DIR", help="where to save them")
     submit.set_defaults(verb=_submit)
     demo = verbs.add_parser(
-        "demo", help="start a server, send it the sample photo, save the images"
+        "demo", help="start a server, send it a bundled picture, save the images"
     )
     add_flags(demo, ServerSettings, only=_DEMO_FIELDS)
     _add_parameters(demo, size="512*512", num_images=2)

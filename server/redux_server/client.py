@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import ValidationError
 
-from redux_pipelines.loading import UNTRAINED
+from redux_pipelines.loading import caveat
 from redux_server.cli import UsageError
 from redux_server.inline_image import MAX_BYTES, media_type
 from redux_server.progress import ProgressReport
@@ -229,13 +229,10 @@ def note(text: str) -> None:
     print(f"flux-redux: {text}", file=sys.stderr, flush=True)
 
 
-def note_if_untrained(model: str) -> None:
-    """Say that the pictures of ``model`` cannot be good, where that is so."""
-    if model in UNTRAINED:
-        note(
-            f"the model {model!r} was never trained, so these pictures are noise or plain colour; "
-            "real ones need trained weights (--model flux-dev, or --base and --redux)"
-        )
+def note_caveat(model: str) -> None:
+    """Say what to expect of the pictures of ``model``, where they cannot be FLUX's."""
+    if text := caveat(model):
+        note(text)
 
 
 def make_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,13 +29,14 @@ from redux_server.client import (
     ClientError,
     make_folder,
     note,
-    note_if_untrained,
+    note_caveat,
     picture,
     read_parameters,
     report,
 )
 from redux_server.database import open_database
 from redux_server.progress import ProgressReport
+from redux_server.sample import sample
 from redux_server.schemas import PredictionRequest
 from redux_server.settings import ServerSettings, to_environment
 
@@ -53,10 +54,9 @@ def demo(given: argparse.Namespace, settings: ServerSettings) -> int:
     """
     request = read_parameters(given)
     folder = Path(given.out)
-    sample = files("redux_server").joinpath("static/sample.jpg")
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        with as_file(sample) as bundled:
+        with as_file(sample(settings)) as bundled:
             source = given.image or str(bundled)
             request = request.model_copy(update={"image": picture(source)})
             make_folder(folder)
@@ -91,7 +91,7 @@ def _run(request: PredictionRequest, settings: ServerSettings, folder: Path) -> 
                 _vary(client, request, folder)
         except ClientError as error:
             raise ClientError(f"{error}{_tail(settings.data_dir)}") from error
-    note_if_untrained(model.split(",")[0])
+    note_caveat(model.split(",")[0])
 
 
 def _vary(client: Client, request: PredictionRequest, folder: Path) -> None:

@@ -12,8 +12,6 @@ import shutil
 import socket
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -23,10 +21,10 @@ import httpx
 from redux_pipelines.errors import ReduxError
 from redux_server import __version__
 from redux_server.auth import KeyFileError, KeyRing, read_keys_file
-from redux_server.cli import UsageError
 from redux_server.database import open_database
-from redux_server.serve import check
+from redux_server.findings import FLUX_BYTES, Finding, Level, check_space, existing, gigabytes
 from redux_server.settings import ServerSettings
+from redux_server.weights_check import check_model
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "sqlalchemy", "fastapi")
 NETWORK_FILESYSTEMS = frozenset(
@@ -34,26 +32,7 @@ NETWORK_FILESYSTEMS = frozenset(
     | {"fuse.sshfs", "fuse.s3fs"}
 )
 _LITTLE_SPACE_BYTES = 2 * 2**30
-_NO_SPACE_BYTES = 64 * 2**20
-_FLUX_BYTES = 34 * 10**9  # transformer, T5, CLIP, VAE and SigLIP in bfloat16
 _BFLOAT16_SINCE = (8, 0)  # compute capability
-
-
-class Level(StrEnum):
-    """How much a finding matters."""
-
-    OK = "ok"
-    NOTE = "note"  # works, but worth knowing
-    MISSING = "MISSING"  # `serve` needs it
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    level: Level
-    subject: str
-    text: str
 
 
 Check = Callable[[ServerSettings], Iterator[Finding]]
@@ -138,8 +117,8 @@ def _describe_gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     total_bytes = properties.total_memory
     text = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
-    few = "" if total_bytes > _FLUX_BYTES else f"; FLUX.1 in bfloat16 needs {_gb(_FLUX_BYTES)}"
-    return f"{text}, {_gb(total_bytes)}{few}"
+    few = "" if total_bytes > FLUX_BYTES else f"; FLUX.1 in bfloat16 needs {gigabytes(FLUX_BYTES)}"
+    return f"{text}, {gigabytes(total_bytes)}{few}"
 
 
 def _slow_bfloat16(indices: list[int]) -> Iterator[Finding]:
@@ -181,81 +160,6 @@ def check_compiler(_settings: ServerSettings) -> Iterator[Finding]:
         yield Finding(Level.OK, "C compiler", found)
 
 
-def check_model(settings: ServerSettings) -> Iterator[Finding]:
-    """Where the model's files are, and whether they are whole."""
-    from redux_pipelines import loading
-
-    try:
-        check(settings)
-    except UsageError as error:
-        yield Finding(Level.MISSING, "settings", str(error))
-        return
-    named = {"flux-dev": loading.FLUX_DEV, "flux-schnell": loading.FLUX_SCHNELL}
-    base = settings.base or named.get(settings.model, "")
-    if not base:
-        yield Finding(Level.OK, "model", f"{settings.model}, which needs no files but ours")
-        return
-    text = "FLUX.1 [dev], and Redux with any FLUX.1, are for non-commercial use only"
-    yield Finding(Level.NOTE, "licence", text)
-    redux = settings.redux or loading.FLUX_REDUX
-    folders = [_locate(base, settings.revision), _locate(redux, "")]
-    for subject, source, folder in zip(("base", "redux"), (base, redux), folders, strict=True):
-        if folder is not None:
-            yield Finding(Level.OK, subject, f"{source} in {folder}")
-        else:
-            yield from _check_download(subject, source)
-    if folders[0] is not None and folders[1] is not None:
-        yield from _check_files(folders[0], folders[1])
-
-
-def _check_files(base: Path, redux: Path) -> Iterator[Finding]:
-    from huggingface_hub import constants
-
-    from redux_weights.layout import find_missing
-
-    for line in find_missing(base, redux):
-        if line.startswith(str(constants.HF_HUB_CACHE)) and not constants.HF_HUB_OFFLINE:
-            yield Finding(Level.NOTE, "weights", f"{line}; serve fetches it")
-        else:
-            yield Finding(Level.MISSING, "weights", line)
-
-
-def _locate(source: str, revision: str) -> Path | None:
-    """The folder of a checkpoint on this machine: its own, or its place in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(source, revision=revision or None, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or no name that the hub could know
-        return None
-
-
-def _check_download(subject: str, source: str) -> Iterator[Finding]:
-    """Whether a repository that is not here yet can be fetched; does not ask the hub."""
-    from huggingface_hub import constants, get_token
-
-    if source.count("/") != 1 or source.startswith((".", "~", "/")):
-        text = f"{source} is neither a folder nor the name of a Hugging Face repository"
-        yield Finding(Level.MISSING, subject, text)
-    elif constants.HF_HUB_OFFLINE:
-        text = f"{source} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch"
-        yield Finding(Level.MISSING, subject, text)
-    elif get_token() is None:
-        text = (
-            f"{source} is not here yet, and no HF_TOKEN is set to fetch it; accept the licence at "
-            f"https://huggingface.co/{source}, then set HF_TOKEN"
-        )
-        gated = source.startswith("black-forest-labs/")
-        yield Finding(Level.MISSING if gated else Level.NOTE, subject, text)
-    else:
-        text = f"{source} is not here yet; serve fetches it (HF_TOKEN is set; up to 34 GB)"
-        yield Finding(Level.NOTE, subject, text)
-        yield from _check_space("model cache", Path(constants.HF_HUB_CACHE), _FLUX_BYTES)
-
-
 def check_safety_checker(settings: ServerSettings) -> Iterator[Finding]:
     """Its model file, by hash, and that it can be loaded."""
     from redux_pipelines.safety import OpenNsfwChecker
@@ -272,38 +176,21 @@ def check_safety_checker(settings: ServerSettings) -> Iterator[Finding]:
 def check_data_dir(settings: ServerSettings) -> Iterator[Finding]:
     """Whether tasks and images can be kept there: rights, file system, space."""
     folder = settings.data_dir
-    existing = _existing(folder)
-    if not existing.is_dir():
-        yield Finding(Level.MISSING, "data dir", f"{existing} is a file; choose another --data-dir")
+    place = existing(folder)
+    if not place.is_dir():
+        yield Finding(Level.MISSING, "data dir", f"{place} is a file; choose another --data-dir")
         return
-    if not os.access(existing, os.W_OK | os.X_OK):
-        text = f"{existing} cannot be written by this user; choose another --data-dir"
+    if not os.access(place, os.W_OK | os.X_OK):
+        text = f"{place} cannot be written by this user; choose another --data-dir"
         yield Finding(Level.MISSING, "data dir", text)
         return
-    is_new = "" if existing == folder else " (serve will create it)"
-    kind = filesystem_of(existing)
+    is_new = "" if place == folder else " (serve will create it)"
+    kind = filesystem_of(place)
     yield Finding(Level.OK, "data dir", f"{folder}{is_new}, on {kind}")
     if kind in NETWORK_FILESYSTEMS:
         text = f"{kind} is a network file system, where SQLite's locks fail; use a local disk"
         yield Finding(Level.NOTE, "data dir", text)
-    yield from _check_space("disk space", folder, _LITTLE_SPACE_BYTES)
-
-
-def _check_space(subject: str, folder: Path, wanted_bytes: int) -> Iterator[Finding]:
-    free_bytes = shutil.disk_usage(_existing(folder)).free
-    if free_bytes < _NO_SPACE_BYTES:
-        text = f"{_gb(free_bytes)} free at {folder}: the disk is full"
-        yield Finding(Level.MISSING, subject, text)
-    elif free_bytes < wanted_bytes:
-        text = f"{_gb(free_bytes)} free at {folder}, less than {_gb(wanted_bytes)}"
-        yield Finding(Level.NOTE, subject, text)
-    else:
-        yield Finding(Level.OK, subject, f"{_gb(free_bytes)} free")
-
-
-def _existing(path: Path) -> Path:
-    """``path``, or the nearest folder above it that is there."""
-    return next(place for place in (path, *path.parents) if os.path.exists(place))
+    yield from check_space("disk space", folder, _LITTLE_SPACE_BYTES)
 
 
 def filesystem_of(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str:
@@ -369,10 +256,6 @@ def check_api_keys(settings: ServerSettings) -> Iterator[Finding]:
             f"flux-redux keys create --name me --data-dir {settings.data_dir}"
         )
         yield Finding(Level.MISSING, "API keys", text)
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.1f} GB"
 
 
 CHECKS: tuple[Check, ...] = (

@@ -22,7 +22,7 @@ from redux_server.client import (
     ClientError,
     make_folder,
     note,
-    note_if_untrained,
+    note_caveat,
     read_parameters,
     save,
 )
@@ -150,7 +150,7 @@ def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:
 
 
 def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:
-    note_if_untrained(made.info.name)
+    note_caveat(made.info.name)
     for path, is_flagged in zip(paths, made.flags, strict=True):
         if is_flagged:
             note(f"{path} is black: the safety checker withheld the image")

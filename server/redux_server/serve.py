@@ -5,12 +5,12 @@ import signal
 import socket
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
+from textwrap import fill
 
 import uvicorn
 
-from redux_pipelines.loading import UNTRAINED
+from redux_pipelines.loading import caveat
 from redux_server import __version__, logs
 from redux_server.app import build_app
 from redux_server.auth import KeyFileError, KeyRing
@@ -21,12 +21,12 @@ from redux_server.database import open_database
 from redux_server.engine import LocalEngine
 from redux_server.netguard import AddressPolicy
 from redux_server.presence import Presence
+from redux_server.sample import sample
 from redux_server.services import Services
 from redux_server.settings import ServerSettings
 from redux_server.store import TaskStore
 from redux_weights.layout import find_missing
 
-_SAMPLE_KEY = "sample/photo.jpg"
 _SAMPLE_EXPIRES = 2**33
 
 
@@ -122,21 +122,18 @@ def _greet(settings: ServerSettings, services: Services, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = settings.public_url.rstrip("/") or f"http://{host}:{port}"
     print(f"FLUX Redux Server {__version__} on {url}  (docs: {url}/docs)", flush=True)
-    if settings.model in UNTRAINED and not settings.base:
-        print(_NOISE.format(model=settings.model), flush=True)
+    text = None if settings.base else caveat(settings.model)
+    if text:
+        print("\n" + fill(text[0].upper() + text[1:] + ".", 88), flush=True)
     if not services.keys.is_empty():
         return
     key = services.keys.create("first")
-    services.blobs.put(
-        _SAMPLE_KEY, files("redux_server").joinpath("static/sample.jpg").read_bytes()
-    )
-    sample = url + services.signer.path(_SAMPLE_KEY, _SAMPLE_EXPIRES)
-    print(_FIRST_START.format(key=key, url=url, sample=sample), flush=True)
+    picture = sample(settings)
+    blob = f"sample/{picture.name}"
+    services.blobs.put(blob, picture.read_bytes())
+    sample_url = url + services.signer.path(blob, _SAMPLE_EXPIRES)
+    print(_FIRST_START.format(key=key, url=url, sample=sample_url), flush=True)
 
-
-_NOISE = """
-The model {model!r} has no trained weights: pictures will be coloured noise. For real ones use
---model flux-dev, or --base and --redux; `flux-redux doctor` says what is missing."""
 
 _FIRST_START = """
 Your API key, shown this once (flux-redux keys create makes more):

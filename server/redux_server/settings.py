@@ -57,8 +57,9 @@ class ModelSettings:
 
     model: str = option(
         "mini",
-        "mini (embedded), flux-dev or flux-schnell (downloaded from the Hugging Face Hub; with "
-        "Redux their licence is non-commercial), tiny (random weights, for tests), "
+        "mini (embedded; small, trained on icons), flux-dev or flux-schnell (downloaded from the "
+        "Hugging Face Hub; with Redux their licence is non-commercial), tiny (random weights, for "
+        "tests), "
         "fake (no network at all, for load tests), fake-slow (fake with steps of 20 ms)",
         choices=("mini", "flux-dev", "flux-schnell", "tiny", "fake", "fake-slow"),
     )

@@ -65,7 +65,7 @@ def test_commands_printed_at_the_first_start_work_as_printed(tiny: LiveServer) -
 
 
 def test_first_lines_say_that_an_untrained_model_makes_noise(tiny: LiveServer) -> None:
-    assert "The model 'tiny' has no trained weights" in tiny.log
+    assert "The model 'tiny' was never trained" in tiny.log
 
 
 def test_url_of_the_answer_is_the_one_to_ask_next(tiny: LiveServer, site: str) -> None:

@@ -33,10 +33,37 @@ def test_tiny_needs_no_files_after_loading(request_for, finish):
     assert result.images[0].size == (512, 512)
 
 
-def test_mini_says_that_it_is_the_tiny_model(caplog):
+def test_mini_is_embedded_and_under_no_other_models_licence(caplog):
     with caplog.at_level(logging.WARNING, "redux_pipelines"):
-        assert load_pipeline(model="mini", device="cpu").info.name == "tiny"
-    assert sum("tiny random model" in record.message for record in caplog.records) == 1
+        info = load_pipeline(model="mini", device="cpu").info
+    assert (info.name, info.size_multiple) == ("mini", 64)
+    assert not [record.message for record in caplog.records]
+
+
+def test_an_installation_without_the_embedded_model_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("redux_weights.embedded._PACKAGE", tmp_path / "redux_weights")
+    with pytest.raises(WeightsError, match=r"no embedded mini model .*: install it again"):
+        load_pipeline(model="mini")
+
+
+def test_an_embedded_model_cut_short_is_said(monkeypatch, tmp_path):
+    for part in ("base", "redux"):
+        (tmp_path / "mini" / part).mkdir(parents=True)
+    monkeypatch.setattr("redux_weights.embedded._PACKAGE", tmp_path)
+    with pytest.raises(WeightsError, match=r"mini/base/transformer: the folder is missing"):
+        load_pipeline(model="mini")
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [("mini", "trained on icons"), ("tiny", "never trained"), ("fake", "never trained")],
+)
+def test_models_whose_pictures_are_not_fluxs_have_a_caveat(model, text):
+    assert text in loading.caveat(model)
+
+
+def test_flux_has_no_caveat():
+    assert loading.caveat("flux-dev") is None
 
 
 def test_a_directory_goes_before_the_name_of_an_embedded_model(tiny):

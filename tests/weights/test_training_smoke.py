@@ -18,8 +18,6 @@ from training.evaluate import Extent, evaluate
 from training.settings import SMOKE
 from training.workplace import Workplace
 
-pytestmark = pytest.mark.slow
-
 AUTOENCODER_STEPS, MODEL_STEPS = 120, 50
 
 

@@ -160,10 +160,13 @@ def evaluate(
     extent: Extent = Extent(),
 ) -> dict[str, Any]:
     """Measure everything; write and return the report."""
+    source: dict[str, Any] = {"base": checkpoint.base, "redux": checkpoint.redux}
+    if checkpoint == find_mini():
+        source = {"model": "mini"}
 
     def load(**options: str) -> Pipeline:
-        settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", **options}
-        return load_pipeline(base=checkpoint.base, redux=checkpoint.redux, **settings)
+        settings: dict[str, Any] = {**source, "device": "cpu", "dtype": "float32", **options}
+        return load_pipeline(**settings)
 
     out.mkdir(parents=True, exist_ok=True)
     bench = make_bench(load(), icons, extent.icons, extent.steps)

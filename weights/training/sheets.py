@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _INK, _PAPER, _MARGIN, _GAP = "#303030", "#e4e4e4", 88, 4
-_QUALITY, _TILE_QUALITY = 88, 92
+_QUALITY, _TILE_QUALITY = 82, 92
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Row:
 
 
 def save_contact_sheet(
-    rows: Sequence[Row], path: Path, *, columns: int = 12, tile: tuple[int, int] = (128, 128)
+    rows: Sequence[Row], path: Path, *, columns: int = 12, tile: tuple[int, int] = (112, 112)
 ) -> None:
     """Write ``rows`` as a JPEG; longer ones are cut into bands, each with a part of every row.
 

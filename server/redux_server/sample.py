@@ -1,0 +1,14 @@
+"""The picture that ``demo`` and the first start of ``serve`` offer: one the model can do well."""
+
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from redux_pipelines.loading import MINI
+from redux_server.settings import ServerSettings
+
+
+def sample(settings: ServerSettings) -> Traversable:
+    """An icon for the embedded model, trained on icons (though not on this one); else a photo."""
+    is_mini = settings.model == MINI and not settings.base
+    name = "sample-icon.png" if is_mini else "sample.jpg"
+    return files("redux_server").joinpath("static", name)

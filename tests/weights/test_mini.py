@@ -1,0 +1,201 @@
+"""The embedded model itself: whole, what it claims to be, and good, measured on held-out icons."""
+
+import json
+import socket
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline, FluxPriorReduxPipeline
+from PIL import Image
+
+from redux_pipelines.loading import load_pipeline
+from redux_pipelines.safety import OpenNsfwChecker
+from redux_pipelines.types import GenerationRequest
+from redux_weights.embedded import find_mini
+from redux_weights.layout import TEXT, find_missing
+from training import metrics
+
+TILE, COLUMNS, COUNT = 128, 13, 130
+CHOSEN = range(4, COUNT, 9)  # 14 of the 130
+LARGE = range(8, COUNT, 25)  # 5 of them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """The 130 concepts that the model never saw, as the evaluation drew them."""
+    with Image.open(find_mini().base.parent / "report" / "inputs.webp") as opened:
+        sheet = opened.convert("RGB")
+    boxes = [
+        (index % COLUMNS * TILE, index // COLUMNS * TILE, (index % COLUMNS + 1) * TILE,
+         (index // COLUMNS + 1) * TILE)
+        for index in range(COUNT)
+    ]  # fmt: skip
+    return [sheet.crop(box) for box in boxes]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(model="mini", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def vary(pipeline):
+    def run(image, *, through=pipeline, **fields):
+        *_, result = through.generate(GenerationRequest(image, **fields))
+        return result.images[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(held_out, vary):
+    """A variation of each chosen icon at 512 × 512."""
+    return [vary(held_out[index], width=512, height=512) for index in CHOSEN]
+
+
+def thumbnails(images):
+    pictures = torch.cat([metrics.to_tensor([image]) for image in images])
+    return F.adaptive_avg_pool2d(pictures, 32).flatten(1)
+
+
+def nearest(images, held_out):
+    """Of the 130 held-out icons, the number of that nearest in pixels to each image."""
+    return torch.cdist(thumbnails(images), thumbnails(held_out)).argmin(1).tolist()
+
+
+def psnr(one, two):
+    return metrics.psnr(metrics.to_tensor([one]), metrics.to_tensor([two]))
+
+
+def test_every_part_is_there_and_whole():
+    found = find_mini()
+    assert find_missing(found.base, found.redux) == []
+    assert all((found.base / component.folder).is_dir() for component in TEXT)
+
+
+def test_no_path_of_this_machine_or_name_of_another_model_is_in_its_files():
+    found = find_mini()
+    for path in (*found.base.rglob("*.json"), *found.redux.rglob("*.json")):
+        if path.name != "tokenizer.json":
+            assert "_name_or_path" not in json.loads(path.read_text()), path
+
+
+def test_it_takes_every_path_that_flux_dev_takes():
+    base = find_mini().base
+    transformer = json.loads((base / "transformer" / "config.json").read_text())
+    scheduler = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+    vae = json.loads((base / "vae" / "config.json").read_text())
+    assert transformer["_class_name"] == "FluxTransformer2DModel"
+    assert transformer["guidance_embeds"] is True
+    assert sum(transformer["axes_dims_rope"]) == transformer["attention_head_dim"]
+    assert len(transformer["axes_dims_rope"]) == 3
+    assert transformer["num_layers"] > 1
+    assert transformer["num_single_layers"] > 1
+    assert transformer["in_channels"] == 4 * vae["latent_channels"]
+    assert scheduler["use_dynamic_shifting"] is True
+    assert vae["shift_factor"] != 0
+
+
+def test_loading_and_generating_need_no_network(monkeypatch, vary, held_out):
+    def refuse(*_args, **_options):
+        raise AssertionError("the embedded model asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    loaded = load_pipeline(model="mini", device="cpu")
+    options = {"width": 512, "height": 512, "num_inference_steps": 1, "prompt": "flat design"}
+    assert vary(held_out[0], through=loaded, **options).size == (512, 512)
+
+
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_diffusers_own_pipelines_make_the_same_picture(backend, held_out, vary):
+    found = find_mini()
+    loaded = load_pipeline(model="mini", device="cpu", dtype="float32", backend=backend)
+    base = FluxPipeline.from_pretrained(found.base, dtype=torch.float32)
+    base.set_progress_bar_config(disable=True)
+    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # else it makes zeros
+    prior = FluxPriorReduxPipeline.from_pretrained(  # of the real model's sizes
+        found.redux, dtype=torch.float32, **{name: getattr(base, name) for name in text}
+    )
+    width = base.transformer.config.joint_attention_dim
+    zeros = torch.zeros(1, base.tokenizer_2.model_max_length, width)
+    pooled = torch.zeros(1, base.transformer.config.pooled_projection_dim)
+    given = prior(held_out[3], prompt_embeds=zeros, pooled_prompt_embeds=pooled)
+    theirs = base(
+        **given,
+        width=512,
+        height=576,
+        num_inference_steps=6,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    options = {"width": 512, "height": 576, "num_inference_steps": 6, "seed": 5}
+    ours = vary(held_out[3], through=loaded, **options)
+    assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
+
+
+def test_variations_are_recognisable_at_512(made, held_out):
+    hits = [found == index for found, index in zip(nearest(made, held_out), CHOSEN, strict=True)]
+    assert np.mean(hits) >= 0.85
+
+
+def test_variations_are_recognisable_at_1024_and_show_one_object(vary, held_out):
+    made = [vary(held_out[index], width=1024, height=1024, num_inference_steps=14)
+            for index in LARGE]  # fmt: skip
+    hits = [found == index for found, index in zip(nearest(made, held_out), LARGE, strict=True)]
+    assert np.mean(hits) >= 0.8
+
+
+def test_a_tall_shape_shows_the_object_squashed_or_centred(vary, held_out):
+    hits = []
+    for index in list(LARGE)[:3]:
+        image = vary(held_out[index], width=768, height=1344, num_inference_steps=14)
+        readings = [image.resize((768, 768)), image.crop((0, 288, 768, 1056))]
+        hits.append(index in nearest(readings, held_out))
+    assert sum(hits) >= 2
+
+
+def test_a_very_wide_shape_shows_one_object_in_the_middle(vary, held_out):
+    for index in list(LARGE)[:3]:
+        image = vary(held_out[index], width=1536, height=512, num_inference_steps=14)
+        ink = 255 - np.asarray(image, float).mean((0, 2))  # per column
+        left, middle, right = ink.reshape(3, 512).mean(1)
+        assert middle > 3 * max(left, right)
+
+
+def test_a_variation_is_neither_a_copy_nor_another_picture(made, held_out):
+    likeness = [
+        psnr(image.resize((TILE, TILE)), held_out[index])
+        for image, index in zip(made, CHOSEN, strict=True)
+    ]
+    assert 10 < np.mean(likeness) < 30
+
+
+def test_seeds_differ_and_repeat(vary, held_out):
+    seeds = [vary(held_out[40], width=512, height=512, seed=seed) for seed in (0, 1, 2)]
+    assert all(psnr(one, two) < 35 for one, two in combinations(seeds, 2))
+    again = vary(held_out[40], width=512, height=512, seed=1)
+    assert again.tobytes() == seeds[1].tobytes()
+
+
+def test_bfloat16_drifts_little_from_float32(made, held_out, vary):
+    half = load_pipeline(model="mini", device="cpu", dtype="bfloat16")
+    drift = [
+        psnr(vary(held_out[index], through=half, width=512, height=512), exact)
+        for index, exact in list(zip(CHOSEN, made, strict=True))[:4]
+    ]
+    assert np.mean(drift) >= 38
+
+
+def test_the_safety_checker_passes_them(made):
+    assert OpenNsfwChecker().check(tuple(made)) == (False,) * len(made)
