@@ -103,7 +103,7 @@ def _denoiser(
     choice = choose(device, dtype, params.head_dim)
     logger.info("attention: %s", choice.attention.name)
     for name, reason in choice.refusals.items():
-        logger.info("attention %s is not used: it %s", name, reason)
+        logger.debug("attention %s is not used: it %s", name, reason)
     return EngineDenoiser(
         load_flux(params, Shards(folder), device=device, dtype=dtype), choice.attention
     )
