@@ -33,19 +33,28 @@ _THUMBNAIL = 32
 
 @dataclass(frozen=True)
 class Pictures:
-    """What was generated so far, and the highest score the safety checker gave any of it."""
+    """The safety checker's scores of what was generated so far, with what was asked for."""
 
     checker: OpenNsfwChecker = field(default_factory=OpenNsfwChecker)
-    scores: list[float] = field(default_factory=list)
+    scores: list[tuple[float, str]] = field(default_factory=list)
 
-    def add(self, image: Image.Image) -> None:
+    def add(self, request: GenerationRequest, image: Image.Image) -> None:
         """Score one more."""
-        self.scores.extend(self.checker.scores([image]))
+        asked = (
+            f"{request.width}x{request.height}, seed {request.seed}, {request.num_inference_steps} "
+            f"steps, guidance {request.guidance_scale:g}, prompt {request.prompt!r}"
+        )
+        self.scores.append((self.checker.scores([image])[0], asked))
 
-    def verdict(self) -> dict[str, float]:
-        """How many there were, how many the product would withhold, and the highest score."""
-        flags = sum(score >= DEFAULT_THRESHOLD for score in self.scores)
-        return {"images": len(self.scores), "flags": flags, "highest": max(self.scores)}
+    def verdict(self) -> dict[str, Any]:
+        """How many there were, the highest score, and which ones the product would withhold."""
+        flagged = [asked for score, asked in self.scores if score >= DEFAULT_THRESHOLD]
+        return {
+            "images": len(self.scores),
+            "flags": len(flagged),
+            "highest": max(score for score, _ in self.scores),
+            "flagged": flagged,
+        }
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Bench:
         *_, last = self.pipeline.generate(request)
         if not isinstance(last, Result):
             raise RuntimeError("the pipeline ended without a result")
-        self.seen.add(last.images[0])
+        self.seen.add(request, last.images[0])
         return last.images[0]
 
 
