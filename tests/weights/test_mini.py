@@ -156,21 +156,16 @@ def test_variations_are_recognisable_at_1024_and_show_one_object(vary, held_out)
     assert np.mean(hits) >= 0.8
 
 
-def test_a_tall_shape_shows_the_object_squashed_or_centred(vary, held_out):
+@pytest.mark.parametrize(("width", "height"), [(768, 1344), (1536, 512)])
+def test_other_shapes_show_the_object_squashed_or_centred(width, height, vary, held_out):
     hits = []
     for index in list(LARGE)[:3]:
-        image = vary(held_out[index], width=768, height=1344, num_inference_steps=14)
-        readings = [image.resize((768, 768)), image.crop((0, 288, 768, 1056))]
+        image = vary(held_out[index], width=width, height=height, num_inference_steps=14)
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        readings = [image.resize((side, side)), image.crop((left, top, left + side, top + side))]
         hits.append(index in nearest(readings, held_out))
     assert sum(hits) >= 2
-
-
-def test_a_very_wide_shape_shows_one_object_in_the_middle(vary, held_out):
-    for index in list(LARGE)[:3]:
-        image = vary(held_out[index], width=1536, height=512, num_inference_steps=14)
-        ink = 255 - np.asarray(image, float).mean((0, 2))  # per column
-        left, middle, right = ink.reshape(3, 512).mean(1)
-        assert middle > 3 * max(left, right)
 
 
 def test_a_variation_is_neither_a_copy_nor_another_picture(made, held_out):
