@@ -16,7 +16,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from safetensors import SafetensorError
 from transformers import SiglipVisionModel
 
-from redux_pipelines.attention import choose
+from redux_pipelines import attention, operators
 from redux_pipelines.autoencoder import Autoencoder
 from redux_pipelines.checkpoint import Shards, load_flux
 from redux_pipelines.denoiser import Denoiser, DiffusersDenoiser
@@ -100,13 +100,20 @@ def _denoiser(
         model = FluxTransformer2DModel.from_pretrained(folder, dtype=dtype)
         return DiffusersDenoiser(_ready(model, device))
     params = FluxParams.of(config)
-    choice = choose(device, dtype, params.head_dim)
-    logger.info("attention: %s", choice.attention.name)
-    for name, reason in choice.refusals.items():
+    attend = attention.choose(device, dtype, params.head_dim)
+    for name, reason in attend.refusals.items():
         logger.debug("attention %s is not used: it %s", name, reason)
-    return EngineDenoiser(
-        load_flux(params, Shards(folder), device=device, dtype=dtype), choice.attention
-    )
+    glue = operators.choose(device, dtype, num_heads=params.num_heads, head_dim=params.head_dim)
+    for name, reason in glue.refusals.items():
+        logger.log(_level(device), "kernel %s is not used: %s", name, reason)
+    logger.info("attention: %s, operators: %s", attend.attention.name, glue.operators.name)
+    flux = load_flux(params, Shards(folder), device=device, dtype=dtype)
+    return EngineDenoiser(flux, attend.attention, glue.operators)
+
+
+def _level(device: torch.device) -> int:
+    """A refused kernel is news on a GPU only."""
+    return logging.WARNING if device.type == "cuda" else logging.DEBUG
 
 
 def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:

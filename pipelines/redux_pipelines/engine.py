@@ -14,6 +14,7 @@ from torch import Tensor
 from redux_pipelines.attention import Implementation
 from redux_pipelines.layers import Rope, rope_table
 from redux_pipelines.lru import LRU, digest, tensor_bytes
+from redux_pipelines.operators import Operators
 from redux_pipelines.sampling import Grid, Schedule
 from redux_pipelines.tokens import Conditioning, lay_out
 from redux_pipelines.transformer import Flux, Joint
@@ -30,9 +31,10 @@ class EngineDenoiser:
 
     name = "engine"
 
-    def __init__(self, flux: Flux, attention: Implementation) -> None:
+    def __init__(self, flux: Flux, attention: Implementation, operators: Operators) -> None:
         self._flux = flux
         self._attention = attention
+        self._operators = operators
         self._modulations: LRU[tuple[tuple[float, ...], float, bytes], Tensor] = LRU(
             MODULATION_CACHE_BYTES, tensor_bytes
         )
@@ -57,6 +59,7 @@ class EngineDenoiser:
             rope=self._rope(grid, len(txt)),
             groups=rows.groups,
             attention=self._attention,
+            operators=self._operators,
         )
         return _PreparedEngine(self._flux, txt, self._modulation(conditioning, schedule), joint)
 
@@ -69,7 +72,7 @@ class EngineDenoiser:
         kind = torch.promote_types(weight.dtype, torch.float32)
 
         def make() -> Rope:
-            table = rope_table(txt_rows, grid, self._flux.params.axes_dim)
+            table = self._operators.rotation(rope_table(txt_rows, grid, self._flux.params.axes_dim))
             return Rope(*(each.to(weight.device, kind) for each in table))
 
         return self._ropes.get((grid, txt_rows), make)
@@ -80,8 +83,9 @@ class EngineDenoiser:
         has_guidance = self._flux.params.guidance_embed
         guidance = conditioning.guidance if has_guidance else 0.0
         key = (schedule.sigmas, guidance, digest(vec))
+        times, scale_offset = _times(schedule, guidance, weight), self._operators.scale_offset
         return self._modulations.get(
-            key, lambda: self._flux.modulation.table(*_times(schedule, guidance, weight), vec)
+            key, lambda: self._flux.modulation.table(*times, vec, scale_offset=scale_offset)
         )
 
 

@@ -43,16 +43,19 @@ class ModulationWeights(nn.Module):
         counts = [*doubles, *depth_single * [SINGLE_ROWS], FINAL_ROWS]
         self.layers = nn.ModuleList(nn.Linear(hidden_size, n * hidden_size) for n in counts)
 
-    def table(self, times: Tensor, guidance: Tensor, vec: Tensor) -> Tensor:
+    def table(
+        self, times: Tensor, guidance: Tensor, vec: Tensor, *, scale_offset: float = 1.0
+    ) -> Tensor:
         """All modulations ``(N, rows, H)``: of ``times (N,)``, one guidance ``(1,)``, ``vec (P,)``.
 
         ``times`` and ``guidance`` are times 1000, in the model's dtype. Rows: per double block six
         of the image stream and six of the text stream, three per single block, two of the last
-        layer. Scales have their 1 added. Computed where ``vec`` is; weights that are elsewhere are
-        brought there one layer at a time.
+        layer. ``scale_offset`` is added to the scales. Computed where ``vec`` is; weights that are
+        elsewhere are brought there one layer at a time.
         """
         conditioning = F.silu(self._embed(times, guidance, vec))
-        return torch.cat([_rows(layer, conditioning) for layer in self.layers], dim=1)
+        rows = [_rows(layer, conditioning, scale_offset) for layer in self.layers]
+        return torch.cat(rows, dim=1)
 
     def evict(self) -> None:
         """Move the modulation layers, not the embedders, to host memory: pinned if from a GPU."""
@@ -74,10 +77,10 @@ def host_copy(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
 
-def _rows(layer: Any, conditioning: Tensor) -> Tensor:
+def _rows(layer: Any, conditioning: Tensor, scale_offset: float) -> Tensor:
     """``(N, rows, H)`` of one layer, whose weights are on the device no longer than this takes."""
     device = conditioning.device
     weight, bias = (each.to(device, non_blocking=True) for each in (layer.weight, layer.bias))
     rows = F.linear(conditioning, weight, bias).view(len(conditioning), -1, layer.in_features)
-    rows[:, _SCALES[rows.shape[1]]] += 1
+    rows[:, _SCALES[rows.shape[1]]] += scale_offset
     return rows

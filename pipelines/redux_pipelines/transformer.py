@@ -1,13 +1,13 @@
 """FLUX's transformer, for one modulation per step and folded text.
 
-What does not change over a request (modulations, RoPE, embedded text) comes in ready. Both streams
-live in one tensor ``x (B, T + L, H)``, T text rows before L image rows, which the blocks change in
-place: for inference only. Query, key and value are one projection; a single block's MLP goes with
-them; the last block leaves out what only text rows would need. Follows black-forest-labs/flux
-``model.py``. Knows no checkpoints and no requests.
+What does not change over a request (modulations, RoPE, embedded text) comes in ready. Rows are T of
+text before L of the image; blocks hand on a ``Residual``, whose last addition waits for the norm
+that follows, and may change what they are given: for inference only. Query, key and value are one
+projection; a single block's MLP goes with them; the last block leaves out what only text rows would
+need. Follows black-forest-labs/flux ``model.py``. Knows no checkpoints and no requests.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from redux_pipelines.attention import Attention, Groups
 from redux_pipelines.errors import WeightsError
-from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope
+from redux_pipelines.layers import Rope
 from redux_pipelines.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS, ModulationWeights
+from redux_pipelines.operators import Operators, Residual
 
 MLP_RATIO = 4
-_HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +74,22 @@ class FluxParams:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """What all blocks of a request share: where the text ends, positions, key groups, attention."""
+    """What all blocks of a request share: where the text ends, positions, key groups, attention.
+
+    ``rope`` is in the form of ``operators``.
+    """
 
     txt_rows: int
     rope: Rope
     groups: Groups
     attention: Attention
+    operators: Operators
 
     def attend(self, qk: Tensor, v: Tensor, first_query: int = 0) -> Tensor:
-        """Attention of rows from ``first_query`` on: ``(B, Q, H)``; ``qk (B, S, 2, heads, D)``."""
+        """Attention of rows from ``first_query`` on: ``(B, Q, H)``.
+
+        ``qk (B, S, 2, heads, D)``, ``v (B, S, heads, D)``.
+        """
         q, k = (each.transpose(1, 2) for each in qk.unbind(2))
         out = self.attention(q[:, :, first_query:], k, v.transpose(1, 2), self.groups)
         return out.transpose(1, 2).flatten(2)
@@ -99,18 +106,10 @@ class Stream(nn.Module):
         self.mlp_in = nn.Linear(hidden_size, MLP_RATIO * hidden_size)
         self.mlp_out = nn.Linear(MLP_RATIO * hidden_size, hidden_size)
 
-    def project(self, x: Tensor, mod: Tensor, rope: Rope, qk: Tensor) -> Tensor:
-        """Write queries and keys of ``x (B, n, H)`` into ``qk``; values ``(B, n, heads, D)``."""
-        qkv = self.qkv(modulate(x, mod[0], mod[1])).view(*qk.shape[:2], 3, *qk.shape[3:])
-        norm_rope(qkv[:, :, :2], self.qk_norm.view(2, 1, -1), rope, qk)
-        values: Tensor = qkv[:, :, 2]
-        return values
-
-    def update_(self, x: Tensor, attn: Tensor, mod: Tensor) -> None:
-        """Add attention and MLP to ``x``."""
-        x.addcmul_(mod[2], self.proj(attn))
-        h = gelu_(self.mlp_in(modulate(x, mod[3], mod[4])))
-        x.addcmul_(mod[5], self.mlp_out(h))
+    def mlp(self, stream: Residual, mod: Tensor, operators: Operators) -> Residual:
+        """The stream after its MLP; ``mod (6, H)``."""
+        x, up = operators.normed_linear(stream, mod[3], mod[4], self.mlp_in)
+        return Residual(x, operators.gelu_linear(up, self.mlp_out), mod[5])
 
 
 class DoubleBlock(nn.Module):
@@ -122,27 +121,37 @@ class DoubleBlock(nn.Module):
         self.img = Stream(hidden_size, hidden_size // num_heads)
         self.txt = Stream(hidden_size, hidden_size // num_heads)
 
-    def forward(self, x: Tensor, mod: Tensor, joint: Joint) -> None:
-        """Change ``x (B, S, H)`` in place; ``mod (12, H)``."""
-        parts = (
-            (self.txt, slice(0, joint.txt_rows), mod[DOUBLE_ROWS:]),
-            (self.img, slice(joint.txt_rows, x.shape[1]), mod[:DOUBLE_ROWS]),
-        )
-        attn = self._attend(x, parts, joint)
-        for stream, span, own in parts:
-            stream.update_(x[:, span], attn[:, span], own)
+    def forward(
+        self, txt: Residual, img: Residual, mod: Tensor, joint: Joint
+    ) -> tuple[Residual, Residual]:
+        """Both streams after the block; ``mod (12, H)``."""
+        mods = (mod[DOUBLE_ROWS:], mod[:DOUBLE_ROWS])
+        txt_x, img_x, attn = self._attend((txt, img), mods, joint)
+        ops, end = joint.operators, joint.txt_rows
+        after_txt = Residual(txt_x, self.txt.proj(attn[:, :end]), mods[0][2])
+        after_img = Residual(img_x, self.img.proj(attn[:, end:]), mods[1][2])
+        return self.txt.mlp(after_txt, mods[0], ops), self.img.mlp(after_img, mods[1], ops)
 
-    def _attend(self, x: Tensor, parts: "_Parts", joint: Joint) -> Tensor:
-        """``(B, S, H)``. Queries, keys and values are let go before the MLP needs its room."""
-        qk = new_qk(x, self.num_heads)
-        values = [
-            stream.project(x[:, span], own, joint.rope.rows(span.start, span.stop), qk[:, span])
-            for stream, span, own in parts
-        ]
-        return joint.attend(qk, torch.cat(values, dim=1))
+    def _attend(
+        self, streams: tuple[Residual, Residual], mods: tuple[Tensor, Tensor], joint: Joint
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The settled streams, and attention ``(B, S, H)``.
 
-
-_Parts = tuple[tuple[Stream, slice, Tensor], ...]
+        Queries, keys and values are let go before the MLP needs its room.
+        """
+        (txt, img), end, ops = streams, joint.txt_rows, joint.operators
+        rows = end + img.x.shape[1]
+        qk, v = new_heads(img.x, rows, 2, self.num_heads), new_heads(img.x, rows, 1, self.num_heads)
+        settled = []
+        for stream, own, weights, first in (
+            (txt, mods[0], self.txt, 0),
+            (img, mods[1], self.img, end),
+        ):
+            x, qkv = ops.normed_linear(stream, own[0], own[1], weights.qkv)
+            rope = joint.rope.rows(first, first + x.shape[1])
+            ops.place_heads(qkv, weights.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
+            settled.append(x)
+        return settled[0], settled[1], joint.attend(qk, v[:, :, 0])
 
 
 class SingleBlock(nn.Module):
@@ -155,47 +164,44 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear((1 + MLP_RATIO) * hidden_size, hidden_size)
         self.qk_norm = nn.Parameter(torch.empty(2 * (hidden_size // num_heads)))
 
-    def forward(self, x: Tensor, mod: Tensor, joint: Joint) -> None:
-        """Change ``x (B, S, H)`` in place; ``mod (3, H)``."""
-        up = self.linear1(modulate(x, mod[0], mod[1]))
-        qkv = _heads(up[..., : 3 * x.shape[-1]], 3, self.num_heads)
-        qk = new_qk(x, self.num_heads)
-        norm_rope(qkv[:, :, :2], self.qk_norm.view(2, 1, -1), joint.rope, qk)
-        self._update_(x, joint.attend(qk, qkv[:, :, 2]), up, mod[2])
+    def forward(self, stream: Residual, mod: Tensor, joint: Joint) -> Residual:
+        """Both streams, text first, after the block; ``mod (3, H)``."""
+        ops = joint.operators
+        x, up = ops.normed_linear(stream, mod[0], mod[1], self.linear1)
+        qkv = up[..., : 3 * x.shape[-1]]
+        qk = new_heads(x, x.shape[1], 2, self.num_heads)
+        ops.place_heads(qkv, self.qk_norm.view(2, -1), joint.rope, qk, None, 0)
+        values = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])[:, :, 2]
+        y = ops.single_linear(up, lambda room: room.copy_(joint.attend(qk, values)), self.linear2)
+        return Residual(x, y, mod[2])
 
-    def forward_img(self, x: Tensor, mod: Tensor, joint: Joint) -> None:
-        """``forward`` of image rows alone; of text rows only keys and values are computed."""
-        end, rows, width = joint.txt_rows, x.shape[1], x.shape[-1]
-        h = modulate(x, mod[0], mod[1])
-        up = self.linear1(h[:, end:])
-        kv = slice(width, 3 * width)
-        txt_kv = F.linear(h[:, :end], self.linear1.weight[kv], self.linear1.bias[kv])
-        txt_kv = _heads(txt_kv, 2, self.num_heads)
-        qkv = _heads(up[..., : 3 * width], 3, self.num_heads)
-        qk, weight = new_qk(x, self.num_heads), self.qk_norm.view(2, 1, -1)
-        norm_rope(txt_kv[:, :, :1], weight[1:], joint.rope.rows(0, end), qk[:, :end, 1:])
-        norm_rope(qkv[:, :, :2], weight, joint.rope.rows(end, rows), qk[:, end:])
-        v = torch.cat([txt_kv[:, :, 1], qkv[:, :, 2]], dim=1)
-        self._update_(x[:, end:], joint.attend(qk, v, first_query=end), up, mod[2])
+    def forward_img(self, stream: Residual, mod: Tensor, joint: Joint) -> Residual:
+        """``forward`` of image rows alone; of text rows only keys and values are needed."""
+        ops, end, rows = joint.operators, joint.txt_rows, stream.x.shape[1]
+        txt, img = stream.rows(0, end), stream.rows(end, rows)
+        _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self._qkv)
+        x, up = ops.normed_linear(img, mod[0], mod[1], self.linear1)
+        qk, v = (
+            new_heads(x, rows, 2, self.num_heads),
+            new_heads(x, rows, 1, self.num_heads)[:, :, 0],
+        )
+        for qkv, first in ((txt_qkv, 0), (up[..., : 3 * x.shape[-1]], end)):
+            rope = joint.rope.rows(first, first + qkv.shape[1])
+            ops.place_heads(qkv, self.qk_norm.view(2, -1), rope, qk, v, first)
+        y = ops.single_linear(
+            up, lambda room: room.copy_(joint.attend(qk, v, first_query=end)), self.linear2
+        )
+        return Residual(x, y, mod[2])
 
-    def _update_(self, x: Tensor, attn: Tensor, up: Tensor, gate: Tensor) -> None:
-        """Add the block's output to ``x``; ``up (B, n, 7 H)`` holds q, k, v and the MLP's input.
-
-        Attention goes where v was, beside the MLP: the second product reads both from there.
-        """
-        width = x.shape[-1]
-        gelu_(up[..., 3 * width :])
-        up[..., 2 * width : 3 * width] = attn
-        x.addcmul_(gate, self.linear2(up.flatten(0, 1)[:, 2 * width :]).view(x.shape))
-
-
-def new_qk(x: Tensor, num_heads: int) -> Tensor:
-    """Room for queries and keys of all rows, ``(B, S, 2, heads, D)``."""
-    return x.new_empty(*x.shape[:2], 2, num_heads, x.shape[-1] // num_heads)
+    def _qkv(self, h: Tensor) -> Tensor:
+        """``linear1`` without the MLP."""
+        rows = 3 * h.shape[-1]
+        return F.linear(h, self.linear1.weight[:rows], self.linear1.bias[:rows])
 
 
-def _heads(x: Tensor, parts: int, num_heads: int) -> Tensor:
-    return x.view(*x.shape[:-1], parts, num_heads, x.shape[-1] // (parts * num_heads))
+def new_heads(x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:
+    """Room for heads of ``x (B, n, H)``: ``(B, rows, parts, heads, D)``."""
+    return x.new_empty(len(x), rows, parts, num_heads, x.shape[-1] // num_heads)
 
 
 class Flux(nn.Module):
@@ -220,29 +226,55 @@ class Flux(nn.Module):
             guidance=params.guidance_embed,
         )
 
+    @property
+    def num_blocks(self) -> int:
+        """Double and single blocks."""
+        return len(self.double_blocks) + len(self.single_blocks)
+
     def forward(self, img: Tensor, txt: Tensor, mod: Tensor, joint: Joint) -> Tensor:
         """Velocity of ``img (B, L, C)``.
 
         ``txt (T, H)`` is embedded by ``txt_in``; ``mod`` is a step of ``ModulationWeights.table``.
         """
-        end, rows = joint.txt_rows, joint.txt_rows + img.shape[1]
-        x = img.new_empty(len(img), rows, self.params.hidden_size)
-        x[:, :end] = txt
-        x[:, end:] = self.img_in(img)
-        for block, own in self._blocks(mod):
-            block(x, own, joint)
-            if x.dtype == torch.float16:  # activations of FLUX exceed its range here and there
-                x.clamp_(-_HALF_MAX, _HALF_MAX)
-        scale, shift = mod[-FINAL_ROWS:]
-        out: Tensor = self.final(modulate(x[:, end:], shift, scale))
-        return out
+        x = self.run(self.embed(img, txt), mod, joint, 0, self.num_blocks)
+        return self.project_out(x, mod, joint)
 
-    def _blocks(self, mod: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Each block in turn, with its rows of ``mod``."""
-        singles = list(self.single_blocks)
-        last = [block.forward_img for block in singles[-1:]]
-        row = 0
-        for block in (*self.double_blocks, *singles[:-1], *last):
-            count = 2 * DOUBLE_ROWS if isinstance(block, DoubleBlock) else SINGLE_ROWS
-            yield block, mod[row : row + count]
-            row += count
+    def embed(self, img: Tensor, txt: Tensor) -> Tensor:
+        """Text and image rows before the first block, ``(B, S, H)``."""
+        return torch.cat([txt.expand(len(img), -1, -1), self.img_in(img)], dim=1)
+
+    def run(self, x: Tensor, mod: Tensor, joint: Joint, first: int, end: int) -> Tensor:
+        """Rows ``x (B, S, H)``, which may be changed, after blocks ``first`` up to ``end``.
+
+        Double blocks count before single ones. After the very last block only image rows are
+        left: ``(B, L, H)``.
+        """
+        doubles = len(self.double_blocks)
+        if first < doubles:
+            x = self._run_doubles(x, mod, joint, range(first, min(end, doubles)))
+        stream = Residual(x)
+        for index in range(max(first, doubles), end):
+            block: Any = self.single_blocks[index - doubles]
+            run = block.forward_img if index == self.num_blocks - 1 else block
+            stream = run(stream, self._rows(mod, index), joint)
+        return joint.operators.settle(stream)
+
+    def _run_doubles(self, x: Tensor, mod: Tensor, joint: Joint, blocks: range) -> Tensor:
+        end = joint.txt_rows
+        streams = Residual(x[:, :end]), Residual(x[:, end:])
+        for index in blocks:
+            streams = self.double_blocks[index](*streams, self._rows(mod, index), joint)
+        return torch.cat([joint.operators.settle(each) for each in streams], dim=1)
+
+    def project_out(self, x: Tensor, mod: Tensor, joint: Joint) -> Tensor:
+        """Velocity ``(B, L, C)`` from what the last block left."""
+        img = Residual(x[:, joint.txt_rows :] if self.num_blocks == len(self.double_blocks) else x)
+        scale, shift = mod[-FINAL_ROWS:]
+        return joint.operators.normed_linear(img, shift, scale, self.final)[1]
+
+    def _rows(self, mod: Tensor, index: int) -> Tensor:
+        """The rows of a step's modulations that belong to a block."""
+        doubles = len(self.double_blocks)
+        if index < doubles:
+            return mod[2 * DOUBLE_ROWS * index :][: 2 * DOUBLE_ROWS]
+        return mod[2 * DOUBLE_ROWS * doubles + SINGLE_ROWS * (index - doubles) :][:SINGLE_ROWS]

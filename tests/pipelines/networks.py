@@ -7,6 +7,7 @@ from redux_pipelines.attention import choose
 from redux_pipelines.checkpoint import load_flux
 from redux_pipelines.denoiser import DiffusersDenoiser
 from redux_pipelines.engine import EngineDenoiser
+from redux_pipelines.operators import TorchOperators
 from redux_pipelines.sampling import Grid, Schedule
 from redux_pipelines.tokens import Conditioning, Tokens
 from redux_pipelines.transformer import FluxParams
@@ -49,8 +50,9 @@ def engine(model, **options):
     if attention is None:
         attention = choose(CPU, model.dtype, params.head_dim).attention
     tensors = model.state_dict()
+    operators = options.pop("operators", TorchOperators())
     flux = load_flux(params, tensors, device=CPU, dtype=model.dtype, **options)
-    return EngineDenoiser(flux, attention)
+    return EngineDenoiser(flux, attention, operators)
 
 
 def conditioning(model, *, text=7, copies=1, redux=(5,), seed=1, guidance=3.5):

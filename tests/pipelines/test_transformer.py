@@ -12,6 +12,7 @@ from pipelines import networks
 from pipelines.networks import conditioning, diffusers_model, engine, error, noise, oracle, predict
 from redux_pipelines.attention import IMPLEMENTATIONS, Implementation
 from redux_pipelines.errors import WeightsError
+from redux_pipelines.operators import KernelOperators, TorchOperators
 from redux_pipelines.sampling import Grid
 from redux_pipelines.tokens import Tokens
 from redux_pipelines.transformer import Flux, FluxParams
@@ -41,6 +42,33 @@ def ours(model):
 def test_float32_forward_is_that_of_diffusers(model, ours, fields, grid, batch):
     given, img = conditioning(model, **fields), noise(model, grid, batch)
     assert error(predict(ours, given, grid, img), oracle(model, given, grid, img)) <= 1e-5
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("grid", [Grid(4, 6), Grid(1, 1), Grid(9, 5)], ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_forward_on_kernels_is_that_of_diffusers(model, fields, grid, batch):
+    """Their references, on a CPU: what blocks hand to the kernels, and in which order."""
+    fused = engine(model, operators=KernelOperators())
+    given, img = conditioning(model, **fields), noise(model, grid, batch)
+    assert error(predict(fused, given, grid, img), oracle(model, given, grid, img)) <= 1e-5
+
+
+@pytest.mark.parametrize("operators", [TorchOperators(), KernelOperators()], ids=lambda o: o.name)
+@pytest.mark.parametrize("layers", [(2, 3), (1, 0), (0, 2)], ids=str)
+@torch.inference_mode()
+def test_blocks_may_be_run_in_parts(operators, layers):
+    model, grid = diffusers_model(num_layers=layers[0], num_single_layers=layers[1]), Grid(4, 6)
+    flux_engine = engine(model, operators=operators)
+    img, given = noise(model, grid), conditioning(model)
+    prepared = flux_engine.prepare(given, networks.SCHEDULE, grid)
+    flux, mod, joint = prepared.flux, prepared.modulation[1], prepared.joint
+    for cut in range(1, flux.num_blocks):
+        x = flux.embed(img, prepared.txt)
+        x = flux.run(x, mod, joint, 0, cut)
+        assert x.shape[1] == joint.txt_rows + grid.tokens
+        out = flux.project_out(flux.run(x, mod, joint, cut, flux.num_blocks), mod, joint)
+        assert error(out, prepared.predict(img, 1)) <= 1e-6
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])

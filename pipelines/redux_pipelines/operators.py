@@ -1,0 +1,232 @@
+"""What stands between two linears of FLUX's blocks, in plain torch or as fused GPU kernels.
+
+Both kinds compute the same. ``TorchOperators`` works in place wherever it can, which suits CPUs and
+is what a GPU falls back to; ``KernelOperators`` runs ``redux_kernels``, each of which replaces
+several passes over the rows. ``choose`` takes the kernels only where every one of them has proved
+itself. Knows no blocks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from redux_kernels import dispatch
+from redux_kernels.adaln import adaln
+from redux_kernels.gate_residual_adaln import gate_residual_adaln
+from redux_kernels.gelu_into import gelu_into
+from redux_kernels.qk_norm_rope import qk_norm_rope
+from redux_kernels.self_test import self_test
+from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope
+
+_HALF_MAX = 65504.0
+
+
+class Residual(NamedTuple):
+    """A residual stream ``x (B, n, H)`` to which ``gate · y`` is still to be added.
+
+    ``y (B, n, H)`` and ``gate (H,)`` are None where nothing is. The addition waits for the norm
+    that follows it, so that one pass does both, across the border of two blocks too.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+
+    def rows(self, first: int, end: int) -> "Residual":
+        """Rows ``first`` up to ``end``."""
+        y = None if self.y is None else self.y[:, first:end]
+        return Residual(self.x[:, first:end], y, self.gate)
+
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class Operators(Protocol):
+    """One implementation of all of them.
+
+    ``scale_offset`` is what the scales it is given have had added: 1 if it multiplies by them, 0 if
+    it adds the 1 itself.
+    """
+
+    name: str
+    scale_offset: float
+
+    def rotation(self, table: Rope) -> Rope:
+        """``layers.rope_table`` in the form that ``place_heads`` reads, row by row."""
+        ...
+
+    def settle(self, stream: Residual) -> Tensor:
+        """``x + gate · y``."""
+        ...
+
+    def normed_linear(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """The settled stream ``(B, n, H)``, and ``linear`` of its modulated LayerNorm.
+
+        ``shift`` and ``scale`` are ``(H,)``. The stream's ``x`` may be changed in place.
+        """
+        ...
+
+    def place_heads(
+        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+    ) -> None:
+        """RMSNorm and RoPE of ``qkv (B, n, 3 H)`` into rows from ``first`` on.
+
+        ``qk (B, S, 2, heads, D)``; values go to ``v (B, S, heads, D)`` unless it is None.
+        ``weight (2, D)`` are the norms' weights of queries and keys.
+        """
+        ...
+
+    def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
+        """``linear`` of GELU (tanh) of ``up``, which may be changed."""
+        ...
+
+    def single_linear(self, up: Tensor, attend: "Attend", linear: Linear) -> Tensor:
+        """``linear`` of attention beside GELU of the MLP.
+
+        ``up (B, n, 7 H)`` holds queries, keys, values and the MLP's input, and may be changed once
+        ``attend`` is done. ``attend`` gives ``(B, n, H)``, into the room it is given.
+        """
+        ...
+
+
+Attend = Callable[[Tensor], Tensor]
+"""Writes attention's output ``(B, n, H)`` into the room it is given, and returns that."""
+
+
+class TorchOperators:
+    """Plain torch: the streams are changed in place, and a norm's affine map is the modulation."""
+
+    name = "torch"
+    scale_offset = 1.0
+
+    def rotation(self, table: Rope) -> Rope:
+        """See ``Operators``."""
+        return table
+
+    def settle(self, stream: Residual) -> Tensor:
+        """See ``Operators``. FLUX's activations exceed float16's range here and there."""
+        x, y, gate = stream
+        if y is None or gate is None:
+            return x
+        x.addcmul_(gate, y)
+        return x.clamp_(-_HALF_MAX, _HALF_MAX) if x.dtype == torch.float16 else x
+
+    def normed_linear(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Operators``."""
+        x = self.settle(stream)
+        return x, linear(modulate(x, shift, scale))
+
+    def place_heads(
+        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+    ) -> None:
+        """See ``Operators``."""
+        rows = slice(first, first + qkv.shape[1])
+        parts = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])
+        norm_rope(parts[:, :, :2], weight[:, None], rope, qk[:, rows])
+        if v is not None:
+            v[:, rows] = parts[:, :, 2]
+
+    def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
+        """See ``Operators``."""
+        return linear(gelu_(up))
+
+    def single_linear(self, up: Tensor, attend: Attend, linear: Linear) -> Tensor:
+        """See ``Operators``. Attention goes where the values were, beside the MLP."""
+        width = up.shape[-1] // 7
+        attend(up[..., 2 * width : 3 * width])
+        gelu_(up[..., 3 * width :])
+        return linear(up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
+
+
+class KernelOperators:
+    """``redux_kernels``: new rows instead of changed ones, each read and written once."""
+
+    name = "kernels"
+    scale_offset = 0.0
+
+    def rotation(self, table: Rope) -> Rope:
+        """See ``Operators``: one angle per pair, ``(S, D/2)``."""
+        return Rope(table.cos[:, 0, 0, ::2].contiguous(), table.sin[:, 0, 0, 1::2].contiguous())
+
+    def settle(self, stream: Residual) -> Tensor:
+        """See ``Operators``."""
+        x, y, gate = stream
+        return x if y is None or gate is None else torch.addcmul(x, gate, y)
+
+    def normed_linear(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Operators``."""
+        x, y, gate = stream
+        shift, scale = (_for_each(each, x) for each in (shift, scale))
+        if y is None or gate is None:
+            return x, linear(adaln(x, scale, shift))
+        x, h = gate_residual_adaln(x, y, _for_each(gate, x), scale, shift)
+        return x, linear(h)
+
+    def place_heads(
+        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+    ) -> None:
+        """See ``Operators``."""
+        q, k = (each.transpose(1, 2) for each in qk.unbind(2))
+        values = None if v is None else v.transpose(1, 2)
+        qk_norm_rope(qkv, weight[0], weight[1], rope.cos, rope.sin, q, k, values, first)
+
+    def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
+        """See ``Operators``."""
+        activated = torch.empty_like(up)
+        gelu_into(up, activated)
+        return linear(activated)
+
+    def single_linear(self, up: Tensor, attend: Attend, linear: Linear) -> Tensor:
+        """See ``Operators``."""
+        width = up.shape[-1] // 7
+        both = up.new_empty(*up.shape[:2], 5 * width)
+        attend(both[..., :width])
+        gelu_into(up[..., 3 * width :], both, width)
+        return linear(both)
+
+
+def _for_each(vector: Tensor, x: Tensor) -> Tensor:
+    """``(H,)`` as ``(B, H)``, without a copy."""
+    return vector.expand(len(x), -1)
+
+
+NEEDED = ("adaln", "gate_residual_adaln", "qk_norm_rope", "gelu_into")
+"""The kernels that ``KernelOperators`` runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorsChoice:
+    """What was taken, and for each kernel that is not used the reason."""
+
+    operators: Operators
+    refusals: Mapping[str, str]
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, *, num_heads: int, head_dim: int
+) -> OperatorsChoice:
+    """Kernels if all that are needed pass their test on ``device``, else plain torch.
+
+    float16 is left to plain torch, which keeps activations in its range.
+    """
+    if dtype not in (torch.bfloat16, torch.float32):
+        reason = f"kernels take bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+        return OperatorsChoice(TorchOperators(), dict.fromkeys(NEEDED, reason))
+    refusals = _refusals({name: dispatch.hardware_refusal(name, device) for name in NEEDED})
+    if not refusals:
+        refusals = _refusals(self_test(device, heads=num_heads, head_dim=head_dim, dtype=dtype))
+    return OperatorsChoice(TorchOperators() if refusals else KernelOperators(), refusals)
+
+
+def _refusals(verdicts: Mapping[str, str | None]) -> dict[str, str]:
+    """The reasons among ``verdicts`` of kernels that are needed."""
+    return {name: reason for name in NEEDED if (reason := verdicts[name]) is not None}

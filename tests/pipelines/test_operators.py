@@ -1,0 +1,132 @@
+"""Plain torch and the kernels (their references, on a CPU) compute the same."""
+
+import pytest
+import torch
+
+from redux_kernels import dispatch, self_test
+from redux_pipelines import operators
+from redux_pipelines.layers import rope_table
+from redux_pipelines.operators import NEEDED, KernelOperators, Residual, TorchOperators
+from redux_pipelines.sampling import Grid
+
+CPU, HEADS, WIDTH, ROWS = torch.device("cpu"), 3, 48, 7
+TORCH, KERNELS = TorchOperators(), KernelOperators()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pending", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_normed_linear(pending, batch):
+    x, y, gate = draw(batch, ROWS, WIDTH), draw(batch, ROWS, WIDTH, seed=1), draw(WIDTH, seed=2)
+    shift, scale = draw(2, WIDTH, seed=3)
+    stream = Residual(x, y, gate) if pending else Residual(x)
+    settled = torch.addcmul(x, gate, y) if pending else x.clone()
+    norm = torch.nn.functional.layer_norm(settled, (WIDTH,), eps=1e-6) * (1 + scale) + shift
+
+    for ops in (KERNELS, TORCH):  # torch last: it changes the stream
+        out, h = ops.normed_linear(stream, shift, scale + ops.scale_offset, lambda rows: 2 * rows)
+        close(out, settled)
+        close(h, 2 * norm)
+
+
+def test_settle():
+    x, y, gate = draw(2, ROWS, WIDTH), draw(2, ROWS, WIDTH, seed=1), draw(WIDTH, seed=2)
+    expected = x + gate * y
+    close(KERNELS.settle(Residual(x, y, gate)), expected)
+    close(TORCH.settle(Residual(x, y, gate)), expected)
+    assert TORCH.settle(Residual(x)) is x
+    assert KERNELS.settle(Residual(x)) is x
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+def test_place_heads(with_values):
+    table = rope_table(3, Grid(2, 2), (4, 6, 6))
+    qkv, weight = draw(2, ROWS, 3 * WIDTH), draw(2, WIDTH // HEADS, seed=1)
+    made = []
+    for ops in (TORCH, KERNELS):
+        qk, v = torch.zeros(2, ROWS + 5, 2, HEADS, 16), torch.zeros(2, ROWS + 5, HEADS, 16)
+        ops.place_heads(qkv, weight, ops.rotation(table), qk, v if with_values else None, 5)
+        made.append((qk, v))
+    (qk, v), (kernel_qk, kernel_v) = made
+    close(kernel_qk, qk)
+    assert torch.equal(kernel_v, v)
+    assert bool(v[:, 5:].any()) is with_values
+    assert not qk[:, :5].any()
+
+
+def test_gelu_linear():
+    up, linear = draw(2, ROWS, 4 * WIDTH), torch.nn.Linear(4 * WIDTH, WIDTH)
+    expected = linear(torch.nn.functional.gelu(up, approximate="tanh"))
+    close(KERNELS.gelu_linear(up, linear), expected)
+    close(TORCH.gelu_linear(up, linear), expected)
+
+
+def test_single_linear_joins_attention_and_mlp():
+    up, attention = draw(2, ROWS, 7 * WIDTH), draw(2, ROWS, WIDTH, seed=1)
+    linear = torch.nn.Linear(5 * WIDTH, WIDTH)
+    mlp = torch.nn.functional.gelu(up[..., 3 * WIDTH :], approximate="tanh")
+    expected = linear(torch.cat([attention, mlp], dim=-1))
+    seen = []
+
+    def attend(room):
+        seen.append(up[..., : 3 * WIDTH].clone())  # attention reads its operands here
+        return room.copy_(attention)
+
+    for ops in (KERNELS, TORCH):
+        close(ops.single_linear(up, attend, linear), expected)
+    assert torch.equal(seen[0], seen[1])
+
+
+def choose(device="cuda", dtype=torch.bfloat16):
+    return operators.choose(torch.device(device), dtype, num_heads=2, head_dim=16)
+
+
+def test_a_cpu_runs_plain_torch_and_says_why():
+    choice = choose("cpu")
+    assert isinstance(choice.operators, TorchOperators)
+    assert choice.refusals == dict.fromkeys(NEEDED, "kernels run on CUDA devices, not on 'cpu'")
+
+
+@pytest.fixture
+def _gpu(monkeypatch):
+    """A machine whose GPU could run every kernel."""
+    monkeypatch.setattr(dispatch, "hardware_refusal", lambda name, device: None)
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize("wrong", [(), ("gelu_into",), NEEDED])
+def test_kernels_run_only_if_all_of_them_passed_their_test(monkeypatch, wrong):
+    verdicts = {name: "differs" if name in wrong else None for name in self_test.TESTS}
+    monkeypatch.setattr(operators, "self_test", lambda *_, **__: verdicts)
+    choice = choose()
+    assert choice.operators.name == ("torch" if wrong else "kernels")
+    assert choice.refusals == dict.fromkeys(wrong, "differs")
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_kernels_that_are_not_needed_do_not_matter(monkeypatch):
+    verdicts = {name: None if name in NEEDED else "differs" for name in self_test.TESTS}
+    monkeypatch.setattr(operators, "self_test", lambda *_, **__: verdicts)
+    assert choose().operators.name == "kernels"
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_float16_is_left_to_plain_torch_which_clips():
+    choice = choose(dtype=torch.float16)
+    assert choice.operators.name == "torch"
+    assert "not float16" in choice.refusals["adaln"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gpu_runs_the_kernels(dtype):
+    choice = operators.choose(torch.device("cuda"), dtype, num_heads=24, head_dim=128)
+    assert choice.operators.name == "kernels", choice.refusals
