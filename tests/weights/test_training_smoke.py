@@ -102,6 +102,21 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(place, tmp_path):
         torch.testing.assert_close(other, value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: n + m)
 
 
+def test_a_run_may_begin_with_a_finished_model(place, tmp_path):
+    inputs, _ = train_model.prepare(place, SMOKE)
+    finished = Checkpoint(place.base, place.redux)
+    clock = make_clock(0, 10)
+    training = train_model.JointTraining(SMOKE, inputs, tmp_path, clock, finished=finished)
+    assert clock.fraction == SMOKE.joint.finished_at
+    saved = torch.load(place.model / "model.pt", weights_only=True)["average"]["weights"]
+    for name, value in training.averaged().state_dict().items():
+        torch.testing.assert_close(value, saved[name].bfloat16().float(), atol=0, rtol=0)
+    training.train_step()
+    training.save()
+    again = train_model.JointTraining(SMOKE, inputs, tmp_path, make_clock(0, 10), finished=finished)
+    assert again.step == 1  # the checkpoint counts for more
+
+
 def test_guidance_is_trained_at_the_end(place, tmp_path):
     sizes = replace(SMOKE, joint=replace(SMOKE.joint, guides_from=0.0, text_only=0.0))
     inputs, _ = train_model.prepare(place, sizes)

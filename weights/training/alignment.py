@@ -59,9 +59,15 @@ class AlignmentLoss:
             keys.register_forward_hook(keeper("keys")),
         ]
 
-    def __call__(self, grid: Grid) -> Tensor:
-        """Mean cross entropy of the watched heads to a Gaussian at the latent token's place."""
-        target = self._target(grid)
+    def __call__(self, grid: Grid, icons: int) -> Tensor:
+        """Mean cross entropy of the watched heads to a Gaussian at the latent token's place.
+
+        The batch's first ``icons`` scenes show the picture undistorted in the middle of the grid,
+        the others stretched over all of it (``SceneSource``).
+        """
+        count = len(self._pairs[0]["keys"])
+        middle, whole = self._target(grid, _middle(grid)), self._target(grid, grid)
+        target = torch.stack([middle] * icons + [whole] * (count - icons))
         rotation = self._model.transformer.pos_embed(sampling.image_ids(grid))
         losses = [self._block_loss(pair, rotation, target) for pair in self._pairs]
         return torch.stack(losses).mean()
@@ -69,19 +75,28 @@ class AlignmentLoss:
     def _block_loss(self, pair: dict[str, Tensor], rotation: Any, target: Tensor) -> Tensor:
         first = self._sizes.text_tokens
         redux = slice(first, first + self._sizes.encoder_grid**2)
-        queries = pair["queries"][:, -len(target) :, :_HEADS].float()
+        queries = pair["queries"][:, -target.shape[1] :, :_HEADS].float()
         keys = pair["keys"][:, redux, :_HEADS].float()
         turned = apply_rotary_emb(queries, rotation, sequence_dim=1)
         scores = torch.einsum("bqhd,bkhd->bhqk", turned, keys) / math.sqrt(keys.shape[-1])
-        return -(target * F.log_softmax(scores, -1)).sum(-1).mean()
+        return -(target[:, None] * F.log_softmax(scores, -1)).sum(-1).mean()
 
-    def _target(self, grid: Grid) -> Tensor:
-        """Where each latent token should look: ``(L, N)``, rows sum to 1."""
+    def _target(self, grid: Grid, shown: Grid) -> Tensor:
+        """Where each latent token should look, ``(L, N)``, if the picture fills ``shown``.
+
+        Rows sum to 1. That part lies in the middle; tokens around it look at the nearest edge.
+        """
         side = self._sizes.encoder_grid
         ids = sampling.image_ids(grid)
-        rows = (ids[:, 1] + 0.5) / grid.rows * side - 0.5
-        columns = (ids[:, 2] + 0.5) / grid.columns * side - 0.5
+        top, left = (grid.rows - shown.rows) / 2, (grid.columns - shown.columns) / 2
+        rows = (ids[:, 1] + 0.5 - top) / shown.rows * side - 0.5
+        columns = (ids[:, 2] + 0.5 - left) / shown.columns * side - 0.5
         places = torch.arange(side * side)
         down = rows[:, None] - places[None] // side
         across = columns[:, None] - places[None] % side
         return torch.softmax(-(down**2 + across**2) / (2 * _SPREAD**2), dim=1)
+
+
+def _middle(grid: Grid) -> Grid:
+    """The largest square."""
+    return Grid(min(grid.rows, grid.columns), min(grid.rows, grid.columns))

@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from training.precision import autocast
+
 OUTER_LEVELS = 2
 """Levels that growth adds: f8 becomes f32."""
 
@@ -179,7 +181,7 @@ def latent_statistics(autoencoder: AutoencoderKL, pictures: Tensor) -> tuple[flo
 def encode(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Unscaled latents, the distribution's mode: ``(B, 3, H, W)`` to ``(B, C, H/f, W/f)``."""
     tidy = pictures.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         latents: Tensor = autoencoder.encode(tidy).latent_dist.mode()
     return latents.float()
 
@@ -188,7 +190,7 @@ def encode(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures in -1…1 of unscaled ``latents``."""
     tidy = latents.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         pictures: Tensor = autoencoder.decode(tidy).sample
     return pictures.float().clamp(-1, 1)
 

@@ -30,21 +30,21 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def parse(doc: str | None, *, minutes: float) -> Options:
-    """Read the command line; ``minutes`` is the default budget.
+def parse(made: argparse.ArgumentParser, *, minutes: float) -> tuple[Options, argparse.Namespace]:
+    """Read the command line with the options of ``made`` too; ``minutes`` is the default budget.
 
     ``--steps`` budgets steps instead of time, which makes runs repeatable.
     """
-    made = parser(doc)
     made.add_argument("--minutes", type=float, default=minutes, help="default: %(default)s")
     made.add_argument("--steps", type=int, help="train this many steps, however long it takes")
     given = made.parse_args()
     torch.set_num_threads(given.threads)
-    return Options(
+    options = Options(
         place=Workplace(given.work),
         sizes=SMOKE if given.smoke else FULL,
         clock=make_clock(given.minutes, given.steps),
     )
+    return options, given
 
 
 def make_clock(minutes: float, steps: int | None = None) -> TrainingClock:

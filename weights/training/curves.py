@@ -21,9 +21,10 @@ _LOSSES = {
     "flow_of_text": "flow, text only",
 }
 _PROBES = {
-    "top1_trained_8": "trained, 512 × 512",
-    "top1_held_out_8": "held out, 512 × 512",
-    "top1_held_out_16": "held out, 1024 × 1024",
+    "top1_trained_8x8": "trained, 512 × 512",
+    "top1_held_out_8x8": "held out, 512 × 512",
+    "top1_held_out_16x16": "held out, 1024 × 1024",
+    "top1_held_out_8x24": "held out, 1536 × 512",
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from redux_pipelines import sampling
 from redux_pipelines.sampling import Grid
 from training.model import MiniModel
+from training.precision import autocast
 
 _GUIDANCE_RISE = 8.0
 _GUIDANCE_MOST = 1.5
@@ -81,7 +82,7 @@ def sample(model: MiniModel, given: Conditions, grid: Grid, **options: Any) -> T
     scheduler = sampling.start(make_scheduler(), steps, grid.tokens, torch.device("cpu"))
     guidance = torch.full((batch,), float(options.get("guidance", 3.5)))
     for time in scheduler.timesteps:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             velocity = predict(model, img, time.expand(batch) / 1000, guidance, given, grid)
         img = scheduler.step(velocity, time, img, return_dict=False)[0]
     return sampling.unpack(img, grid)

@@ -21,6 +21,7 @@ from training import flow
 from training.alignment import AlignmentLoss
 from training.flow import Conditions
 from training.model import MiniModel
+from training.precision import autocast
 from training.scenes import Examples, SceneSource, Words
 
 _PATCH = 4
@@ -99,7 +100,7 @@ class Objective:
         examples = self._source.draw(rng, grid, self.cell, count=count)
         latents = self._latents(examples.targets)
         recording = self._alignment.recording() if now.alignment > 0 else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16), recording:
+        with autocast(), recording:
             features, given = self._conditions(rng, examples, now)
             flow_loss = self._flow_loss(latents, given, grid, now)
         loss, parts = flow_loss, {"flow": flow_loss.item()}
@@ -108,7 +109,7 @@ class Objective:
         for name, weight, value in self._auxiliary_losses(rng, examples, features):
             loss, parts[name] = loss + weight * value, value.item()
         if now.alignment > 0:
-            aligned = self._alignment(grid)
+            aligned = self._alignment(grid, len(examples.concepts))
             loss, parts["alignment"] = loss + now.alignment * aligned, aligned.item()
         return loss, parts
 
@@ -167,7 +168,7 @@ class Objective:
         losses = [("colours", _COLOUR_WEIGHT, colours)]
         if len(concepts) > 0:
             views = self._source.other_views(rng, concepts)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 other, _ = self._model.encode_pictures(views)
             contrast = self._auxiliary.contrast_loss(
                 features[: len(concepts)], other, torch.from_numpy(np.asarray(concepts))

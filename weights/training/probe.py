@@ -3,6 +3,7 @@
 Runs the raw modules in batches; the thorough measurement through the product is ``evaluate``.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from training.augment import compose, plain
 from training.dataset import Icons
 from training.flow import Conditions
 from training.model import MiniModel
+from training.precision import autocast
 
 _STEPS = 14
 _THUMBNAIL = 32
@@ -57,19 +59,18 @@ class Probe:
         self._icons, self._core, self._side = icons, core, input_side
         self._gallery = Gallery(icons)
 
-    def look(self, model: MiniModel, sheet: Path, grids: tuple[int, ...]) -> dict[str, float]:
-        """Top-1 retrieval of variations with those token sides; writes a contact sheet.
+    def look(self, model: MiniModel, sheet: Path, grids: Sequence[Grid]) -> dict[str, float]:
+        """Top-1 retrieval of variations of those shapes' middles; writes a contact sheet.
 
-        The larger ones are made of held-out icons only.
+        Trained icons are shown in the first shape only.
         """
         found, strips = {}, []
-        shown = [("trained", grids[0]), *(("held_out", side) for side in grids)]
-        for name, side in shown:
+        for name, grid in [("trained", grids[0]), *(("held_out", grid) for grid in grids)]:
             rows = self._rows[name]
             inputs = compose(self._icons.pixels[rows], plain(len(rows)), self._side, self._side)
-            made = self._variations(model, inputs, Grid(side, side))
+            made = _middle(self._variations(model, inputs, grid))
             hits = self._gallery.nearest(made) == self._icons.concepts[rows]
-            found[f"top1_{name}_{side}"] = float(hits.mean())
+            found[f"top1_{name}_{grid.rows}x{grid.columns}"] = float(hits.mean())
             strips += [inputs, F.interpolate(made, self._side, mode="area")]
         save_sheet(strips, sheet)
         return found
@@ -77,7 +78,7 @@ class Probe:
     @torch.no_grad()
     def _variations(self, model: MiniModel, inputs: Tensor, grid: Grid) -> Tensor:
         sizes = model.sizes
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             redux = model.encode_pictures(inputs)[1].float()
         silence = torch.zeros(len(inputs), sizes.text_tokens, sizes.text_width)
         given = Conditions(
@@ -86,6 +87,14 @@ class Probe:
         latents = flow.sample(model, given, grid, steps=_STEPS)
         config = self._core.config
         return ae.decode(self._core, latents / config.scaling_factor + config.shift_factor)
+
+
+def _middle(pictures: Tensor) -> Tensor:
+    """The largest square of ``(B, 3, H, W)``."""
+    height, width = pictures.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pictures[..., top : top + side, left : left + side]
 
 
 def save_sheet(strips: list[Tensor], path: Path) -> None:

@@ -75,8 +75,11 @@ class Cadence:
 class JointSettings:
     """How transformer and encoders are trained.
 
-    ``grids`` are token sides: early square, late square, longest. Fractions are of the budget:
-    ``large_from`` brings larger grids, ``guides_from`` model guidance. ``text_only`` is the share
+    ``grids`` are token sides: early square, late square, longest; ``oblongs`` are usual pairs of
+    sides. ``shares`` of steps go, once there are larger grids, to early squares, late squares,
+    oblongs (lying or standing) and any other shape. Fractions are of the budget: ``large_from``
+    brings larger grids, ``guides_from`` model guidance; a run that begins with a finished model
+    begins at ``finished_at``. ``text_only`` is the share
     of steps without a picture. ``alignment`` is that loss's weight at first and again when larger
     grids come, both times falling to 0 in ``alignment_steps``. ``compiles`` the blocks (for steps
     without that loss).
@@ -84,7 +87,17 @@ class JointSettings:
 
     batch: int = 32
     grids: tuple[int, int, int] = (8, 16, 24)
+    oblongs: tuple[tuple[int, int], ...] = (
+        (8, 24),
+        (12, 21),
+        (12, 16),
+        (13, 19),
+        (9, 16),
+        (16, 24),
+    )
+    shares: tuple[float, float, float, float] = (0.2, 0.3, 0.35, 0.15)
     large_from: float = 0.25
+    finished_at: float = 0.4
     guides_from: float = 0.88
     constant_rate_until: float = 0.5
     text_only: float = 0.08
@@ -127,6 +140,7 @@ SMOKE = Sizes(
     joint=JointSettings(
         batch=8,
         grids=(8, 10, 12),
+        oblongs=((8, 12),),
         alignment_steps=20,
         compiles=False,
         cadence=Cadence(report_every=10, save_every_s=40, look_every_s=600),

@@ -23,6 +23,7 @@ from training.augment import compose, plain, random_crops, random_placement
 from training.dataset import TRAINING_PHOTOS, Icons, load_icons, load_photos
 from training.metrics import psnr
 from training.optimizer import MuonAdamW, Rates
+from training.precision import autocast
 from training.progress import Average, TrainingClock, decay
 from training.run import Run
 from training.settings import AutoencoderSizes, Cadence, Sizes
@@ -99,7 +100,7 @@ def _busier_crop(rng: Generator, scene: Tensor, side: int) -> Tensor:
 
 def losses(core: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Loss of a batch and its parts: absolute and squared error, error of gradients, KL."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         posterior = core.encode(pictures).latent_dist
         restored = core.decode(posterior.sample()).sample
     error = restored.float() - pictures
@@ -197,7 +198,7 @@ def train(place: Workplace, sizes: Sizes, clock: TrainingClock) -> None:
 
 def main() -> None:
     """Command line."""
-    options = cli.parse(__doc__, minutes=60.0)
+    options, _ = cli.parse(cli.parser(__doc__), minutes=60.0)
     train(options.place, options.sizes, options.clock)
 
 

@@ -3,7 +3,8 @@
     python -m training.train_model --minutes 150
 
 Needs the data and the autoencoder's core. Resumes from its checkpoint; the first quarter sees
-512 × 512 only, then come 1024 × 1024 and other shapes, and at last guidance. Knows no losses.
+512 × 512 only, then come 1024 × 1024 and other shapes, and at last guidance. With ``--finished``
+it begins with an exported model, as if the first of these stages were over. Knows no losses.
 """
 
 import math
@@ -22,6 +23,7 @@ from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from redux_pipelines.sampling import Grid
+from redux_weights.embedded import Checkpoint
 from training import autoencoder, cli, vocabulary
 from training.captions import all_captions
 from training.dataset import TRAINING_PHOTOS, Icons, load_icons, load_photos
@@ -63,11 +65,13 @@ def schedule_at(
 def grid_at(rng: Generator, fraction: float, settings: JointSettings) -> Grid:
     """Which shape to train: the smallest square early, then a mix with up to three times it."""
     small, large, most = settings.grids
-    draw = rng.random()
-    if fraction < settings.large_from or draw < 0.25:
+    kind = int(rng.choice(4, p=settings.shares))
+    if fraction < settings.large_from or kind == 0:
         return Grid(small, small)
-    if draw < 0.7:
+    if kind == 1:
         return Grid(large, large)
+    if kind == 2:
+        return Grid(*rng.permutation(rng.choice(settings.oblongs)).tolist())
     sides = np.exp(rng.uniform(math.log(small), math.log(most), 2)).round().astype(int).tolist()
     return Grid(*sides)
 
@@ -106,11 +110,16 @@ class JointTraining(Run):
         folder: Path,
         clock: TrainingClock,
         probe: Probe | None = None,
+        finished: Checkpoint | None = None,
     ) -> None:
+        """Begin anew, with a ``finished`` model, or where ``folder``'s checkpoint was saved."""
         super().__init__(folder, "model", clock, sizes.joint.cadence)
         torch.manual_seed(0)
         self._settings, self._inputs, self._probe = sizes.joint, inputs, probe
         self.model = self._fresh(sizes)
+        if finished is not None:
+            load_finished(self.model, finished)
+            clock.spent_s = sizes.joint.finished_at * clock.budget_s
         self._averaged = self._fresh(sizes).eval().requires_grad_(False)
         self.auxiliary = Auxiliary(sizes.model.encoder_width)
         self.average = Average(self.model, sizes.joint.average)
@@ -146,7 +155,9 @@ class JointTraining(Run):
         if self._probe is None:
             return {}
         sheet = self.checkpoint.parent / f"probe-{round(self.clock.spent_s / 60):04d}.png"
-        return self._probe.look(self.averaged(), sheet, self._settings.grids[:2])
+        small, large, _ = self._settings.grids
+        grids = (Grid(small, small), Grid(large, large), Grid(*self._settings.oblongs[0]))
+        return self._probe.look(self.averaged(), sheet, grids)
 
     def train_step(self) -> dict[str, float]:
         """One update; returns the parts of the loss. Depends on nothing but state and step."""
@@ -207,6 +218,21 @@ def _fast_attention() -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def load_finished(model: MiniModel, finished: Checkpoint) -> None:
+    """Take over the weights of an exported model; raises what torch does if the sizes differ."""
+    parts = {
+        "transformer": finished.base,
+        "text_encoder": finished.base,
+        "text_encoder_2": finished.base,
+        "image_encoder": finished.redux,
+        "image_embedder": finished.redux,
+    }
+    for name, folder in parts.items():
+        part = getattr(model, name)
+        part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
+
+
 def make_words(place: Workplace, icons: Icons, sizes: ModelSizes) -> tuple[Words, int, int]:
     """The tokenizers, learnt and saved at the first call, and their sizes in pieces."""
     if not (place.model / "tokenizer_2").is_dir():
@@ -228,20 +254,30 @@ def prepare(place: Workplace, sizes: Sizes) -> tuple[Inputs, Icons]:
     return Inputs(core, source, words, clip_pieces, t5_pieces), icons
 
 
-def train(place: Workplace, sizes: Sizes, clock: TrainingClock) -> JointTraining:
-    """Train, or go on with what was begun, until the clock's budget is spent."""
+def train(
+    place: Workplace, sizes: Sizes, clock: TrainingClock, finished: Path | None = None
+) -> JointTraining:
+    """Train, or go on with what was begun, until the clock's budget is spent.
+
+    ``finished`` holds an exported model (``base`` and ``redux``) to begin with, instead of nothing.
+    """
+    start = None if finished is None else Checkpoint(finished / "base", finished / "redux")
+    if start is not None:
+        vocabulary.save(place.model, *vocabulary.load(start.base))
     inputs, icons = prepare(place, sizes)
     count = min(16, len(icons.held_out_rows))
     probe = Probe(icons, inputs.core, sizes.model.encoder_side, count)
-    training = JointTraining(sizes, inputs, place.model, clock, probe)
+    training = JointTraining(sizes, inputs, place.model, clock, probe, start)
     training.run()
     return training
 
 
 def main() -> None:
     """Command line."""
-    options = cli.parse(__doc__, minutes=150.0)
-    train(options.place, options.sizes, options.clock)
+    parser = cli.parser(__doc__)
+    parser.add_argument("--finished", type=Path, help="folder of an exported model to begin with")
+    options, given = cli.parse(parser, minutes=150.0)
+    train(options.place, options.sizes, options.clock, given.finished)
 
 
 if __name__ == "__main__":

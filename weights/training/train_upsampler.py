@@ -23,6 +23,7 @@ from training.augment import compose, random_placement
 from training.dataset import load_large
 from training.metrics import psnr
 from training.optimizer import MuonAdamW, Rates
+from training.precision import autocast
 from training.progress import TrainingClock, decay
 from training.run import Run
 from training.settings import Cadence
@@ -85,7 +86,7 @@ class UpsamplerTraining(Run):
     def _loss(self, pictures: Tensor) -> Tensor:
         latents = ae.encode(self._core, F.avg_pool2d(pictures, SCALE))
         noisy = latents + _NOISE * latents.std() * torch.randn_like(latents)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             made: Tensor = self.vae.decode(
                 noisy.contiguous(memory_format=torch.channels_last)
             ).sample
@@ -125,7 +126,7 @@ def train(place: Workplace, clock: TrainingClock) -> None:
 
 def main() -> None:
     """Command line."""
-    options = cli.parse(__doc__, minutes=10.0)
+    options, _ = cli.parse(cli.parser(__doc__), minutes=10.0)
     train(options.place, options.clock)
 
 
