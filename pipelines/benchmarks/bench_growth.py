@@ -1,0 +1,142 @@
+"""How time and memory of the whole pipeline grow with pixels, steps and images, as a plot.
+
+    make bench-growth ARGS="--model mini"
+
+Runs both backends in turns and writes bench-results/growth.json and growth.png. Time is the median
+of the runs of a point; memory is the peak above what the loaded model takes: of the process
+(VmHWM, reset before each run) on a CPU, of torch's allocator on a GPU.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import torch
+from machine import environment
+from PIL import Image
+
+from redux_pipelines.loading import load_pipeline
+from redux_pipelines.types import GenerationRequest, Pipeline
+
+BACKENDS = ("engine", "diffusers")
+AXES: dict[str, list[dict[str, int]]] = {
+    "pixels": [{"width": side, "height": side} for side in (512, 768, 1024, 1280, 1536)],
+    "num_inference_steps": [{"num_inference_steps": steps} for steps in (4, 14, 28, 50)],
+    "num_images": [{"num_images": count} for count in (1, 2, 3, 4)],
+}
+LABELS = {"pixels": "megapixels", "num_inference_steps": "steps", "num_images": "images"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One request on one backend."""
+
+    backend: str
+    axis: str
+    x: float
+    seconds: float
+    peak_mb: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("bench-results"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pipelines = {
+        name: load_pipeline(model=options.model, backend=name, device=options.device)
+        for name in BACKENDS
+    }
+    points = [point for axis in AXES for point in _measure(pipelines, axis, options.repeats)]
+    details = {"threads": options.threads, "model": options.model, "repeats": options.repeats}
+    report = {
+        "environment": environment(options.device, **details),
+        "points": [asdict(point) for point in points],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "growth.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(points, options.out / "growth.png")
+    print(json.dumps(report, indent=2))
+
+
+def _measure(pipelines: dict[str, Pipeline], axis: str, repeats: int) -> list[Point]:
+    points = []
+    for fields in AXES[axis]:
+        request = GenerationRequest(Image.new("RGB", (256, 256), "orange"), **_whole(fields))
+        runs = [
+            (name, _run(pipeline, request))
+            for _ in range(repeats)
+            for name, pipeline in pipelines.items()
+        ]
+        for name in pipelines:
+            own = [run for backend, run in runs if backend == name]
+            seconds, peaks = zip(*own, strict=True)
+            x = request.width * request.height / 1e6 if axis == "pixels" else fields[axis]
+            points.append(Point(name, axis, x, statistics.median(seconds), max(peaks)))
+    return points
+
+
+def _whole(fields: dict[str, int]) -> dict[str, Any]:
+    """The point's fields, and 512 × 512 where size is not what grows."""
+    return {"width": 512, "height": 512, **fields}
+
+
+def _run(pipeline: Pipeline, request: GenerationRequest) -> tuple[float, float]:
+    before, started = _reset_peak(), time.perf_counter()
+    for _ in pipeline.generate(request):
+        pass
+    return time.perf_counter() - started, _peak_mb() - before
+
+
+def _reset_peak() -> float:
+    """Forget the peak so far; returns what is taken now, in MB."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e6
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_mb("VmRSS")
+
+
+def _peak_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return _status_mb("VmHWM")
+
+
+def _status_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1000
+
+
+def draw(points: list[Point], out: Path) -> None:
+    """Write a PNG: a column per axis, time above memory."""
+    mpl.use("agg")
+    figure, rows = plt.subplots(2, len(AXES), figsize=(10, 5.4), layout="constrained")
+    for axes, field, label in zip(rows, ("seconds", "peak_mb"), ("s", "MB"), strict=True):
+        for panel, axis in zip(axes, AXES, strict=True):
+            for backend in BACKENDS:
+                own = [point for point in points if (point.backend, point.axis) == (backend, axis)]
+                xs = [point.x for point in own]
+                panel.plot(xs, [getattr(point, field) for point in own], "o-", label=backend)
+            panel.set_xlabel(LABELS[axis])
+            panel.set_ylabel(label)
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+    rows[0][0].legend(frameon=False)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
