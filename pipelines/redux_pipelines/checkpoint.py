@@ -15,10 +15,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from redux_pipelines.errors import WeightsError
+from redux_pipelines.fp8 import E4M3, Fp8Linear
+from redux_pipelines.fp8_tensors import SCALE
 from redux_pipelines.transformer import Flux, FluxParams
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _NAMED_AT_MOST = 5
+_FP8_LAYERS = ("qkv", "proj", "mlp_in", "mlp_out", "linear1", "linear2")
 
 
 class Shards(Mapping[str, Tensor]):
@@ -40,6 +43,11 @@ class Shards(Mapping[str, Tensor]):
         tensor: Tensor = self._files[key].get_tensor(key)
         return tensor
 
+    def describe(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype, in safetensors' words, and shape of a tensor, which is not read."""
+        found = self._files[key].get_slice(key)
+        return found.get_dtype(), tuple(found.get_shape())
+
     def __iter__(self) -> Iterator[str]:
         """Names, file by file."""
         return iter(self._files)
@@ -59,21 +67,31 @@ def load_flux(
 ) -> Flux:
     """The network on ``device``, with diffusers' ``tensors``.
 
+    Layers of blocks whose weights come with scales (see ``fp8_tensors``) are built in fp8.
     ``evict_modulation`` puts the modulation layers into host memory from the start. Raises
     ``WeightsError`` that names tensors which are missing, left over or of another shape.
     """
     with torch.device("meta"):
         flux = Flux(params)
+        _use_fp8(flux, tensors)
     sources = key_map(flux)
     _check_keys(tensors, [key for keys in sources.values() for key in keys])
     for name, parameter in list(flux.named_parameters()):
         on_host = evict_modulation and name.startswith("modulation.layers.")
         place = torch.device("cpu") if on_host else device
         pinned = on_host and device.type == "cuda"
-        room = torch.empty(parameter.shape, dtype=dtype, device=place, pin_memory=pinned)
+        kind = parameter.dtype if _is_fixed(name, parameter) else dtype
+        room = torch.empty(parameter.shape, dtype=kind, device=place, pin_memory=pinned)
         _fill(room, sources[name], tensors)
         _set(flux, name, room)
     return flux.eval()
+
+
+def check_names(params: FluxParams, tensors: Iterable[str]) -> None:
+    """Raise ``WeightsError`` that names tensors which are missing or left over."""
+    with torch.device("meta"):
+        sources = key_map(Flux(params))
+    _check_keys(tensors, [key for keys in sources.values() for key in keys])
 
 
 def key_map(flux: Flux) -> dict[str, tuple[str, ...]]:
@@ -87,6 +105,30 @@ def key_map(flux: Flux) -> dict[str, tuple[str, ...]]:
         else:
             sources[name] = tuple(f"{each}.{kind}" for each in named[module])
     return sources
+
+
+def fp8_layers(params: FluxParams) -> frozenset[str]:
+    """Diffusers' names of the layers that are in fp8 where a network is."""
+    return frozenset(
+        theirs for ours, parts in _modules(params) if _may_be_fp8(ours) for theirs in parts
+    )
+
+
+def _may_be_fp8(name: str) -> bool:
+    return name.rpartition(".")[2] in _FP8_LAYERS
+
+
+def _use_fp8(flux: Flux, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the layers of which ``tensors`` has scales."""
+    for ours, theirs in _modules(flux.params):
+        if _may_be_fp8(ours) and any(f"{each}{SCALE}" in tensors for each in theirs):
+            linear = flux.get_submodule(ours)
+            flux.set_submodule(ours, Fp8Linear(linear.in_features, linear.out_features))
+
+
+def _is_fixed(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter has a dtype of its own, whatever the model's is."""
+    return parameter.dtype == E4M3 or name.endswith(SCALE)
 
 
 Named = Iterator[tuple[str, tuple[str, ...]]]
@@ -167,6 +209,8 @@ def _copy(tensor: Tensor, room: Tensor, key: str) -> int:
             f"the transformer's {key} is {tuple(tensor.shape)}, but {tuple(room.shape)} is left "
             "for it and what follows"
         )
+    if part.dtype == E4M3 != tensor.dtype:
+        raise WeightsError(f"the transformer's {key} has a scale, but it is {tensor.dtype}")
     part.copy_(tensor)
     return len(tensor)
 

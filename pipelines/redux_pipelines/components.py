@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import SiglipVisionModel
 
 from redux_pipelines import attention, operators
@@ -22,6 +23,11 @@ from redux_pipelines.checkpoint import Shards, load_flux
 from redux_pipelines.denoiser import Denoiser, DiffusersDenoiser
 from redux_pipelines.engine import EngineDenoiser
 from redux_pipelines.errors import WeightsError
+from redux_pipelines.fp8_choice import (
+    check_transformer_dtype,
+    choose_tensors,
+    refuse_fp8_files,
+)
 from redux_pipelines.image_encoder import ImageEncoder, Preprocessing
 from redux_pipelines.redux import Components
 from redux_pipelines.text_encoders import TextEncoders, TextSizes
@@ -33,15 +39,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_components(
-    base: Path, redux: Path, *, backend: str, device: str, dtype: str
+    base: Path,
+    redux: Path,
+    *,
+    backend: str,
+    device: str,
+    dtype: str,
+    transformer_dtype: str = "auto",
 ) -> Components:
     """Load everything but the text encoders, which load themselves when first used.
 
-    ``backend`` is ``engine`` or ``diffusers``. Raises ``ValueError`` for a device or dtype that is
-    not there, ``WeightsError`` for files that are not what their place says.
+    ``backend`` is ``engine`` or ``diffusers``, ``transformer_dtype`` one of ``TRANSFORMER_DTYPES``.
+    Raises ``ValueError`` for a device or dtype that is not there, ``WeightsError`` for files
+    that are not what their place says.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
+    check_transformer_dtype(transformer_dtype, backend, place, kind)
     with _weights_errors(base, redux):
         config = FluxTransformer2DModel.load_config(base / "transformer")
         vae = AutoencoderKL.from_pretrained(base / "vae", dtype=kind)
@@ -50,7 +64,13 @@ def load_components(
         embedder = ReduxImageEncoder.from_pretrained(redux / "image_embedder", dtype=kind)
         preprocessing = Preprocessing.read(redux / "feature_extractor" / "preprocessor_config.json")
         _check_fit(config, vae, siglip, embedder)
-        denoiser = _denoiser(backend, base / "transformer", config, place, kind)
+        folder = base / "transformer"
+        if backend == "diffusers":
+            denoiser: Denoiser = _diffusers_denoiser(folder, config, place, kind)
+        else:
+            shards = Shards(folder)
+            tensors = choose_tensors(transformer_dtype, config, shards, device=place, dtype=kind)
+            denoiser = _engine_denoiser(config, tensors, place, kind)
         sizes = TextSizes.of(config, base)
     return Components(
         image_encoder=ImageEncoder(_ready(siglip, place), _ready(embedder, place), preprocessing),
@@ -60,6 +80,7 @@ def load_components(
         scheduler=scheduler,
         device=place,
         dtype=kind,
+        has_fp8=isinstance(denoiser, EngineDenoiser) and denoiser.has_fp8,
     )
 
 
@@ -93,21 +114,35 @@ def _weights_errors(base: Path, redux: Path) -> Iterator[None]:
         raise WeightsError(f"{base} and {redux} cannot be loaded: {error}") from error
 
 
-def _denoiser(
-    backend: str, folder: Path, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> Denoiser:
-    if backend == "diffusers":
-        model = FluxTransformer2DModel.from_pretrained(folder, dtype=dtype)
-        return DiffusersDenoiser(_ready(model, device))
+def _diffusers_denoiser(
+    folder: Path, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> DiffusersDenoiser:
+    refuse_fp8_files(config)
+    model = FluxTransformer2DModel.from_pretrained(folder, dtype=dtype)
+    return DiffusersDenoiser(_ready(model, device))
+
+
+def _engine_denoiser(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> EngineDenoiser:
     params = FluxParams.of(config)
     attend = attention.choose(device, dtype, params.head_dim)
     for name, reason in attend.refusals.items():
         logger.debug("attention %s is not used: it %s", name, reason)
-    glue = operators.choose(device, dtype, num_heads=params.num_heads, head_dim=params.head_dim)
+    flux = load_flux(params, tensors, device=device, dtype=dtype)
+    glue = operators.choose(
+        device,
+        dtype,
+        num_heads=params.num_heads,
+        head_dim=params.head_dim,
+        fp8=flux.has_fp8,
+    )
     for name, reason in glue.refusals.items():
         logger.log(_level(device), "kernel %s is not used: %s", name, reason)
     logger.info("attention: %s, operators: %s", attend.attention.name, glue.operators.name)
-    flux = load_flux(params, Shards(folder), device=device, dtype=dtype)
     return EngineDenoiser(flux, attend.attention, glue.operators)
 
 

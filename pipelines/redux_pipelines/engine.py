@@ -47,6 +47,11 @@ class EngineDenoiser:
         """What is kept between requests: ``modulations`` and ``rotations``."""
         return {"modulations": self._modulations, "rotations": self._ropes}
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any of its layers multiplies in fp8."""
+        return self._flux.has_fp8
+
     def prepare(
         self, conditioning: Conditioning, schedule: Schedule, grid: Grid
     ) -> "_PreparedEngine":

@@ -63,6 +63,7 @@ class _Placement:
     backend: str
     device: str
     dtype: str
+    transformer_dtype: str
     max_batch_size: int
 
 
@@ -75,6 +76,7 @@ def load_pipeline(
     backend: str = "engine",
     device: str = "auto",
     dtype: str = "auto",
+    transformer_dtype: str = "auto",
     max_batch_size: int = 1,
 ) -> Pipeline:
     """Load a pipeline by name, or from ``base`` and ``redux``.
@@ -87,7 +89,8 @@ def load_pipeline(
 
     ``backend`` is what runs the transformer: ``engine``, or ``diffusers``, the reference that it is
     tested against. ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else
-    float32.
+    float32. ``transformer_dtype`` auto: as the checkpoint is, where the device can; same: as
+    ``dtype``; fp8: large layers in e4m3, quantised while they load if need be (approximate).
     ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` work as in huggingface_hub. Raises
     ``WeightsError`` for a checkpoint that cannot be had, ``ValueError`` for an unknown option.
     """
@@ -98,7 +101,7 @@ def load_pipeline(
     if model in ("fake", "fake-slow"):
         return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S)
     _silence_bars()
-    placement = _Placement(backend, device, dtype, max_batch_size)
+    placement = _Placement(backend, device, dtype, transformer_dtype, max_batch_size)
     if base is None and model == MINI:
         return _load_mini(placement)
     if base is None and model == "tiny":
@@ -164,6 +167,7 @@ def _assemble(
         backend=placement.backend,
         device=placement.device,
         dtype=placement.dtype,
+        transformer_dtype=placement.transformer_dtype,
     )
     if preload_text:
         components.text_encoders.load()

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from redux_kernels import dispatch
-from redux_kernels.adaln import adaln
-from redux_kernels.gate_residual_adaln import gate_residual_adaln
+from redux_kernels.adaln import adaln, adaln_quantize
+from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
 from redux_kernels.gelu_into import gelu_into
+from redux_kernels.gelu_quantize import gelu_quantize
 from redux_kernels.qk_norm_rope import qk_norm_rope
 from redux_kernels.self_test import self_test
+from redux_pipelines.fp8 import ALL, Fp8Linear, Linear, project
 from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope
 
 _HALF_MAX = 65504.0
@@ -41,9 +43,6 @@ class Residual(NamedTuple):
         return Residual(self.x[:, first:end], y, self.gate)
 
 
-Linear = Callable[[Tensor], Tensor]
-
-
 class Operators(Protocol):
     """One implementation of all of them.
 
@@ -63,11 +62,12 @@ class Operators(Protocol):
         ...
 
     def normed_linear(
-        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
     ) -> tuple[Tensor, Tensor]:
         """The settled stream ``(B, n, H)``, and ``linear`` of its modulated LayerNorm.
 
-        ``shift`` and ``scale`` are ``(H,)``. The stream's ``x`` may be changed in place.
+        ``shift`` and ``scale`` are ``(H,)``; ``rows`` are those of the weight. The stream's ``x``
+        may be changed in place.
         """
         ...
 
@@ -117,11 +117,11 @@ class TorchOperators:
         return x.clamp_(-_HALF_MAX, _HALF_MAX) if x.dtype == torch.float16 else x
 
     def normed_linear(
-        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
     ) -> tuple[Tensor, Tensor]:
         """See ``Operators``."""
         x = self.settle(stream)
-        return x, linear(modulate(x, shift, scale))
+        return x, project(linear, modulate(x, shift, scale), rows)
 
     def place_heads(
         self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
@@ -135,18 +135,21 @@ class TorchOperators:
 
     def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
         """See ``Operators``."""
-        return linear(gelu_(up))
+        return project(linear, gelu_(up))
 
     def single_linear(self, up: Tensor, attend: Attend, linear: Linear) -> Tensor:
         """See ``Operators``. Attention goes where the values were, beside the MLP."""
         width = up.shape[-1] // 7
         attend(up[..., 2 * width : 3 * width])
         gelu_(up[..., 3 * width :])
-        return linear(up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
+        return project(linear, up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
 
 
 class KernelOperators:
-    """``redux_kernels``: new rows instead of changed ones, each read and written once."""
+    """``redux_kernels``: new rows instead of changed ones, each read and written once.
+
+    Before a linear in fp8 they leave as e4m3, with a scale each.
+    """
 
     name = "kernels"
     scale_offset = 0.0
@@ -161,15 +164,22 @@ class KernelOperators:
         return x if y is None or gate is None else torch.addcmul(x, gate, y)
 
     def normed_linear(
-        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
     ) -> tuple[Tensor, Tensor]:
         """See ``Operators``."""
         x, y, gate = stream
-        shift, scale = (_for_each(each, x) for each in (shift, scale))
+        mod = _for_each(scale, x), _for_each(shift, x)
+        if isinstance(linear, Fp8Linear):
+            if y is None or gate is None:
+                q, row_scale = adaln_quantize(x, *mod)
+            else:
+                x, q, row_scale = gate_residual_adaln_quantize(x, y, _for_each(gate, x), *mod)
+            return x, linear.forward_quantized(q, row_scale, x.dtype, rows)
         if y is None or gate is None:
-            return x, linear(adaln(x, scale, shift))
-        x, h = gate_residual_adaln(x, y, _for_each(gate, x), scale, shift)
-        return x, linear(h)
+            h = adaln(x, *mod)
+        else:
+            x, h = gate_residual_adaln(x, y, _for_each(gate, x), *mod)
+        return x, project(linear, h, rows)
 
     def place_heads(
         self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
@@ -181,17 +191,22 @@ class KernelOperators:
 
     def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
         """See ``Operators``."""
+        if isinstance(linear, Fp8Linear):
+            return linear.forward_quantized(*gelu_quantize(up), up.dtype)
         activated = torch.empty_like(up)
         gelu_into(up, activated)
-        return linear(activated)
+        return project(linear, activated)
 
     def single_linear(self, up: Tensor, attend: Attend, linear: Linear) -> Tensor:
         """See ``Operators``."""
         width = up.shape[-1] // 7
+        if isinstance(linear, Fp8Linear):
+            beside = attend(up.new_empty(*up.shape[:2], width))
+            return linear.forward_quantized(*gelu_quantize(up[..., 3 * width :], beside), up.dtype)
         both = up.new_empty(*up.shape[:2], 5 * width)
         attend(both[..., :width])
         gelu_into(up[..., 3 * width :], both, width)
-        return linear(both)
+        return project(linear, both)
 
 
 def _for_each(vector: Tensor, x: Tensor) -> Tensor:
@@ -201,6 +216,9 @@ def _for_each(vector: Tensor, x: Tensor) -> Tensor:
 
 NEEDED = ("adaln", "gate_residual_adaln", "qk_norm_rope", "gelu_into")
 """The kernels that ``KernelOperators`` runs."""
+
+NEEDED_FOR_FP8 = (*NEEDED, "adaln_quantize", "gate_residual_adaln_quantize", "gelu_quantize")
+"""Those it runs with linears in fp8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,21 +230,22 @@ class OperatorsChoice:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, *, num_heads: int, head_dim: int
+    device: torch.device, dtype: torch.dtype, *, num_heads: int, head_dim: int, fp8: bool = False
 ) -> OperatorsChoice:
     """Kernels if all that are needed pass their test on ``device``, else plain torch.
 
     float16 is left to plain torch, which keeps activations in its range.
     """
+    needed = NEEDED_FOR_FP8 if fp8 else NEEDED
     if dtype not in (torch.bfloat16, torch.float32):
         reason = f"kernels take bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-        return OperatorsChoice(TorchOperators(), dict.fromkeys(NEEDED, reason))
-    refusals = _refusals({name: dispatch.hardware_refusal(name, device) for name in NEEDED})
+        return OperatorsChoice(TorchOperators(), dict.fromkeys(needed, reason))
+    refusals = _refusals({name: dispatch.hardware_refusal(name, device) for name in needed})
     if not refusals:
-        refusals = _refusals(self_test(device, heads=num_heads, head_dim=head_dim, dtype=dtype))
+        verdicts = self_test(device, heads=num_heads, head_dim=head_dim, dtype=dtype)
+        refusals = _refusals({name: verdicts[name] for name in needed})
     return OperatorsChoice(TorchOperators() if refusals else KernelOperators(), refusals)
 
 
 def _refusals(verdicts: Mapping[str, str | None]) -> dict[str, str]:
-    """The reasons among ``verdicts`` of kernels that are needed."""
-    return {name: reason for name in NEEDED if (reason := verdicts[name]) is not None}
+    return {name: reason for name, reason in verdicts.items() if reason is not None}

@@ -27,7 +27,8 @@ from redux_pipelines.validation import check_request
 class Components:
     """The loaded parts of a checkpoint, on one device in one dtype.
 
-    ``scheduler`` is a template that is copied, never stepped.
+    ``scheduler`` is a template that is copied, never stepped. ``has_fp8``: large layers of the
+    transformer are not in ``dtype``, but in fp8.
     """
 
     image_encoder: ImageEncoder
@@ -37,6 +38,12 @@ class Components:
     scheduler: Scheduler
     device: torch.device
     dtype: torch.dtype
+    has_fp8: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        """For ``ModelInfo``: such as ``bfloat16``, or ``bfloat16 with fp8``."""
+        return str(self.dtype).removeprefix("torch.") + (" with fp8" if self.has_fp8 else "")
 
 
 class ReduxPipeline:
@@ -55,7 +62,7 @@ class ReduxPipeline:
             name=name,
             backend=components.denoiser.name,
             device=str(components.device),
-            dtype=str(components.dtype).removeprefix("torch."),
+            dtype=components.dtype_name,
             size_multiple=sampling.PATCH * components.autoencoder.factor,
         )
 

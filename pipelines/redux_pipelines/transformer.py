@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redux_pipelines.attention import Attention, Groups
 from redux_pipelines.errors import WeightsError
+from redux_pipelines.fp8 import Fp8Linear
 from redux_pipelines.layers import Rope
 from redux_pipelines.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS, ModulationWeights
 from redux_pipelines.operators import Operators, Residual
@@ -179,7 +179,8 @@ class SingleBlock(nn.Module):
         """``forward`` of image rows alone; of text rows only keys and values are needed."""
         ops, end, rows = joint.operators, joint.txt_rows, stream.x.shape[1]
         txt, img = stream.rows(0, end), stream.rows(end, rows)
-        _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self._qkv)
+        without_mlp = slice(0, 3 * stream.x.shape[-1])
+        _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self.linear1, without_mlp)
         x, up = ops.normed_linear(img, mod[0], mod[1], self.linear1)
         qk, v = (
             new_heads(x, rows, 2, self.num_heads),
@@ -192,11 +193,6 @@ class SingleBlock(nn.Module):
             up, lambda room: room.copy_(joint.attend(qk, v, first_query=end)), self.linear2
         )
         return Residual(x, y, mod[2])
-
-    def _qkv(self, h: Tensor) -> Tensor:
-        """``linear1`` without the MLP."""
-        rows = 3 * h.shape[-1]
-        return F.linear(h, self.linear1.weight[:rows], self.linear1.bias[:rows])
 
 
 def new_heads(x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:
@@ -225,6 +221,11 @@ class Flux(nn.Module):
             depth_single=params.depth_single_blocks,
             guidance=params.guidance_embed,
         )
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any of its layers multiplies in fp8."""
+        return any(isinstance(each, Fp8Linear) for each in self.modules())
 
     @property
     def num_blocks(self) -> int:

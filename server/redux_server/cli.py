@@ -30,6 +30,7 @@ _LICENCE = (
 )
 _KEY_FIELDS = ("data_dir",)
 _DEMO_FIELDS = ("model", "base", "redux", "revision", "backend", "device", "dtype")
+_DEMO_FIELDS += ("transformer_dtype",)
 
 
 class UsageError(Exception):
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_client(verbs)
     _add_keys(verbs)
+    _add_weights(verbs)
     version = verbs.add_parser("version", help="print the version")
     version.set_defaults(verb=_version)
     doctor = verbs.add_parser("doctor", help="say what this machine has and what is missing")
@@ -166,6 +168,19 @@ def _add_keys(verbs: Any) -> None:
         action.set_defaults(verb=verb)
 
 
+def _add_weights(verbs: Any) -> None:
+    weights = verbs.add_parser("weights", help="convert checkpoints", epilog=_LICENCE)
+    actions = weights.add_subparsers(title="actions", metavar="ACTION", required=True)
+    quantize = actions.add_parser(
+        "quantize",
+        help="write a copy of a checkpoint with its transformer in fp8 (approximate)",
+        epilog=_LICENCE,
+    )
+    add_flags(quantize, ModelSettings, only=("base", "revision"))
+    quantize.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    quantize.set_defaults(verb=_weights_quantize)
+
+
 def _server_settings(given: argparse.Namespace) -> ServerSettings:
     return build(ServerSettings, vars(given), os.environ)
 
@@ -227,6 +242,12 @@ def _keys_revoke(given: argparse.Namespace) -> int:
     from redux_server.keys_cli import revoke
 
     return revoke(_server_settings(given), given.id)
+
+
+def _weights_quantize(given: argparse.Namespace) -> int:
+    from redux_server.weights_cli import quantize
+
+    return quantize(build(ModelSettings, vars(given), os.environ), given.out)
 
 
 def _version(_given: argparse.Namespace) -> int:

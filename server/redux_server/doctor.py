@@ -23,6 +23,7 @@ from redux_server import __version__
 from redux_server.auth import KeyFileError, KeyRing, read_keys_file
 from redux_server.database import open_database
 from redux_server.findings import FLUX_BYTES, Finding, Level, check_space, existing, gigabytes
+from redux_server.fp8_findings import check_fp8
 from redux_server.settings import ServerSettings
 from redux_server.weights_check import check_model
 
@@ -262,6 +263,7 @@ CHECKS: tuple[Check, ...] = (
     check_python,
     check_packages,
     check_gpu,
+    check_fp8,
     check_compiler,
     check_model,
     check_safety_checker,

@@ -134,6 +134,7 @@ def _load(settings: ModelSettings) -> Pipeline:
             backend=settings.backend,
             device=settings.device,
             dtype=settings.dtype,
+            transformer_dtype=settings.transformer_dtype,
             max_batch_size=settings.max_batch_size,
         )
     except ValueError as error:  # an option this machine cannot serve, such as --device cuda

@@ -77,6 +77,12 @@ class ModelSettings:
         "auto is bfloat16 on a GPU and float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    transformer_dtype: str = option(
+        "auto",
+        "fp8 (weights and inputs of the blocks' layers in e4m3: approximate; a GPU needs compute "
+        "capability 8.9), same (as --dtype), auto (fp8 if the weights on disk are and the GPU can)",
+        choices=("auto", "same", "fp8"),
+    )
     max_batch_size: int = option(
         1, "images denoised together; 1 keeps results bitwise independent of batching", minimum=1
     )

@@ -104,6 +104,7 @@ def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecke
         backend=settings.backend,
         device=device,
         dtype=settings.dtype,
+        transformer_dtype=settings.transformer_dtype,
         max_batch_size=settings.max_batch_size,
     )
     safety = OpenNsfwChecker(threshold=settings.safety_threshold)

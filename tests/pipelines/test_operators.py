@@ -1,12 +1,21 @@
 """Plain torch and the kernels (their references, on a CPU) compute the same."""
 
+from itertools import product
+
 import pytest
 import torch
 
 from redux_kernels import dispatch, self_test
 from redux_pipelines import operators
+from redux_pipelines.fp8 import ALL, Fp8Linear, project
 from redux_pipelines.layers import rope_table
-from redux_pipelines.operators import NEEDED, KernelOperators, Residual, TorchOperators
+from redux_pipelines.operators import (
+    NEEDED,
+    NEEDED_FOR_FP8,
+    KernelOperators,
+    Residual,
+    TorchOperators,
+)
 from redux_pipelines.sampling import Grid
 
 CPU, HEADS, WIDTH, ROWS = torch.device("cpu"), 3, 48, 7
@@ -17,23 +26,36 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def linear(columns, out=WIDTH, *, fp8=False):
+    layer = torch.nn.Linear(columns, out)
+    return Fp8Linear.of(layer.weight.detach(), layer.bias.detach()) if fp8 else layer
+
+
+def near(one, other):
+    """Within what rounding to e4m3 differently costs."""
+    assert (one - other).norm() <= 0.01 * other.norm()
+
+
 def close(one, other):
     torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pending", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_normed_linear(pending, batch):
+@pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@torch.no_grad()
+def test_normed_linear(pending, batch, fp8, check):
+    layer = linear(WIDTH, 2 * WIDTH, fp8=fp8)
     x, y, gate = draw(batch, ROWS, WIDTH), draw(batch, ROWS, WIDTH, seed=1), draw(WIDTH, seed=2)
     shift, scale = draw(2, WIDTH, seed=3)
-    stream = Residual(x, y, gate) if pending else Residual(x)
     settled = torch.addcmul(x, gate, y) if pending else x.clone()
     norm = torch.nn.functional.layer_norm(settled, (WIDTH,), eps=1e-6) * (1 + scale) + shift
 
-    for ops in (KERNELS, TORCH):  # torch last: it changes the stream
-        out, h = ops.normed_linear(stream, shift, scale + ops.scale_offset, lambda rows: 2 * rows)
+    for ops, rows in product((KERNELS, TORCH), (ALL, slice(16, 32))):
+        own = Residual(x.clone(), y, gate) if pending else Residual(x.clone())
+        out, h = ops.normed_linear(own, shift, scale + ops.scale_offset, layer, rows)
         close(out, settled)
-        close(h, 2 * norm)
+        check(h, project(layer, norm, rows))
 
 
 def test_settle():
@@ -61,18 +83,22 @@ def test_place_heads(with_values):
     assert not qk[:, :5].any()
 
 
-def test_gelu_linear():
-    up, linear = draw(2, ROWS, 4 * WIDTH), torch.nn.Linear(4 * WIDTH, WIDTH)
-    expected = linear(torch.nn.functional.gelu(up, approximate="tanh"))
-    close(KERNELS.gelu_linear(up, linear), expected)
-    close(TORCH.gelu_linear(up, linear), expected)
+@pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@torch.no_grad()
+def test_gelu_linear(fp8, check):
+    up, layer = draw(2, ROWS, 4 * WIDTH), linear(4 * WIDTH, fp8=fp8)
+    expected = layer(torch.nn.functional.gelu(up, approximate="tanh"))
+    check(KERNELS.gelu_linear(up, layer), expected)
+    check(TORCH.gelu_linear(up, layer), expected)
 
 
-def test_single_linear_joins_attention_and_mlp():
+@pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@torch.no_grad()
+def test_single_linear_joins_attention_and_mlp(fp8, check):
     up, attention = draw(2, ROWS, 7 * WIDTH), draw(2, ROWS, WIDTH, seed=1)
-    linear = torch.nn.Linear(5 * WIDTH, WIDTH)
+    layer = linear(5 * WIDTH, fp8=fp8)
     mlp = torch.nn.functional.gelu(up[..., 3 * WIDTH :], approximate="tanh")
-    expected = linear(torch.cat([attention, mlp], dim=-1))
+    expected = layer(torch.cat([attention, mlp], dim=-1))
     seen = []
 
     def attend(room):
@@ -80,12 +106,12 @@ def test_single_linear_joins_attention_and_mlp():
         return room.copy_(attention)
 
     for ops in (KERNELS, TORCH):
-        close(ops.single_linear(up, attend, linear), expected)
+        check(ops.single_linear(up, attend, layer), expected)
     assert torch.equal(seen[0], seen[1])
 
 
-def choose(device="cuda", dtype=torch.bfloat16):
-    return operators.choose(torch.device(device), dtype, num_heads=2, head_dim=16)
+def choose(device="cuda", dtype=torch.bfloat16, **options):
+    return operators.choose(torch.device(device), dtype, num_heads=2, head_dim=16, **options)
 
 
 def test_a_cpu_runs_plain_torch_and_says_why():
@@ -115,6 +141,17 @@ def test_kernels_that_are_not_needed_do_not_matter(monkeypatch):
     verdicts = {name: None if name in NEEDED else "differs" for name in self_test.TESTS}
     monkeypatch.setattr(operators, "self_test", lambda *_, **__: verdicts)
     assert choose().operators.name == "kernels"
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_with_fp8_the_kernels_that_quantize_are_needed_too(monkeypatch):
+    verdicts = {name: "differs" if name == "gelu_quantize" else None for name in self_test.TESTS}
+    monkeypatch.setattr(operators, "self_test", lambda *_, **__: verdicts)
+    assert choose().operators.name == "kernels"
+    choice = choose(fp8=True)
+    assert choice.operators.name == "torch"
+    assert choice.refusals == {"gelu_quantize": "differs"}
+    assert set(NEEDED_FOR_FP8) > set(NEEDED)
 
 
 @pytest.mark.usefixtures("_gpu")

@@ -20,6 +20,8 @@ VERBS = (
     ["keys", "create"],
     ["keys", "list"],
     ["keys", "revoke"],
+    ["weights"],
+    ["weights", "quantize"],
     ["version"],
     ["doctor"],
 )
@@ -58,6 +60,12 @@ def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> Non
         (["serve", "--port", "x"], "--port must be a whole number, got 'x'"),
         (["submit"], "the following arguments are required: IMAGE; see `flux-redux submit --help`"),
         (["submit", "a.png", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["weights", "quantize", "--base", "x"], "the following arguments are required: --out"),
+        (
+            ["weights", "quantize", "--out", "x"],
+            "weights quantize needs --base: a diffusers folder",
+        ),
+        (["serve", "--transformer-dtype", "int4"], "must be one of auto, same, fp8, got 'int4'"),
         (["keys", "create"], "the following arguments are required: --name"),
         (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0, cuda:1"),
         (["generate", "a.png", "--size", "9x9"], "size must be"),

@@ -287,3 +287,42 @@ def test_a_missing_compiler_is_noted(
     finding = only(doctor.check_compiler(settings))
     assert finding.level is Level.NOTE
     assert "apt install gcc" in finding.text
+
+
+@pytest.mark.parametrize(("wanted", "level"), [("auto", Level.NOTE), ("fp8", Level.MISSING)])
+def test_why_a_gpu_cannot_run_fp8_is_said(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch, wanted: str, level: Level
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    given = replace(settings, device="cuda:0", transformer_dtype=wanted)
+    found = only(doctor.check_fp8(given))
+    assert found.level is level
+    assert "not on cuda:0: fp8 needs compute capability 8.9" in found.text
+    assert "NVIDIA A100 has 8.0" in found.text
+
+
+def test_fp8_that_passed_its_self_test_is_said(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("redux_pipelines.fp8_check.refusal", lambda *_: None)
+    found = only(doctor.check_fp8(replace(settings, device="cuda:0")))
+    assert (found.level, found.text[:32]) == (Level.OK, "the self-test passed on cuda:0; ")
+
+
+def test_fp8_on_a_cpu_is_a_matter_of_asking_for_it(settings: ServerSettings) -> None:
+    assert list(doctor.check_fp8(settings)) == []
+    found = only(doctor.check_fp8(replace(settings, transformer_dtype="fp8")))
+    assert found.level is Level.NOTE
+    assert "the self-test passed on the CPU" in found.text
+
+
+def test_fp8_needs_the_engine(settings: ServerSettings) -> None:
+    given = replace(settings, transformer_dtype="fp8", backend="diffusers")
+    found = only(doctor.check_fp8(given))
+    assert (found.level, found.text) == (
+        Level.MISSING,
+        "needs --backend engine, and it is diffusers",
+    )

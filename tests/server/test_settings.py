@@ -30,6 +30,7 @@ OTHERS = {
     "backend": "diffusers",
     "device": "cuda:0,cuda:1",
     "dtype": "float16",
+    "transformer_dtype": "fp8",
     "max_batch_size": "4",
     "host": "::1",
     "port": "0",
@@ -199,7 +200,7 @@ def test_loopback_is_what_only_this_machine_reaches(host: str, is_loopback: bool
 def test_the_table_of_the_readme_has_a_row_per_setting_and_no_path_of_this_machine() -> None:
     rows = describe(ServerSettings)
     assert [row[0] for row in rows] == [flag_name(f.name) for f in fields(ServerSettings)]
-    assert ("--port", "FLUX_REDUX_PORT", "8000", rows[10][3]) == rows[10]
+    assert ("--port", "FLUX_REDUX_PORT", "8000") in [row[:3] for row in rows]
     shown = {flag: default for flag, _, default, _ in rows}
     assert shown["--data-dir"] == "~/.local/share/flux-redux"
     assert all(help_ for _, _, _, help_ in rows)

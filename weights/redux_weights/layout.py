@@ -87,9 +87,14 @@ def find_missing(base: Path, redux: Path) -> list[str]:
 
     Text components may be absent as whole folders; what is there of them must be complete.
     """
-    present = [component for component in TEXT if (base / component.folder).is_dir()]
-    problems = [line for component in (*BASE, *present) for line in _check(base, component)]
+    problems = find_missing_base(base)
     return problems + [line for component in REDUX for line in _check(redux, component)]
+
+
+def find_missing_base(base: Path) -> list[str]:
+    """``find_missing`` of the base alone."""
+    present = [component for component in TEXT if (base / component.folder).is_dir()]
+    return [line for component in (*BASE, *present) for line in _check(base, component)]
 
 
 def _check(root: Path, component: Component) -> Iterator[str]:

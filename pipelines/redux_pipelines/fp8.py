@@ -1,0 +1,77 @@
+"""Linear layers in fp8: e4m3 weights with a scale per output row, inputs quantised row by row.
+
+The product is ``torch._scaled_mm``, which applies both scales to float32 sums. Rows are quantised
+by the convention of ``redux_kernels``: ``(q, row_scale)``, so that a kernel which ends in a norm or
+a GELU can hand them over ready. Knows no blocks, no checkpoints, and not where it may run
+(``fp8_check`` does).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redux_kernels.reference import quantize_rows
+
+E4M3 = torch.float8_e4m3fn
+ALL = slice(None)
+
+
+class Fp8Linear(nn.Module):
+    """``nn.Linear`` with ``weight`` (out, in) in e4m3 and ``weight_scale`` (out, 1) in float32.
+
+    ``bias`` (out,) is in the dtype of what comes out. Made empty: ``checkpoint`` fills it.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = _frozen(torch.empty(out_features, in_features, dtype=E4M3))
+        self.weight_scale = _frozen(torch.empty(out_features, 1))
+        self.bias = _frozen(torch.empty(out_features))
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor) -> "Fp8Linear":
+        """The fp8 layer nearest to ``weight (out, in)``."""
+        with torch.device("meta"):
+            made = cls(weight.shape[1], weight.shape[0])
+        made.weight, made.weight_scale = (_frozen(each) for each in quantize_rows(weight))
+        made.bias = _frozen(bias)
+        return made
+
+    def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
+        """``x (…, in)`` to ``(…, out)`` in its dtype; see ``forward_quantized`` for ``rows``."""
+        return self.forward_quantized(*quantize_rows(x), x.dtype, rows)
+
+    def forward_quantized(
+        self, q: Tensor, row_scale: Tensor, out_dtype: torch.dtype, rows: slice = ALL
+    ) -> Tensor:
+        """Rows that are quantised already: ``q (…, in)`` in e4m3, ``row_scale (…, 1)`` in float32.
+
+        ``rows`` computes only those columns of the output, as if the weight had no other rows.
+        ``(…, out)`` in ``out_dtype``, which must be the bias's; on a GPU torch wants bfloat16, and
+        multiples of 16 for ``in`` and ``out``. There it may use the tensor cores' short sums.
+        """
+        out: Tensor = torch._scaled_mm(
+            q.flatten(0, -2),
+            self.weight[rows].t(),
+            scale_a=row_scale.reshape(-1, 1),
+            scale_b=self.weight_scale[rows].t(),
+            bias=self.bias[rows],
+            out_dtype=out_dtype,
+            use_fast_accum=q.is_cuda,
+        )
+        return out.view(*q.shape[:-1], out.shape[-1])
+
+
+Linear = nn.Linear | Fp8Linear
+
+
+def project(linear: Linear, x: Tensor, rows: slice = ALL) -> Tensor:
+    """``linear`` of ``x (…, in)``, or those ``rows`` of its weight alone."""
+    if isinstance(linear, Fp8Linear):
+        return linear(x, rows)  # type: ignore[no-any-return]  # modules are called untyped
+    return F.linear(x, linear.weight[rows], linear.bias[rows])
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
