@@ -123,6 +123,7 @@ def _use_fp8(flux: Flux, tensors: Mapping[str, Tensor]) -> None:
     for ours, theirs in _modules(flux.params):
         if _may_be_fp8(ours) and any(f"{each}{SCALE}" in tensors for each in theirs):
             linear = flux.get_submodule(ours)
+            assert isinstance(linear, torch.nn.Linear)
             flux.set_submodule(ours, Fp8Linear(linear.in_features, linear.out_features))
 
 

@@ -19,9 +19,9 @@ MAX_ERROR = 2e-2
 costs .0017; sums in tensor cores that keep 14 bits cost up to .02 on single numbers, says the
 DeepSeek-V3 report (arXiv 2412.19437, 3.3.2). A scale or a layout that is wrong costs far more."""
 
-MAX_LOSS = 6e-2
-"""Allowed of quantisation and product together, against a matmul of what was quantised. Normal
-numbers lose .037, measured on a CPU."""
+MAX_LOSS = 5e-2
+"""Allowed of quantisation and product together, against a matmul of what was quantised. The test's
+numbers lose .026, measured on a CPU at widths of 256 and 3072."""
 
 _CPU_WIDTH = 256  # a CPU would need seconds for more
 _ROWS = (1, 67, 320)  # one folded text token; a tail in every tile; several tiles

@@ -192,7 +192,8 @@ class KernelOperators:
     def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
         """See ``Operators``."""
         if isinstance(linear, Fp8Linear):
-            return linear.forward_quantized(*gelu_quantize(up), up.dtype)
+            q, row_scale = gelu_quantize(up)
+            return linear.forward_quantized(q, row_scale, up.dtype)
         activated = torch.empty_like(up)
         gelu_into(up, activated)
         return project(linear, activated)
@@ -202,7 +203,8 @@ class KernelOperators:
         width = up.shape[-1] // 7
         if isinstance(linear, Fp8Linear):
             beside = attend(up.new_empty(*up.shape[:2], width))
-            return linear.forward_quantized(*gelu_quantize(up[..., 3 * width :], beside), up.dtype)
+            q, row_scale = gelu_quantize(up[..., 3 * width :], beside)
+            return linear.forward_quantized(q, row_scale, up.dtype)
         both = up.new_empty(*up.shape[:2], 5 * width)
         attend(both[..., :width])
         gelu_into(up[..., 3 * width :], both, width)

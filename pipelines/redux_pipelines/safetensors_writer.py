@@ -69,7 +69,7 @@ class ShardWriter:
             )
         self._file.seek(self._start + self._places.pop(entry.name))
         flat = tensor.detach().cpu().contiguous().view(-1)
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._file.write(flat.view(torch.uint8).numpy().data)
 
     def __enter__(self) -> "ShardWriter":
         """The writer itself."""

@@ -131,11 +131,11 @@ def test_widened_weights_are_the_nearest_to_the_products(tensors):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_forward_is_near_float32(model, tensors, batch):
-    """Measured: .048 with biases and weights of this size."""
+    """Measured: .034; with weights alone in e4m3 .026."""
     grid, given = Grid(4, 6), conditioning(model, copies=40)
     img = noise(model, grid, batch)
     exact = predict(denoiser(tensors), given, grid, img)
-    assert 0.005 < error(predict(denoiser(quantized(tensors)), given, grid, img), exact) <= 0.09
+    assert 0.005 < error(predict(denoiser(quantized(tensors)), given, grid, img), exact) <= 0.055
 
 
 def test_weights_alone_cost_less_than_weights_and_inputs(model, tensors):

@@ -40,7 +40,13 @@ from training.yardsticks import (
     measure_words,
 )
 
-VARIANTS = ("backend=diffusers", "dtype=bfloat16", "steps=14", "steps=8")
+VARIANTS = (
+    "backend=diffusers",
+    "dtype=bfloat16",
+    "transformer_dtype=fp8",
+    "steps=14",
+    "steps=8",
+)
 _WORDS = ("", "flat design", "3d render", "cartoon style", "glossy 3d, cat")
 _GUIDANCES = (1.0, 3.5, 8.0, 20.0)
 _SHAPES = ((768, 1344), (1536, 512))
