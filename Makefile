@@ -14,13 +14,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all check lint format types imports dockerfile \
-        bench bench-server bench-engine bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini docker clean
+        bench bench-server bench-engine bench-attention bench-kernels bench-growth bench-roofline \
+        bench-mini train-mini eval-mini docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
 	echo "FLUX Redux Server: $${bold}make serve$$plain starts it, $${bold}make test$$plain tests it."; echo; \
 	awk -F ':.*## ' -v b="$$bold" -v p="$$plain" \
-	  '/^[a-z-]+:.*## / {printf "  %s%-14s%s %s\n", b, $$1, p, $$2}' Makefile; echo; \
+	  '/^[a-z-]+:.*## / {printf "  %s%-15s%s %s\n", b, $$1, p, $$2}' Makefile; echo; \
 	echo 'Flags are passed on with ARGS, for example: make serve ARGS="--port 9000"'
 
 # --- set up ---------------------------------------------------------------------------------------
@@ -122,13 +123,16 @@ eval-mini: $(DEV)  ## measure the embedded model on held-out icons: JSON and con
 	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.evaluate $(ARGS)
 
 bench:  ## list the benchmarks
-	@awk -F ':.*## ' '/^bench-[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^bench-[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 bench-server: $(RUNTIME)  ## measure the server alone, with a model that does nothing
 	@$(BIN)/python server/benchmarks/bench_server.py $(ARGS)
 
 bench-engine: $(RUNTIME)  ## measure a step of the engine against diffusers' transformer, on random weights
 	@$(BIN)/python pipelines/benchmarks/bench_engine.py $(ARGS)
+
+bench-attention: $(RUNTIME)  ## measure every attention that this device can run, at FLUX's sizes
+	@$(BIN)/python pipelines/benchmarks/bench_attention.py $(ARGS)
 
 bench-kernels: $(RUNTIME)  ## measure each Triton kernel against what it replaces (needs an NVIDIA GPU)
 	@$(BIN)/python kernels/benchmarks/bench_all.py $(ARGS)

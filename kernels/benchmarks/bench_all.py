@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import bench_adaln
+import bench_biased_attention
 import bench_gate_residual_adaln
 import bench_gelu_into
 import bench_gelu_quantize
@@ -22,6 +23,7 @@ BENCHMARKS = (
     bench_gelu_quantize,
     bench_merge_folded_key,
     bench_merge_lse,
+    bench_biased_attention,
 )
 
 

@@ -27,6 +27,7 @@ REQUIRED_CAPABILITY = {
     "gelu_quantize": SM_89,
     "merge_folded_key": SM_80,
     "merge_lse": SM_80,
+    "biased_attention": SM_80,
 }
 """Each operator's name, and the least compute capability its kernel can be compiled for."""
 

@@ -129,3 +129,9 @@ def merge_lse(
     w = torch.where(lse_b == -math.inf, 0.0, torch.sigmoid(lse_b - lse_a))[..., None]
     into.copy_(torch.lerp(out_a.float(), out_b.float(), w))
     return torch.logaddexp(lse_a, lse_b)
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """See ``redux_kernels.attention.biased_attention``."""
+    q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None, None])

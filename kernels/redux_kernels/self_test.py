@@ -6,7 +6,8 @@ test also compiles the kernels for the model's sizes before the first request ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from redux_kernels import (
     adaln,
+    attention,
     dispatch,
     gate_residual_adaln,
     gelu_into,
@@ -159,6 +161,19 @@ def _test_merge_lse(draw: Draw) -> Iterator[Comparison]:
     yield Comparison(lse, want_lse, 1e-5, 1e-5)
 
 
+def _test_biased_attention(draw: Draw) -> Iterator[Comparison]:
+    """Keys of several tiles and a tail, the first tile unseen; weights are rounded, unlike sums."""
+    keys = 3 * ROWS
+    q, k, v = draw(1, keys, 3, draw.heads, draw.head_dim).transpose(1, 3).unbind(2)
+    q = q[:, :, -ROWS:]
+    bias = torch.zeros(keys, device=draw.device)
+    bias[:ROWS], bias[ROWS], bias[-9:] = -math.inf, math.log(512), -1.0
+    got = attention.empty_out(q)
+    attention.launch(q, k, v, bias, got)
+    rounding = 2e-5 if draw.dtype == torch.float32 else 2 * torch.finfo(draw.dtype).eps
+    yield Comparison(got, reference.biased_attention(q, k, v, bias), rounding, rounding)
+
+
 TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
     "adaln": _test_adaln,
     "adaln_quantize": _test_adaln_quantize,
@@ -169,6 +184,7 @@ TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
     "gelu_quantize": _test_gelu_quantize,
     "merge_folded_key": _test_merge_folded_key,
     "merge_lse": _test_merge_lse,
+    "biased_attention": _test_biased_attention,
 }
 
 
@@ -196,6 +212,7 @@ def self_test(
     heads: int = 24,
     head_dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
+    operators: Iterable[str] = (),
 ) -> dict[str, str | None]:
     """Let every kernel that agrees with its reference on ``device`` run there, and no other.
 
@@ -204,13 +221,14 @@ def self_test(
         heads: the model's attention heads, for the sizes to test.
         head_dim: the size of a head, a power of two.
         dtype: the model's dtype.
+        operators: test these alone; all of them if none is named.
 
     Returns:
         For each operator None if its kernel will run, or the reason why its reference will.
     """
     device = torch.device(device)
     verdicts = {}
-    for operator in TESTS:
+    for operator in operators or TESTS:
         draw = Draw(heads, head_dim, dtype, device, torch.Generator().manual_seed(0))
         verdicts[operator] = _verdict(operator, draw)
         dispatch.record(operator, device, verdicts[operator])

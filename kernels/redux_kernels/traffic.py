@@ -51,5 +51,10 @@ def merge_lse(rows: int, heads: int, d: int, *, element: int = 2) -> int:
     return rows * heads * (3 * d * element + 3 * 4)
 
 
+def biased_attention(queries: int, keys: int, heads: int, d: int, *, element: int = 2) -> int:
+    """``biased_attention``: q, k and v in, one output out. Its time is arithmetic, not traffic."""
+    return 2 * (queries + keys) * heads * d * element + 4 * keys
+
+
 def _normed(width: int, element: int, quantized: bool) -> int:
     return width * E4M3_BYTES + SCALE_BYTES if quantized else width * element

@@ -21,7 +21,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from machine import environment
 
-from redux_pipelines import attention, operators
+from redux_pipelines import attention_choice, operators
 from redux_pipelines.checkpoint import load_flux
 from redux_pipelines.denoiser import DiffusersDenoiser
 from redux_pipelines.engine import EngineDenoiser
@@ -110,7 +110,7 @@ def _networks(name: str, device: torch.device, dtype: str) -> tuple[Any, EngineD
     model = FluxTransformer2DModel(**NETWORKS[name]).to(device, kind).eval().requires_grad_(False)
     params = FluxParams.of(model.config)
     flux = load_flux(params, model.state_dict(), device=device, dtype=kind)
-    attend = attention.choose(device, kind, params.head_dim).attention
+    attend = attention_choice.choose(device, kind, params.head_dim).attention
     glue = operators.choose(device, kind, num_heads=params.num_heads, head_dim=params.head_dim)
     return model, EngineDenoiser(flux, attend, glue.operators)
 

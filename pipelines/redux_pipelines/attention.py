@@ -2,22 +2,18 @@
 
 That number is all that is needed for folded tokens (+ log n), for the strength of a picture
 (+ log s) and for rows nobody may see (minus infinity). No implementation builds a mask of queries
-by keys. ``choose`` takes the first one that a device can run and that proves itself right.
-Knows no network and no tokens.
+by keys: it takes one bias per key, or attends to each group alone and merges exactly. Knows no
+implementation (``attention_backends``), no choice among them (``attention_choice``), no network.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-_ATEN = torch.ops.aten
-_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +51,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
 
 
 def key_bias(groups: Groups, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The biases written out as ``(1, 1, 1, S)``."""
-    spans = [torch.full((group.rows,), group.bias, device=device, dtype=dtype) for group in groups]
-    return torch.cat(spans)[None, None, None]
+    """The biases written out as ``(1, 1, 1, S)``.
 
-
-def biased(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    """``scaled_dot_product_attention`` with one bias per key, for all heads and queries.
-
-    torch's CPU kernel reads such a bias at no measurable cost.
+    Made anew for every call: kept in a cache it could be memory of a CUDA graph that is gone.
     """
-    if len(groups) == 1:  # a bias on all keys is none
-        return F.scaled_dot_product_attention(q, k, v)
-    kind = torch.promote_types(q.dtype, torch.float32)  # log 512 in bfloat16 is off by a percent
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias(groups, q.device, kind))
+    bias = torch.zeros(1, 1, 1, sum(group.rows for group in groups), device=device, dtype=dtype)
+    end = 0
+    for group in groups:
+        end += group.rows
+        if group.bias != 0.0:
+            bias[..., end - group.rows : end] = group.bias
+    return bias
 
 
 def grouped(partial: Partial) -> Attention:
@@ -105,24 +98,30 @@ def _single(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return v.expand_as(q), q.to(kind) @ k.to(kind).transpose(-1, -2) / math.sqrt(q.shape[-1])
 
 
-def _flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out, lse.unsqueeze(-1)
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """NVIDIA compute capabilities from ``first`` on, to those of ``last_major`` if there is one."""
+
+    first: tuple[int, int]
+    last_major: int | None = None
+
+    def __contains__(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this ``(major, minor)`` is among them."""
+        is_before = self.last_major is None or capability[0] <= self.last_major
+        return self.first <= capability and is_before
+
+    def __str__(self) -> str:
+        """As in "needs compute capability 9.0 to 9.x"."""
+        least = ".".join(map(str, self.first))
+        most = "or higher" if self.last_major is None else f"to {self.last_major}.x"
+        return f"{least} {most}"
 
 
-def _flash_cuda(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(q, k, v)
-    return out, lse.unsqueeze(-1)
+Readiness = Callable[[torch.device, torch.dtype, int], str | None]
+"""Makes an implementation ready for a device, dtype and head_dim: None, or why it cannot be.
 
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    return out, lse.view(*q.shape[:-1], 1)
-
-
-def _efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)
-    return out, lse[..., : q.shape[2], None]  # the kernel pads its queries
+May raise anything: that is a reason too.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +129,7 @@ class Implementation:
     """One way to compute attention, and where it can be expected to run.
 
     ``row_multiple``: the number of rows S it wants a multiple of, for aligned loads.
+    ``on_request``: why it is only tried when it is asked for by name, or empty.
     """
 
     name: str
@@ -137,83 +137,25 @@ class Implementation:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     row_multiple: int = 1
+    capabilities: Capabilities | None = None
+    make_ready: Readiness | None = None
+    on_request: str = ""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
         """See ``Attention``."""
         return self.attend(q, k, v, groups)
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why it cannot be used, or None: it must exist there and agree with ``reference``."""
+    def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it is not even tried there, or None. Imports and runs nothing."""
         if device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device.type}"
         if dtype not in self.dtypes:
             return f"does not take {str(dtype).removeprefix('torch.')}"
-        try:
-            error = self_test(self.attend, device, dtype, head_dim)
-        except (RuntimeError, ValueError, AttributeError) as failure:
-            return f"failed: {str(failure).splitlines()[0]}"
-        if not error <= _TOLERANCE[dtype]:  # NaN is not
-            return f"is wrong: relative error {error:.1e}, at most {_TOLERANCE[dtype]:.0e} allowed"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "needs a CUDA device, and torch sees none"
+        if self.capabilities is not None:
+            found = torch.cuda.get_device_capability(device)
+            if found not in self.capabilities:
+                gpu = f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+                return f"needs compute capability {self.capabilities}, {gpu}"
         return None
-
-
-_HALF = (torch.bfloat16, torch.float16)
-_ALL = (*_HALF, torch.float32, torch.float64)
-
-IMPLEMENTATIONS = (
-    Implementation("cudnn", grouped(_cudnn), ("cuda",), _HALF, row_multiple=16),
-    Implementation("flash", grouped(_flash_cuda), ("cuda",), _HALF, row_multiple=16),
-    Implementation(
-        "efficient", grouped(_efficient), ("cuda",), (*_HALF, torch.float32), row_multiple=16
-    ),
-    Implementation("biased", biased, ("cpu",), _ALL),
-    Implementation("flash-cpu", grouped(_flash_cpu), ("cpu",), _ALL),
-)
-"""Best first. The CPU's order is measured, the GPU's is what their authors report."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The implementation taken, and why each one before it was not."""
-
-    attention: Implementation
-    refusals: Mapping[str, str]
-
-
-def choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    candidates: tuple[Implementation, ...] = IMPLEMENTATIONS,
-) -> Choice:
-    """Take the first of ``candidates`` that runs and passes its test. ``RuntimeError`` if none."""
-    refusals: dict[str, str] = {}
-    for candidate in candidates:
-        reason = candidate.refusal(device, dtype, head_dim)
-        if reason is None:
-            return Choice(candidate, refusals)
-        refusals[candidate.name] = reason
-    told = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
-    raise RuntimeError(f"no attention for {dtype} on {device}: {told}")
-
-
-@torch.inference_mode()
-def self_test(attend: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
-    """Relative error against ``reference`` over uneven groups, with fewer queries than keys.
-
-    Drawn from a generator of its own. The keys are laid out as the network's are.
-    """
-    groups = (
-        KeyGroup(5, -math.inf),
-        KeyGroup(1, math.log(512)),
-        KeyGroup(27, math.log(0.3)),
-        KeyGroup(67, 0.0),
-    )
-    rows, generator = sum(group.rows for group in groups), torch.Generator().manual_seed(0)
-    qkv = torch.randn(2, rows, 3, 2, head_dim, generator=generator).to(device, dtype)
-    q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
-    q = q[:, :, 33:]
-    kind = torch.promote_types(dtype, torch.float32)
-    expected = reference(q.to(kind), k.to(kind), v.to(kind), groups)
-    difference = attend(q, k, v, groups).to(kind) - expected
-    return float(difference.norm() / expected.norm())

@@ -14,10 +14,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import SiglipVisionModel
 
-from redux_pipelines import attention, operators
+from redux_pipelines import attention_choice, operators
 from redux_pipelines.autoencoder import Autoencoder
 from redux_pipelines.checkpoint import Shards, load_flux
 from redux_pipelines.denoiser import Denoiser, DiffusersDenoiser
@@ -29,6 +28,7 @@ from redux_pipelines.fp8_choice import (
     refuse_fp8_files,
 )
 from redux_pipelines.image_encoder import ImageEncoder, Preprocessing
+from redux_pipelines.options import LoadOptions
 from redux_pipelines.redux import Components
 from redux_pipelines.text_encoders import TextEncoders, TextSizes
 from redux_pipelines.transformer import FluxParams
@@ -38,24 +38,16 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_components(
-    base: Path,
-    redux: Path,
-    *,
-    backend: str,
-    device: str,
-    dtype: str,
-    transformer_dtype: str = "auto",
-) -> Components:
+def load_components(base: Path, redux: Path, options: LoadOptions) -> Components:
     """Load everything but the text encoders, which load themselves when first used.
 
-    ``backend`` is ``engine`` or ``diffusers``, ``transformer_dtype`` one of ``TRANSFORMER_DTYPES``.
-    Raises ``ValueError`` for a device or dtype that is not there, ``WeightsError`` for files
-    that are not what their place says.
+    Raises ``ValueError`` for a device, dtype or implementation that is not there,
+    ``AttentionError`` for an attention that cannot be used, ``WeightsError`` for files that are not
+    what their place says.
     """
-    place = resolve_device(device)
-    kind = resolve_dtype(dtype, place)
-    check_transformer_dtype(transformer_dtype, backend, place, kind)
+    place = resolve_device(options.device)
+    kind = resolve_dtype(options.dtype, place)
+    check_transformer_dtype(options.transformer_dtype, options.backend, place, kind)
     with _weights_errors(base, redux):
         config = FluxTransformer2DModel.load_config(base / "transformer")
         vae = AutoencoderKL.from_pretrained(base / "vae", dtype=kind)
@@ -65,12 +57,10 @@ def load_components(
         preprocessing = Preprocessing.read(redux / "feature_extractor" / "preprocessor_config.json")
         _check_fit(config, vae, siglip, embedder)
         folder = base / "transformer"
-        if backend == "diffusers":
+        if options.backend == "diffusers":
             denoiser: Denoiser = _diffusers_denoiser(folder, config, place, kind)
         else:
-            shards = Shards(folder)
-            tensors = choose_tensors(transformer_dtype, config, shards, device=place, dtype=kind)
-            denoiser = _engine_denoiser(config, tensors, place, kind)
+            denoiser = _engine_denoiser(folder, config, options, place, kind)
         sizes = TextSizes.of(config, base)
     return Components(
         image_encoder=ImageEncoder(_ready(siglip, place), _ready(embedder, place), preprocessing),
@@ -123,15 +113,18 @@ def _diffusers_denoiser(
 
 
 def _engine_denoiser(
+    folder: Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    options: LoadOptions,
     device: torch.device,
     dtype: torch.dtype,
 ) -> EngineDenoiser:
     params = FluxParams.of(config)
-    attend = attention.choose(device, dtype, params.head_dim)
+    attend = attention_choice.resolve(options.attention, device, dtype, params.head_dim)
     for name, reason in attend.refusals.items():
         logger.debug("attention %s is not used: it %s", name, reason)
+    wanted = options.transformer_dtype
+    tensors = choose_tensors(wanted, config, Shards(folder), device=device, dtype=dtype)
     flux = load_flux(params, tensors, device=device, dtype=dtype)
     glue = operators.choose(
         device,

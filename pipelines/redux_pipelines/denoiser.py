@@ -37,6 +37,11 @@ class Denoiser(Protocol):
         ...
 
     @property
+    def attention(self) -> str:
+        """What computes its attention, for ``ModelInfo``."""
+        ...
+
+    @property
     def caches(self) -> Mapping[str, LRU[Any, Any]]:
         """What it keeps between requests, by name."""
         ...
@@ -55,6 +60,7 @@ class DiffusersDenoiser:
     """
 
     name = "diffusers"
+    attention = "native"
     caches: Mapping[str, LRU[Any, Any]] = MappingProxyType({})
 
     def __init__(self, transformer: Any) -> None:

@@ -43,6 +43,11 @@ class EngineDenoiser:
         )
 
     @property
+    def attention(self) -> str:
+        """The name of the implementation chosen."""
+        return self._attention.name
+
+    @property
     def caches(self) -> Mapping[str, LRU[Any, Any]]:
         """What is kept between requests: ``modulations`` and ``rotations``."""
         return {"modulations": self._modulations, "rotations": self._ropes}

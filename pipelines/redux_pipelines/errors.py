@@ -4,6 +4,7 @@
 ReduxError
 ├── RequestError   the caller asked for something that cannot be done; the text says what can
 ├── ImageError     bytes that are not a usable picture
+├── AttentionError no attention that was asked for, or none at all, can be used here
 └── WeightsError   a checkpoint is missing, incomplete or of the wrong kind
 ```
 """
@@ -23,3 +24,7 @@ class ImageError(ReduxError, ValueError):
 
 class WeightsError(ReduxError):
     """A checkpoint that is missing, incomplete or of the wrong kind."""
+
+
+class AttentionError(ReduxError):
+    """No attention that was asked for, or none at all, can be used on a device; says why each."""

@@ -10,12 +10,12 @@ use of Redux with FLUX.1-schnell.
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fakes import SLOW_STEP_S, FakePipeline
+from redux_pipelines.options import LoadOptions
 from redux_pipelines.types import Pipeline
 from redux_weights.embedded import find_mini
 from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
@@ -58,26 +58,13 @@ def caveat(model: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Placement:
-    backend: str
-    device: str
-    dtype: str
-    transformer_dtype: str
-    max_batch_size: int
-
-
 def load_pipeline(
     *,
     model: str | None = None,
     base: str | Path | None = None,
     redux: str | Path | None = None,
     revision: str | None = None,
-    backend: str = "engine",
-    device: str = "auto",
-    dtype: str = "auto",
-    transformer_dtype: str = "auto",
-    max_batch_size: int = 1,
+    **options: Any,
 ) -> Pipeline:
     """Load a pipeline by name, or from ``base`` and ``redux``.
 
@@ -87,30 +74,40 @@ def load_pipeline(
     directories in diffusers' layout or hub repository ids and override the name's; without
     ``redux`` FLUX.1-Redux-dev is taken. ``revision`` is that of ``base`` on the hub.
 
-    ``backend`` is what runs the transformer: ``engine``, or ``diffusers``, the reference that it is
-    tested against. ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else
-    float32. ``transformer_dtype`` auto: as the checkpoint is, where the device can; same: as
-    ``dtype``; fp8: large layers in e4m3, quantised while they load if need be (approximate).
+    ``options`` are those of ``LoadOptions``.
     ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` work as in huggingface_hub. Raises
-    ``WeightsError`` for a checkpoint that cannot be had, ``ValueError`` for an unknown option.
+    ``WeightsError`` for a checkpoint that cannot be had, ``AttentionError`` where no attention can
+    be used, ``ValueError`` for an unknown option.
     """
-    if backend not in ("diffusers", "engine"):
-        raise ValueError(f"backend={backend!r} is not one of 'diffusers', 'engine'")
+    how = LoadOptions(**options)
+    if how.backend not in ("diffusers", "engine"):
+        raise ValueError(f"backend={how.backend!r} is not one of 'diffusers', 'engine'")
     if model not in (None, *MODELS):
         raise ValueError(f"model={model!r} is not one of {', '.join(MODELS)}")
     if model in ("fake", "fake-slow"):
         return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S)
+    _check_attention(how.attention, how.backend)
     _silence_bars()
-    placement = _Placement(backend, device, dtype, transformer_dtype, max_batch_size)
     if base is None and model == MINI:
-        return _load_mini(placement)
+        return _load_mini(how)
     if base is None and model == "tiny":
-        return _load_tiny(placement)
+        return _load_tiny(how)
     source = base or _REPOSITORIES.get(str(model))
     if source is None:
         raise ValueError("load_pipeline needs a model name or a base checkpoint")
     name = model if model in _REPOSITORIES else Path(source).name
-    return _load(source, redux or FLUX_REDUX, revision, str(name), placement)
+    return _load(source, redux or FLUX_REDUX, revision, str(name), how)
+
+
+def _check_attention(attention: str, backend: str) -> None:
+    """Raise ``ValueError`` for names that no attention has, before anything slow is done."""
+    if attention == "auto":
+        return
+    if backend != "engine":
+        raise ValueError(f"attention={attention!r} needs backend='engine', not {backend!r}")
+    from redux_pipelines.attention_choice import candidates_for
+
+    candidates_for(attention)
 
 
 def _silence_bars() -> None:
@@ -123,7 +120,7 @@ def _silence_bars() -> None:
 
 
 def _load(
-    base: str | Path, redux: str | Path, revision: str | None, name: str, placement: _Placement
+    base: str | Path, redux: str | Path, revision: str | None, name: str, how: LoadOptions
 ) -> "ReduxPipeline":
     logger.warning(
         "%s with Redux: FLUX.1 [dev] weights and Redux are licensed for non-commercial use only",
@@ -131,29 +128,29 @@ def _load(
     )
     base_dir = locate(base, BASE_FILES, option="--base", revision=revision)
     redux_dir = locate(redux, REDUX_FILES, option="--redux")
-    return _assemble(base_dir, redux_dir, name, placement)
+    return _assemble(base_dir, redux_dir, name, how)
 
 
-def _load_mini(placement: _Placement) -> "ReduxPipeline":
+def _load_mini(how: LoadOptions) -> "ReduxPipeline":
     """The embedded model; its text encoders are so small that they are loaded at once."""
     try:
         found = find_mini()
     except FileNotFoundError as error:
         raise WeightsError(str(error)) from error
-    return _assemble(found.base, found.redux, MINI, placement, preload_text=True)
+    return _assemble(found.base, found.redux, MINI, how, preload_text=True)
 
 
-def _load_tiny(placement: _Placement) -> "ReduxPipeline":
+def _load_tiny(how: LoadOptions) -> "ReduxPipeline":
     """The random-weight model; text encoders are loaded at once, for its files do not stay."""
     from redux_pipelines.tiny import build_tiny
 
     with tempfile.TemporaryDirectory(prefix="redux-tiny-") as directory:
         base, redux = build_tiny(Path(directory))
-        return _assemble(base, redux, "tiny", placement, preload_text=True)
+        return _assemble(base, redux, "tiny", how, preload_text=True)
 
 
 def _assemble(
-    base: Path, redux: Path, name: str, placement: _Placement, *, preload_text: bool = False
+    base: Path, redux: Path, name: str, how: LoadOptions, *, preload_text: bool = False
 ) -> "ReduxPipeline":
     problems = find_missing(base, redux)
     if problems:
@@ -161,17 +158,10 @@ def _assemble(
     from redux_pipelines.components import load_components
     from redux_pipelines.redux import ReduxPipeline
 
-    components = load_components(
-        base,
-        redux,
-        backend=placement.backend,
-        device=placement.device,
-        dtype=placement.dtype,
-        transformer_dtype=placement.transformer_dtype,
-    )
+    components = load_components(base, redux, how)
     if preload_text:
         components.text_encoders.load()
-    pipeline = ReduxPipeline(components, name=name, max_batch_size=placement.max_batch_size)
+    pipeline = ReduxPipeline(components, name=name, max_batch_size=how.max_batch_size)
     logger.info("loaded %s", pipeline.info)
     return pipeline
 

@@ -64,6 +64,7 @@ class ReduxPipeline:
             device=str(components.device),
             dtype=components.dtype_name,
             size_multiple=sampling.PATCH * components.autoencoder.factor,
+            attention=components.denoiser.attention,
         )
 
     @property

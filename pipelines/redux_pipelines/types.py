@@ -59,13 +59,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was loaded, for logs, ``/version`` and provenance."""
+    """What was loaded, for logs, ``/readyz`` and provenance."""
 
     name: str
     backend: str
     device: str
     dtype: str
     size_multiple: int
+    attention: str = ""
 
 
 @dataclass(frozen=True, slots=True)

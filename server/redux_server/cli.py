@@ -29,8 +29,16 @@ _LICENCE = (
     "with Redux that goes for [schnell] too."
 )
 _KEY_FIELDS = ("data_dir",)
-_DEMO_FIELDS = ("model", "base", "redux", "revision", "backend", "device", "dtype")
-_DEMO_FIELDS += ("transformer_dtype",)
+_DEMO_FIELDS = (
+    "model",
+    "base",
+    "redux",
+    "revision",
+    "backend",
+    "device",
+    "dtype",
+    "transformer_dtype",
+)
 
 
 class UsageError(Exception):

@@ -20,6 +20,7 @@ import httpx
 
 from redux_pipelines.errors import ReduxError
 from redux_server import __version__
+from redux_server.attention_check import check_attention, dtype_name
 from redux_server.auth import KeyFileError, KeyRing, read_keys_file
 from redux_server.database import open_database
 from redux_server.findings import FLUX_BYTES, Finding, Level, check_space, existing, gigabytes
@@ -104,7 +105,7 @@ def check_gpu(settings: ServerSettings) -> Iterator[Finding]:
         )
     elif wanted == ["cpu"]:
         yield Finding(Level.NOTE, "gpu", "none is used: FLUX.1 takes minutes for an image")
-    dtype = _dtype(settings, wanted)
+    dtype = dtype_name(settings, wanted)
     yield Finding(
         Level.OK, "would run", f"{settings.backend} backend, {dtype} on {', '.join(wanted)}"
     )
@@ -138,12 +139,6 @@ def _index(device: str) -> int:
 def _driver_version() -> str:
     path = Path("/proc/driver/nvidia/version")
     return path.read_text().splitlines()[0].strip() if path.exists() else "unknown version"
-
-
-def _dtype(settings: ServerSettings, wanted: list[str]) -> str:
-    if settings.dtype != "auto":
-        return settings.dtype
-    return "float32" if wanted == ["cpu"] else "bfloat16"
 
 
 def check_compiler(_settings: ServerSettings) -> Iterator[Finding]:
@@ -263,6 +258,7 @@ CHECKS: tuple[Check, ...] = (
     check_python,
     check_packages,
     check_gpu,
+    check_attention,
     check_fp8,
     check_compiler,
     check_model,

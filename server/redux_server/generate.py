@@ -136,6 +136,7 @@ def _load(settings: ModelSettings) -> Pipeline:
             dtype=settings.dtype,
             transformer_dtype=settings.transformer_dtype,
             max_batch_size=settings.max_batch_size,
+            attention=settings.attention,
         )
     except ValueError as error:  # an option this machine cannot serve, such as --device cuda
         raise UsageError(str(error)) from error

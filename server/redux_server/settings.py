@@ -86,6 +86,13 @@ class ModelSettings:
     max_batch_size: int = option(
         1, "images denoised together; 1 keeps results bitwise independent of batching", minimum=1
     )
+    attention: str = option(
+        "auto",
+        "auto (the first that passes its self-test, see doctor), or names of those that may be "
+        "used, in order: flash4, flash3, flash3-hub (downloads a kernel), cudnn, flash2, flash, "
+        "triton, efficient; on a CPU biased, flash-cpu",
+        pattern=r"auto|[a-z0-9-]+(,[a-z0-9-]+)*",
+    )
     safety_threshold: float = option(
         0.8, "score from which an image is withheld", minimum=0.01, maximum=1
     )

@@ -106,6 +106,7 @@ def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecke
         dtype=settings.dtype,
         transformer_dtype=settings.transformer_dtype,
         max_batch_size=settings.max_batch_size,
+        attention=settings.attention,
     )
     safety = OpenNsfwChecker(threshold=settings.safety_threshold)
     _warm_up(pipeline, safety)
@@ -124,7 +125,8 @@ def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
 
 def _describe(pipeline: Pipeline) -> str:
     info = pipeline.info
-    return f"{info.name}, {info.backend} backend, {info.dtype} on {info.device}"
+    attention = f" with {info.attention} attention" if info.attention else ""
+    return f"{info.name}, {info.backend} backend{attention}, {info.dtype} on {info.device}"
 
 
 def _image_loader(settings: ServerSettings, blobs: Blobs, signer: Signer) -> ImageLoader:

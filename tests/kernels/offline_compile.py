@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from redux_kernels import (
     adaln,
+    attention,
     gate_residual_adaln,
     gelu_into,
     gelu_quantize,
@@ -91,7 +92,8 @@ def measure(kernel: Any) -> dict[str, Any]:
 
     ``stack`` is what ptxas put into local memory, spills and local arrays alike, and
     ``local_instructions`` are the loads and stores that go there: a kernel without either spills
-    nothing. ``narrow`` counts global loads and stores of fewer than 128 bits.
+    nothing. ``narrow`` counts global loads and stores of fewer than 128 bits. ``mma`` names the
+    instructions that multiply matrices.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -111,6 +113,7 @@ def measure(kernel: Any) -> dict[str, Any]:
         "wide": wide,
         "narrow": sum(accesses.values()) - wide,
         "float64": kernel.asm["ptx"].count(".f64"),
+        "mma": sorted(set(re.findall(r"\b\w*MMA\b", code))),
     }
 
 
@@ -148,6 +151,9 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
     one = empty(1, dtype=torch.float32)
     key, lse = empty(1, heads, d), empty(1, heads, rows, dtype=torch.float32)
     into = beside_mlp[..., :width].unflatten(-1, (heads, d)).transpose(1, 2)
+    qk = empty(1, rows, 2, heads, d).transpose(1, 3)
+    v = qkv[..., 2 * width :].unflatten(-1, (heads, d)).transpose(1, 2)
+    per_key = empty(rows, dtype=torch.float32)
     after = gate_residual_adaln.launch
 
     def rope(v: Tensor | None) -> None:
@@ -165,6 +171,7 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
         "gelu_quantize, beside": lambda: gelu_quantize.launch(mlp, x),
         "merge_folded_key": lambda: merge_folded_key.launch(q, key, key, out, lse, one, into),
         "merge_lse": lambda: merge_lse.launch(out, lse, out, lse, one, into),
+        "biased_attention": lambda: attention.launch(*qk.unbind(2), v, per_key, out),
     }
 
 

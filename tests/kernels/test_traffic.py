@@ -104,6 +104,7 @@ def test_operators_move_what_their_tensors_hold():
     lse = TOTAL * 24 * 4
     assert traffic.merge_folded_key(TOTAL, 24, 128) == 3 * STREAM + lse
     assert traffic.merge_lse(TOTAL, 24, 128) == 3 * STREAM + 3 * lse
+    assert traffic.biased_attention(TOTAL, TOTAL, 24, 128) == 4 * STREAM + 4 * TOTAL
 
 
 def test_every_function_is_an_operators():

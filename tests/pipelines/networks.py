@@ -3,7 +3,7 @@
 import torch
 from diffusers import FluxTransformer2DModel
 
-from redux_pipelines.attention import choose
+from redux_pipelines.attention_choice import choose
 from redux_pipelines.checkpoint import load_flux
 from redux_pipelines.denoiser import DiffusersDenoiser
 from redux_pipelines.engine import EngineDenoiser

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redux_pipelines import attention
-from redux_pipelines.attention import IMPLEMENTATIONS, Implementation, KeyGroup, choose, reference
+from redux_pipelines import attention, attention_backends
+from redux_pipelines.attention import Capabilities, KeyGroup, reference
+from redux_pipelines.attention_backends import IMPLEMENTATIONS
+from redux_pipelines.attention_choice import refusal
 
 CPU = torch.device("cpu")
 ON_CPU = [each for each in IMPLEMENTATIONS if "cpu" in each.devices]
@@ -74,7 +76,7 @@ def test_unseen_keys_may_hold_anything(attend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [16, 64, 128])
 def test_implementations_pass_their_own_test_on_a_cpu(attend, dtype, width):
-    assert attend.refusal(CPU, dtype, width) is None
+    assert refusal(attend, CPU, dtype, width) is None
 
 
 @pytest.mark.parametrize("attend", ON_CPU, ids=lambda each: each.name)
@@ -85,69 +87,69 @@ def test_a_strong_bias_keeps_its_precision_in_bfloat16(attend):
     assert (attend(q, k, v, groups).double() - exact).norm() / exact.norm() < 5e-3
 
 
-def _implementation(name, attend, devices=("cpu",)):
-    return Implementation(name, attend, devices, (torch.float32,))
+@pytest.mark.parametrize("attend", ON_CPU, ids=lambda each: each.name)
+def test_many_rows_merge_to_one_plain_softmax_in_float32(attend):
+    """More keys than any kernel's tile."""
+    groups = (KeyGroup(3, -math.inf), KeyGroup(1, math.log(512)), KeyGroup(300, -1.0))
+    groups = (*groups, KeyGroup(701, 0.0))
+    q, k, v = _qkv(1005, 90, width=64, batch=2, dtype=torch.float32)
+    exact = reference(q.double(), k.double(), v.double(), groups)
+    torch.testing.assert_close(attend(q, k, v, groups).double(), exact, rtol=0, atol=1e-5)
 
 
-def _without_bias(q, k, v, groups):
-    return reference(q, k, v, (KeyGroup(k.shape[2], 0.0),))
+def test_our_kernels_reference_is_one_plain_softmax():
+    """What the operator computes where its kernel may not run."""
+    groups = (KeyGroup(3, -math.inf), KeyGroup(1, math.log(512)), KeyGroup(30, -1.0))
+    q, k, v = _qkv(34, 9, dtype=torch.float32)
+    exact = reference(q.double(), k.double(), v.double(), groups)
+    got = attention_backends.triton(q, k, v, groups)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5)
+    assert got.transpose(1, 2).is_contiguous()
 
 
-def _raising(q, k, v, groups):
-    raise RuntimeError("no kernel image\nis available")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_biases_are_written_out_in_order(dtype):
+    groups = (KeyGroup(2, -math.inf), KeyGroup(1, 0.5), KeyGroup(2, 0.0), KeyGroup(1, -3.0))
+    bias = attention.key_bias(groups, CPU, dtype)
+    assert bias.dtype == dtype
+    assert bias.shape == (1, 1, 1, 6)
+    assert bias.flatten().tolist() == [-math.inf, -math.inf, 0.5, 0.0, 0.0, -3.0]
 
 
-def _nan(q, k, v, groups):
-    return q * math.nan
-
-
-def test_the_first_that_works_is_chosen_and_the_others_say_why_not():
-    candidates = (
-        _implementation("elsewhere", reference, ("cuda",)),
-        _implementation("raising", _raising),
-        _implementation("wrong", _without_bias),
-        _implementation("nan", _nan),
-        _implementation("right", reference),
-        _implementation("never tried", _raising),
-    )
-    choice = choose(CPU, torch.float32, 16, candidates)
-    assert choice.attention.name == "right"
-    assert set(choice.refusals) == {"elsewhere", "raising", "wrong", "nan"}
-    assert choice.refusals["elsewhere"] == "runs on cuda, not on cpu"
-    assert choice.refusals["raising"] == "failed: no kernel image"
-    assert choice.refusals["wrong"].startswith("is wrong: relative error")
-    assert "nan" in choice.refusals["nan"]
-
-
-def test_a_dtype_that_is_not_taken_is_said():
-    with pytest.raises(RuntimeError, match=r"no attention for .*: only does not take float64"):
-        choose(CPU, torch.float64, 16, (_implementation("only", reference),))
-
-
-def test_a_cpu_takes_the_bias_per_key():
-    choice = choose(CPU, torch.float32, 64)
-    assert choice.attention.name == "biased"
-    assert choice.attention.row_multiple == 1
-    assert set(choice.refusals) == {"cudnn", "flash", "efficient"}
-
-
-def test_the_self_test_leaves_the_global_generator_alone():
-    before = torch.random.get_rng_state()
-    attention.self_test(reference, CPU, torch.float32, 16)
-    assert torch.equal(torch.random.get_rng_state(), before)
+@pytest.mark.parametrize(
+    ("capabilities", "inside", "outside", "text"),
+    [
+        (Capabilities((8, 0)), [(8, 0), (8, 9), (12, 0)], [(7, 5)], "8.0 or higher"),
+        (Capabilities((9, 0), 9), [(9, 0)], [(8, 9), (10, 0)], "9.0 to 9.x"),
+        (Capabilities((8, 9), 12), [(8, 9), (12, 1)], [(8, 6), (13, 0)], "8.9 to 12.x"),
+    ],
+    ids=str,
+)
+def test_capabilities_are_a_range(capabilities, inside, outside, text):
+    assert all(each in capabilities for each in inside)
+    assert not any(each in capabilities for each in outside)
+    assert str(capabilities) == text
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("attend", ON_GPU, ids=lambda each: each.name)
-def test_gpu_implementations_are_right_or_refuse(attend):
-    device = torch.device("cuda")
-    reason = attend.refusal(device, torch.bfloat16, 128)
+def test_gpu_implementations_are_right_or_refuse(attend, dtype, width):
+    reason = refusal(attend, torch.device("cuda"), dtype, width)
     assert reason is None or not reason.startswith("is wrong"), reason
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_gpu_finds_an_implementation(dtype):
-    assert choose(torch.device("cuda"), dtype, 128).attention.devices == ("cuda",)
+@pytest.mark.parametrize("attend", ON_GPU, ids=lambda each: each.name)
+def test_gpu_implementations_are_exact_at_a_pictures_size(attend):
+    """4826 rows: 1024 x 1024 with its text folded, and a batch of two."""
+    if reason := refusal(attend, torch.device("cuda"), torch.bfloat16, 128):
+        pytest.skip(f"{attend.name} {reason}")
+    groups = (KeyGroup(6, -math.inf), KeyGroup(1, math.log(512)), KeyGroup(729, -0.5))
+    groups = (*groups, KeyGroup(4096, 0.0))
+    q, k, v = (x.cuda() for x in _qkv(4832, 300, width=128, batch=2, dtype=torch.bfloat16))
+    exact = reference(q.float(), k.float(), v.float(), groups)
+    assert (attend(q, k, v, groups).float() - exact).norm() / exact.norm() < 1e-2

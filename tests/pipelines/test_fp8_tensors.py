@@ -10,12 +10,13 @@ from torch.utils._pytree import tree_leaves
 from pipelines.networks import CPU, SMALL, conditioning, diffusers_model, error, noise, predict
 from redux_kernels.reference import quantize_rows
 from redux_pipelines import fp8_tensors
-from redux_pipelines.attention import choose
+from redux_pipelines.attention_choice import choose
 from redux_pipelines.checkpoint import fp8_layers, key_map, load_flux
 from redux_pipelines.engine import EngineDenoiser
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fp8 import E4M3, Fp8Linear
 from redux_pipelines.fp8_tensors import Dequantized, Quantized, is_fp8
+from redux_pipelines.operators import TorchOperators
 from redux_pipelines.sampling import Grid
 from redux_pipelines.transformer import Flux, FluxParams
 
@@ -43,7 +44,7 @@ def load(tensors, dtype=torch.float32):
 
 def denoiser(tensors):
     attention = choose(CPU, torch.float32, PARAMS.head_dim).attention
-    return EngineDenoiser(load(tensors), attention)
+    return EngineDenoiser(load(tensors), attention, TorchOperators())
 
 
 def test_large_layers_of_blocks_are_quantised_and_nothing_else(tensors):

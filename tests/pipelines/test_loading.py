@@ -12,7 +12,7 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from redux_pipelines import loading
-from redux_pipelines.errors import WeightsError
+from redux_pipelines.errors import AttentionError, WeightsError
 from redux_pipelines.fakes import FakePipeline
 from redux_pipelines.loading import load_pipeline, locate
 
@@ -106,12 +106,28 @@ def test_bfloat16_runs_on_a_cpu(tiny, load, request_for, finish):
         ({"model": "tiny", "backend": "onnx"}, "backend='onnx' is not one of"),
         ({"model": "tiny", "dtype": "int8"}, "dtype='int8' is not one of"),
         ({"model": "tiny", "device": "tpu"}, "device='tpu' is not one of"),
+        ({"model": "flux-dev", "attention": "cuddn"}, "'cuddn' is not one of auto, flash4"),
+        (
+            {"model": "tiny", "attention": "biased", "backend": "diffusers"},
+            "attention='biased' needs backend='engine'",
+        ),
     ],
     ids=str,
 )
 def test_unknown_options_are_named(options, text):
     with pytest.raises(ValueError, match=text):
         load_pipeline(**options)
+
+
+def test_the_attention_is_told_and_can_be_forced(tiny, load):
+    assert load(tiny).info.attention == "biased"
+    assert load(tiny, attention="flash-cpu").info.attention == "flash-cpu"
+    assert load(tiny, backend="diffusers").info.attention == "native"
+
+
+def test_a_forced_attention_that_cannot_run_says_why_and_what_can(tiny, load):
+    with pytest.raises(AttentionError, match=r"cudnn runs on cuda, not on cpu; .* biased, flash"):
+        load(tiny, attention="cudnn")
 
 
 def test_a_missing_gpu_is_said(monkeypatch):

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines import networks
 from pipelines.networks import conditioning, diffusers_model, engine, error, noise, oracle, predict
-from redux_pipelines.attention import IMPLEMENTATIONS, Implementation
+from redux_pipelines.attention import Implementation
+from redux_pipelines.attention_backends import IMPLEMENTATIONS
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.operators import KernelOperators, TorchOperators
 from redux_pipelines.sampling import Grid

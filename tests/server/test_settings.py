@@ -31,6 +31,7 @@ OTHERS = {
     "device": "cuda:0,cuda:1",
     "dtype": "float16",
     "transformer_dtype": "fp8",
+    "attention": "cudnn,triton",
     "max_batch_size": "4",
     "host": "::1",
     "port": "0",

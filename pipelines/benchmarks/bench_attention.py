@@ -1,0 +1,121 @@
+"""Every attention that this device can run, at FLUX's sizes: the figures that decide their order.
+
+    make bench-attention ARGS="--rows 4826 --dtype bfloat16"
+
+One call as a block makes it: 24 heads of 128, folded text, 729 Redux rows at half strength, the
+image's rows, filled up to the implementation's multiple. Prints JSON, also written to
+bench-results/attention.json, with the reason of each that was refused. Calls alternate, so that
+what else the machine does falls on all; a figure is the median.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import environment
+from torch import Tensor
+
+from redux_pipelines.attention import Groups, Implementation, KeyGroup
+from redux_pipelines.attention_choice import IMPLEMENTATIONS, candidates_for, refusal
+from redux_pipelines.components import resolve_device, resolve_dtype
+
+HEADS, HEAD_DIM = 24, 128
+REDUX_ROWS = 729
+ROWS = (1754, 4826, 9946)
+"""Folded rows at 512 × 512, 1024 × 1024 and 1536 × 1536."""
+
+
+def main() -> None:
+    """Measure, print and save."""
+    arguments = _arguments()
+    device = resolve_device(arguments.device)
+    dtype = resolve_dtype(arguments.dtype, device)
+    candidates = candidates_for(arguments.attention)
+    is_asked = arguments.attention != "auto"
+    refusals = {
+        each.name: refusal(each, device, dtype, HEAD_DIM, asked_for=is_asked) for each in candidates
+    }
+    usable = [each for each in IMPLEMENTATIONS if refusals.get(each.name, "not asked") is None]
+    report = {
+        "environment": environment(str(device), dtype=str(dtype), threads=torch.get_num_threads()),
+        "refused": {name: reason for name, reason in refusals.items() if reason},
+        "milliseconds": {
+            rows: _measure(usable, rows, device, dtype, arguments.repeats)
+            for rows in arguments.rows
+        },
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time each attention.")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="keys (%(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--attention", default="auto", help="names to time (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("bench-results/attention.json"))
+    return parser.parse_args()
+
+
+def _measure(
+    usable: list[Implementation],
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+) -> dict[str, Any]:
+    """Median milliseconds a call and TFLOP/s by name."""
+    inputs = {each.name: _inputs(rows, each.row_multiple, device, dtype) for each in usable}
+    times: dict[str, list[float]] = {each.name: [] for each in usable}
+    with torch.inference_mode():
+        for _ in range(repeats + 2):
+            for each in usable:
+                times[each.name].append(_time_ms(each, inputs[each.name], device))
+    tera = 4 * HEADS * HEAD_DIM * rows**2 / 1e12
+    medians = {name: statistics.median(taken[2:]) for name, taken in times.items()}
+    return {
+        name: {"ms": round(ms, 3), "tflops": round(1000 * tera / ms, 2)}
+        for name, ms in medians.items()
+    }
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Groups]
+
+
+def _inputs(rows: int, multiple: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Rows as the network lays them out, after those that fill up."""
+    filling = -rows % multiple
+    qk = torch.randn(1, filling + rows, 2, HEADS, HEAD_DIM).to(device, dtype)
+    v = torch.randn(1, filling + rows, HEADS, HEAD_DIM).to(device, dtype)
+    q, k = (each.transpose(1, 2) for each in qk.unbind(2))
+    groups = [KeyGroup(1, math.log(512)), KeyGroup(REDUX_ROWS, math.log(0.5))]
+    groups.append(KeyGroup(rows - 1 - REDUX_ROWS, 0.0))
+    if filling:
+        groups.insert(0, KeyGroup(filling, -math.inf))
+    return q, k, v.transpose(1, 2), tuple(groups)
+
+
+def _time_ms(attention: Implementation, inputs: Inputs, device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        attention(*inputs)
+        return 1000 * (time.perf_counter() - started)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(torch.cuda.current_stream(device))
+    attention(*inputs)
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+if __name__ == "__main__":
+    main()
