@@ -15,6 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from redux_kernels import dispatch
+from redux_kernels.merge_folded_key import merge_folded_key
+
 
 @dataclass(frozen=True, slots=True)
 class KeyGroup:
@@ -65,9 +68,15 @@ def key_bias(groups: Groups, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def grouped(partial: Partial) -> Attention:
-    """Attention from one ``partial`` call per group, merged by the groups' log-sum-exps."""
+    """Attention from one ``partial`` call per group, merged by the groups' log-sum-exps.
+
+    On a GPU a folded key in front of the largest group is seen by that group's call, and a kernel
+    adds its copies.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+        if is_folded(groups) and dispatch.runs_kernel("merge_folded_key", q):
+            return folded(partial, (q, k, v), groups)
         parts = _parts(partial, (q, k, v), groups)
         out, lse = next(parts)
         for other, other_lse in parts:
@@ -77,6 +86,29 @@ def grouped(partial: Partial) -> Attention:
         return out
 
     return attend
+
+
+def is_folded(groups: Groups) -> bool:
+    """Whether one key that stands for several comes last but for those that are as they are.
+
+    Keys before these may only be unseen ones.
+    """
+    *hidden, one, others = groups if len(groups) > 1 else (groups[0], groups[0])
+    is_one = one.rows == 1 and one.bias > 0.0 == others.bias
+    return is_one and all(group.bias == -math.inf for group in hidden)
+
+
+def folded(partial: Partial, qkv: tuple[Tensor, Tensor, Tensor], groups: Groups) -> Tensor:
+    """Attention over groups that are ``is_folded``: one ``partial`` call, then the copies."""
+    *_, one, others = groups
+    first = sum(group.rows for group in groups) - others.rows - 1
+    q, k, v = qkv[0], qkv[1][:, :, first:], qkv[2][:, :, first:]
+    out, lse = partial(q, k, v)
+    copies = torch.full((len(q),), math.exp(one.bias), device=q.device)
+    into = torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format)
+    into = into.transpose(1, 2)  # rows before heads, as the next linear reads them
+    merge_folded_key(q, k[:, :, 0], v[:, :, 0], out, lse.squeeze(-1), copies, into)
+    return into
 
 
 def _parts(

@@ -120,9 +120,6 @@ def _engine_denoiser(
     dtype: torch.dtype,
 ) -> EngineDenoiser:
     params = FluxParams.of(config)
-    attend = attention_choice.resolve(options.attention, device, dtype, params.head_dim)
-    for name, reason in attend.refusals.items():
-        logger.debug("attention %s is not used: it %s", name, reason)
     wanted = options.transformer_dtype
     tensors = choose_tensors(wanted, config, Shards(folder), device=device, dtype=dtype)
     flux = load_flux(params, tensors, device=device, dtype=dtype)
@@ -135,6 +132,10 @@ def _engine_denoiser(
     )
     for name, reason in glue.refusals.items():
         logger.log(_level(device), "kernel %s is not used: %s", name, reason)
+    # after the kernels' own test, so that attention's includes the merging one
+    attend = attention_choice.resolve(options.attention, device, dtype, params.head_dim)
+    for name, reason in attend.refusals.items():
+        logger.debug("attention %s is not used: it %s", name, reason)
     logger.info("attention: %s, operators: %s", attend.attention.name, glue.operators.name)
     return EngineDenoiser(flux, attend.attention, glue.operators)
 

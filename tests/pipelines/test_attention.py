@@ -153,3 +153,44 @@ def test_gpu_implementations_are_exact_at_a_pictures_size(attend):
     q, k, v = (x.cuda() for x in _qkv(4832, 300, width=128, batch=2, dtype=torch.bfloat16))
     exact = reference(q.float(), k.float(), v.float(), groups)
     assert (attend(q, k, v, groups).float() - exact).norm() / exact.norm() < 1e-2
+
+
+def _plain(q, k, v):
+    """A ``Partial`` in plain torch."""
+    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return logits.softmax(-1) @ v, logits.logsumexp(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("hidden", [0, 6])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_folded_key_gets_its_copies_after_one_call(hidden, batch):
+    calls = []
+
+    def partial(q, k, v):
+        calls.append(k.shape[2])
+        return _plain(q, k, v)
+
+    q, k, v = _qkv(20 + hidden, 9, batch=batch, dtype=torch.float32)
+    seen = (KeyGroup(1, math.log(512)), KeyGroup(19, 0.0))
+    groups = (KeyGroup(hidden, -math.inf), *seen) if hidden else seen
+    assert attention.is_folded(groups)
+    out = attention.folded(partial, (q, k, v), groups)
+    torch.testing.assert_close(out, reference(q, k, v, groups), atol=2e-6, rtol=1e-5)
+    assert calls == [20]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        (KeyGroup(20, 0.0),),
+        (KeyGroup(2, math.log(512)), KeyGroup(18, 0.0)),
+        (KeyGroup(1, math.log(0.5)), KeyGroup(19, 0.0)),
+        (KeyGroup(1, math.log(512)), KeyGroup(19, 0.1)),
+        (KeyGroup(1, math.log(512)), KeyGroup(3, -math.inf), KeyGroup(16, 0.0)),
+        (KeyGroup(3, 0.0), KeyGroup(1, math.log(512)), KeyGroup(16, 0.0)),
+    ],
+    ids=str,
+)
+def test_other_groups_are_not_folded(groups):
+    assert not attention.is_folded(groups)
