@@ -29,6 +29,7 @@ from redux_pipelines.fp8_choice import (
 )
 from redux_pipelines.image_encoder import ImageEncoder, Preprocessing
 from redux_pipelines.options import LoadOptions
+from redux_pipelines.precision import slow_reason
 from redux_pipelines.redux import Components
 from redux_pipelines.text_encoders import TextEncoders, TextSizes
 from redux_pipelines.transformer import FluxParams
@@ -47,6 +48,8 @@ def load_components(base: Path, redux: Path, options: LoadOptions) -> Components
     """
     place = resolve_device(options.device)
     kind = resolve_dtype(options.dtype, place)
+    if (reason := slow_reason(place, kind)) is not None:
+        logger.warning("%s", reason)
     check_transformer_dtype(options.transformer_dtype, options.backend, place, kind)
     with _weights_errors(base, redux):
         config = FluxTransformer2DModel.load_config(base / "transformer")

@@ -34,7 +34,6 @@ NETWORK_FILESYSTEMS = frozenset(
     | {"fuse.sshfs", "fuse.s3fs"}
 )
 _LITTLE_SPACE_BYTES = 2 * 2**30
-_BFLOAT16_SINCE = (8, 0)  # compute capability
 
 
 Check = Callable[[ServerSettings], Iterator[Finding]]
@@ -109,8 +108,8 @@ def check_gpu(settings: ServerSettings) -> Iterator[Finding]:
     yield Finding(
         Level.OK, "would run", f"{settings.backend} backend, {dtype} on {', '.join(wanted)}"
     )
-    if dtype == "bfloat16" and not lacking:
-        yield from _slow_bfloat16([_index(name) for name in wanted if name != "cpu"])
+    if not lacking:
+        yield from _slow_dtype(dtype, wanted)
 
 
 def _describe_gpu(index: int) -> str:
@@ -123,13 +122,15 @@ def _describe_gpu(index: int) -> str:
     return f"{text}, {gigabytes(total_bytes)}{few}"
 
 
-def _slow_bfloat16(indices: list[int]) -> Iterator[Finding]:
+def _slow_dtype(dtype: str, wanted: list[str]) -> Iterator[Finding]:
     import torch
 
-    for index in indices:
-        if torch.cuda.get_device_capability(index) < _BFLOAT16_SINCE:
-            text = f"cuda:{index} has no bfloat16 units, so it is slow; try --dtype float16"
-            yield Finding(Level.NOTE, "dtype", text)
+    from redux_pipelines.precision import slow_reason
+
+    for name in wanted:
+        device = torch.device("cpu" if name == "cpu" else f"cuda:{_index(name)}")
+        if (reason := slow_reason(device, getattr(torch, dtype))) is not None:
+            yield Finding(Level.NOTE, "dtype", reason)
 
 
 def _index(device: str) -> int:
