@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 PREFIX = "FLUX_REDUX_"
+_ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton", "efficient")
+_ON_CPU = ("biased", "flash-cpu")
+_ATTENTIONS = (*_ON_GPU, *_ON_CPU)
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _COMPUTED = Path()  # stands for a default that is known only when settings are built
 _SHOWN_DATA_DIR = "~/.local/share/flux-redux"
@@ -88,10 +91,9 @@ class ModelSettings:
     )
     attention: str = option(
         "auto",
-        "auto (the first that passes its self-test, see doctor), or names of those that may be "
-        "used, in order: flash4, flash3, flash3-hub (downloads a kernel), cudnn, flash2, flash, "
-        "triton, efficient; on a CPU biased, flash-cpu",
-        pattern=r"auto|[a-z0-9-]+(,[a-z0-9-]+)*",
+        "auto (the first that passes its self-test, see doctor), or those that may be used, in "
+        f"order, of {', '.join(_ATTENTIONS)} (flash3-hub downloads a kernel)",
+        pattern=r"auto|({0})(,({0}))*".format("|".join(_ATTENTIONS)),
     )
     safety_threshold: float = option(
         0.8, "score from which an image is withheld", minimum=0.01, maximum=1

@@ -223,7 +223,7 @@ class _Spy:
     """A denoiser that remembers weakly what it handed out."""
 
     name = "spy"
-    attention = "none"
+    attention = "spy"
     caches: ClassVar = {}
 
     def __init__(self, denoiser):

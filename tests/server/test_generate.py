@@ -224,4 +224,5 @@ def test_the_model_settings_reach_the_pipeline(
         "device": "auto",
         "dtype": "float32",
         "max_batch_size": 1,
+        "attention": "auto",
     }

@@ -125,6 +125,8 @@ def test_what_kubernetes_sets_for_a_service_named_flux_redux_is_ignored() -> Non
         ("model", "flux", "must be one of mini, flux-dev, flux-schnell, tiny, fake"),
         ("dtype", "fp8", "must be one of auto, float32"),
         ("device", "gpu", "must be auto"),
+        ("attention", "cuddn", "must be auto (the first that passes its self-test"),
+        ("attention", "cudnn,auto", "must be auto"),
         ("device", "cuda:0,", "must be auto"),
         ("device", "cpu,cuda:0", "must be auto"),
         ("force_safety_checker", "perhaps", "must be true or false"),
