@@ -1,13 +1,13 @@
 """The flash attentions one can install beside torch: FlashAttention 2, 3 and 4.
 
-What each is called with and gives, read from their sources in October 2026, none run here:
+What each is called with and gives, read from their sources of August 2026, none run here:
 
 * FlashAttention-4, package ``flash-attn-4`` (4.0 betas; Dao-AILab/flash-attention 0251105,
   flash_attn/cute/interface.py): ``flash_attn_func(q, k, v, …, softmax_scale, …, return_lse)`` gives
-  ``(out, lse)`` always, ``lse`` None without ``return_lse``. Heads to 128 and multiples of 8. Its
-  README names Hopper and Blackwell. Compiles at the first call.
+  ``(out, lse)`` always, ``lse`` None without ``return_lse``. Heads of up to 128, a multiple of 8.
+  Its README names Hopper and Blackwell. Compiles at the first call.
 * FlashAttention-3, module ``flash_attn_interface`` (the same repository's hopper/), or
-  ``kernels-community/flash-attn3`` version 1 of the Hugging Face Hub through ``kernels`` 0.12 or later:
+  ``kernels-community/flash-attn3`` version 1 of the Hugging Face Hub through ``kernels`` 0.17:
   ``flash_attn_func(q, k, v, softmax_scale, …, return_attn_probs)`` gives ``(out, lse)`` with
   ``return_attn_probs`` (since pull request 1851, August 2025). Hopper.
 * FlashAttention-2, package ``flash-attn`` 2.8: ``flash_attn_func(q, k, v, dropout_p,
