@@ -113,7 +113,7 @@ def measure(kernel: Any) -> dict[str, Any]:
         "wide": wide,
         "narrow": sum(accesses.values()) - wide,
         "float64": kernel.asm["ptx"].count(".f64"),
-        "mma": sorted(set(re.findall(r"\b\w*MMA\b", code))),
+        "mma": sorted(set(re.findall(r"\s([A-Z]+MMA)\b", code))),
     }
 
 
