@@ -1,10 +1,10 @@
-"""The transformer behind a small interface: prepare a request once, predict at every step.
+"""The transformer behind a small interface: prepare a request, start a run per batch, predict.
 
 ``prepare`` receives all that stays the same over the steps, so that a faster backend can embed the
 text once, compute every modulation of the schedule in one go, keep RoPE tables per grid and fold
-equal text tokens. ``redux_pipelines.engine`` does all this; ``DiffusersDenoiser`` runs diffusers'
-own network, does none of it, and is what the engine is measured against. Knows no images and no
-sampling loop.
+equal text tokens. A run holds what one step leaves to the next. ``redux_pipelines.engine`` does all
+this; ``DiffusersDenoiser`` runs diffusers' own network, does none of it, and is what the engine is
+measured against. Knows no images and no sampling loop.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,54 @@ import torch
 from torch import Tensor
 
 from redux_pipelines.lru import LRU
+from redux_pipelines.quality import Tier
 from redux_pipelines.sampling import Grid, Schedule, image_ids
 from redux_pipelines.tokens import Conditioning
+from redux_pipelines.types import Quality
+
+
+class Run(Protocol):
+    """One pass over all steps of a schedule, of one batch of images.
+
+    It is begun for that batch alone, and whoever lets go of it frees what it holds.
+    """
+
+    @property
+    def reused(self) -> int:
+        """Steps so far that reused a part of an earlier one."""
+        ...
+
+    def predict(self, img: Tensor, step: int) -> Tensor:
+        """Velocity of ``img (B, L, C)`` at ``step``; steps come in their order, each once."""
+        ...
 
 
 class PreparedDenoiser(Protocol):
     """A transformer made ready for one conditioning, schedule and grid. Not shared by requests."""
 
     def predict(self, img: Tensor, step: int) -> Tensor:
-        """Velocity of ``img (B, L, C)`` at step ``step`` of the schedule, same shape and dtype."""
+        """Exact velocity of ``img (B, L, C)`` at step ``step``, same shape and dtype."""
         ...
+
+    def start(self, tier: Tier) -> Run:
+        """Begin a run. ``tier`` is one of those that the denoiser's ``qualities`` name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExactRun:
+    """A ``Run`` that computes every step."""
+
+    prepared: PreparedDenoiser
+
+    @property
+    def reused(self) -> int:
+        """None."""
+        return 0
+
+    def predict(self, img: Tensor, step: int) -> Tensor:
+        """See ``Run``."""
+        return self.prepared.predict(img, step)
 
 
 class Denoiser(Protocol):
@@ -39,6 +77,11 @@ class Denoiser(Protocol):
     @property
     def attention(self) -> str:
         """What computes its attention, for ``ModelInfo``."""
+        ...
+
+    @property
+    def qualities(self) -> tuple[Quality, ...]:
+        """The tiers it has."""
         ...
 
     @property
@@ -61,6 +104,7 @@ class DiffusersDenoiser:
 
     name = "diffusers"
     attention = "native"
+    qualities: tuple[Quality, ...] = ("exact",)
     caches: Mapping[str, LRU[Any, Any]] = MappingProxyType({})
 
     def __init__(self, transformer: Any) -> None:
@@ -119,3 +163,8 @@ class _PreparedDiffusers:
             return_dict=False,
         )[0]
         return velocity
+
+    def start(self, tier: Tier) -> Run:
+        if tier.cache is not None:
+            raise ValueError("a step cache needs the engine backend; this one is diffusers")
+        return ExactRun(self)

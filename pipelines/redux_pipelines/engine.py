@@ -1,4 +1,4 @@
-"""The transformer backend ``engine``: exact, and without what need not be computed.
+"""The transformer backend ``engine``: without what need not be computed; exact, unless told not to.
 
 Equal text tokens are one row; text is embedded once a request; modulations and RoPE tables are
 kept for the next request of the same kind. Knows no images and no sampling loop.
@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from redux_pipelines.attention import Implementation
+from redux_pipelines.denoiser import ExactRun, Run
 from redux_pipelines.layers import Rope, rope_table
 from redux_pipelines.lru import LRU, digest, tensor_bytes
 from redux_pipelines.operators import Operators
+from redux_pipelines.quality import Tier
 from redux_pipelines.sampling import Grid, Schedule
+from redux_pipelines.step_cache import CachedRun
 from redux_pipelines.tokens import Conditioning, lay_out
 from redux_pipelines.transformer import Flux, Joint
+from redux_pipelines.types import QUALITIES
 
 MODULATION_CACHE_BYTES = 256 * 2**20
 """Four schedules of FLUX.1 at 28 steps in bfloat16."""
@@ -30,6 +34,7 @@ class EngineDenoiser:
     """FLUX's transformer with tables of modulations and rotations kept between requests."""
 
     name = "engine"
+    qualities = QUALITIES
 
     def __init__(self, flux: Flux, attention: Implementation, operators: Operators) -> None:
         self._flux = flux
@@ -109,6 +114,11 @@ class _PreparedEngine:
     def predict(self, img: Tensor, step: int) -> Tensor:
         velocity: Tensor = self.flux(img, self.txt, self.modulation[step], self.joint)
         return velocity
+
+    def start(self, tier: Tier) -> Run:
+        if tier.cache is None:
+            return ExactRun(self)
+        return CachedRun(self.flux, self.txt, self.modulation, self.joint, tier.cache)
 
 
 def _times(schedule: Schedule, guidance: float, like: Tensor) -> tuple[Tensor, Tensor]:

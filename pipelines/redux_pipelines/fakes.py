@@ -10,7 +10,14 @@ from collections.abc import Generator
 from PIL import Image
 
 from redux_pipelines.images import to_rgb
-from redux_pipelines.types import CacheStats, GenerationRequest, ModelInfo, Progress, Result
+from redux_pipelines.types import (
+    CacheStats,
+    GenerationRequest,
+    ModelInfo,
+    Progress,
+    Quality,
+    Result,
+)
 from redux_pipelines.validation import check_request
 
 SLOW_STEP_S = 0.02
@@ -21,10 +28,13 @@ class FakePipeline:
     """Plain-coloured pictures; the colour depends on seed, prompt and the input's mean colour.
 
     Each step sleeps ``step_s`` seconds. A request whose prompt contains ``fail_on`` raises
-    ``RuntimeError`` after its first step.
+    ``RuntimeError`` after its first step. A ``quality`` is reported and changes nothing.
     """
 
-    def __init__(self, *, step_s: float = 0.0, fail_on: str | None = None) -> None:
+    def __init__(
+        self, *, step_s: float = 0.0, fail_on: str | None = None, quality: Quality = "exact"
+    ) -> None:
+        self._quality = quality
         self._step_s = step_s
         self._fail_on = fail_on
 
@@ -61,7 +71,8 @@ class FakePipeline:
             "denoise_s": denoised - encoded,
             "decode_s": time.perf_counter() - denoised,
         }
-        yield Result(images, seeds, timings)
+        quality = request.quality or self._quality
+        yield Result(images, seeds, timings, quality=quality, computed_steps=total)
 
 
 def _plain(request: GenerationRequest, seed: int, mean: bytes) -> Image.Image:

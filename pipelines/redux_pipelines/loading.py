@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fakes import SLOW_STEP_S, FakePipeline
 from redux_pipelines.options import LoadOptions
-from redux_pipelines.types import Pipeline
+from redux_pipelines.types import QUALITIES, Pipeline, Quality
 from redux_weights.embedded import find_mini
 from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
 
@@ -84,8 +84,9 @@ def load_pipeline(
         raise ValueError(f"backend={how.backend!r} is not one of 'diffusers', 'engine'")
     if model not in (None, *MODELS):
         raise ValueError(f"model={model!r} is not one of {', '.join(MODELS)}")
+    tier = _quality(how.quality, how.backend)
     if model in ("fake", "fake-slow"):
-        return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S)
+        return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S, quality=tier)
     _check_attention(how.attention, how.backend)
     _silence_bars()
     if base is None and model == MINI:
@@ -108,6 +109,17 @@ def _check_attention(attention: str, backend: str) -> None:
     from redux_pipelines.attention_choice import candidates_for
 
     candidates_for(attention)
+
+
+def _quality(name: str, backend: str) -> Quality:
+    found = next((each for each in QUALITIES if each == name), None)
+    if found is None:
+        raise ValueError(f"quality={name!r} is not one of {', '.join(map(repr, QUALITIES))}")
+    if found != "exact" and backend != "engine":
+        raise ValueError(
+            f"quality={name!r} needs backend='engine': backend={backend!r} has only 'exact'"
+        )
+    return found
 
 
 def _silence_bars() -> None:
@@ -161,7 +173,12 @@ def _assemble(
     components = load_components(base, redux, how)
     if preload_text:
         components.text_encoders.load()
-    pipeline = ReduxPipeline(components, name=name, max_batch_size=how.max_batch_size)
+    pipeline = ReduxPipeline(
+        components,
+        name=name,
+        max_batch_size=how.max_batch_size,
+        quality=_quality(how.quality, how.backend),
+    )
     logger.info("loaded %s", pipeline.info)
     return pipeline
 

@@ -17,7 +17,9 @@ class LoadOptions:
     ``dtype``; fp8: large layers in e4m3, quantised while they load if need be (approximate).
     ``attention`` auto: the engine's first that passes its self-test; or the names of those that may
     be taken, in order, separated by commas (``attention_choice.NAMES``). ``max_batch_size`` images
-    are denoised together.
+    are denoised together. ``quality`` is the tier of requests that name none: ``exact``,
+    ``balanced`` or ``fast``; the last two reuse steps' work, need the engine, and were tuned on
+    ``mini`` only.
     """
 
     backend: str = "engine"
@@ -25,4 +27,5 @@ class LoadOptions:
     dtype: str = "auto"
     transformer_dtype: str = "auto"
     attention: str = "auto"
+    quality: str = "exact"
     max_batch_size: int = 1

@@ -14,12 +14,21 @@ from torch import Tensor
 
 from redux_pipelines import sampling
 from redux_pipelines.autoencoder import Autoencoder
-from redux_pipelines.denoiser import Denoiser, PreparedDenoiser
+from redux_pipelines.denoiser import Denoiser, PreparedDenoiser, Run
+from redux_pipelines.errors import RequestError
 from redux_pipelines.image_encoder import ImageEncoder
+from redux_pipelines.quality import TIERS
 from redux_pipelines.sampling import Grid, Scheduler
 from redux_pipelines.text_encoders import TextEncoders
 from redux_pipelines.tokens import Conditioning, Tokens
-from redux_pipelines.types import CacheStats, GenerationRequest, ModelInfo, Progress, Result
+from redux_pipelines.types import (
+    CacheStats,
+    GenerationRequest,
+    ModelInfo,
+    Progress,
+    Quality,
+    Result,
+)
 from redux_pipelines.validation import check_request
 
 
@@ -50,13 +59,23 @@ class ReduxPipeline:
     """FLUX.1 + Redux: variations of a picture.
 
     With ``max_batch_size=1`` each image of a request is denoised on its own and is bitwise the
-    same however many are asked for; larger batches agree to about one grey level in 255.
+    same however many are asked for; larger batches agree to about one grey level in 255, unless the
+    step cache of a ``quality`` below exact decides differently for them: a batch decides as one.
     """
 
-    def __init__(self, components: Components, *, name: str, max_batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        components: Components,
+        *,
+        name: str,
+        max_batch_size: int = 1,
+        quality: Quality = "exact",
+    ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
+        _check_tier(components.denoiser, quality)
         self._parts = components
+        self._quality = quality
         self._max_batch_size = max_batch_size
         self._info = ModelInfo(
             name=name,
@@ -88,23 +107,38 @@ class ReduxPipeline:
         still be running. Raises ``RequestError``.
         """
         check_request(request)
+        quality = request.quality or self._quality
+        _check_tier(self._parts.denoiser, quality)
         if _needs_text(request):
             self._parts.text_encoders.require()
-        return self._run(request)
+        return self._run(request, quality)
 
-    def _run(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
+    def _run(
+        self, request: GenerationRequest, quality: Quality
+    ) -> Generator[Progress | Result, None, None]:
         clock = _Clock(self._parts.device)
         grid = sampling.grid_for(request.width, request.height, self._info.size_multiple)
         conditioning = self._encode(request)
         clock.lap("encode_s")
         prepared = self._prepare(conditioning, request, grid)
         images: list[Image.Image] = []
+        reused = 0
         for seeds in _chunks(request, self._max_batch_size):
-            img = yield from self._denoise(request, prepared, grid, seeds)
+            run = prepared.start(TIERS[quality])
+            img = yield from self._denoise(request, run, grid, seeds)
+            reused += run.reused * len(seeds)
+            del run  # before decoding needs the room
             clock.lap("denoise_s")
             images += self._decode(img, grid, request)
             clock.lap("decode_s")
-        yield Result(tuple(images), tuple(_seeds(request)), clock.seconds)
+        yield Result(
+            images=tuple(images),
+            seeds=tuple(_seeds(request)),
+            timings=clock.seconds,
+            quality=quality,
+            computed_steps=request.num_inference_steps * request.num_images - reused,
+            reused_steps=reused,
+        )
 
     def _encode(self, request: GenerationRequest) -> Conditioning:
         text = self._parts.text_encoders
@@ -113,7 +147,7 @@ class ReduxPipeline:
         return Conditioning(txt, redux, vec, guidance=float(request.guidance_scale))
 
     def _denoise(
-        self, request: GenerationRequest, prepared: PreparedDenoiser, grid: Grid, seeds: list[int]
+        self, request: GenerationRequest, run: Run, grid: Grid, seeds: list[int]
     ) -> Generator[Progress, None, Tensor]:
         """Latent tokens ``(len(seeds), L, C)`` after all steps.
 
@@ -125,7 +159,7 @@ class ReduxPipeline:
         img = self._noise(seeds, grid)
         fence = _fence(self._parts.device)
         for step in range(steps):
-            img = _advance(prepared, scheduler, img, step)
+            img = _advance(run, scheduler, img, step)
             previous, fence = fence, _fence(self._parts.device)
             if previous is not None:  # never more than one step queued beyond what is reported
                 previous.synchronize()
@@ -154,9 +188,18 @@ class ReduxPipeline:
 
 
 @torch.inference_mode()
-def _advance(prepared: PreparedDenoiser, scheduler: Scheduler, img: Tensor, step: int) -> Tensor:
-    velocity = prepared.predict(img, step)
+def _advance(run: Run, scheduler: Scheduler, img: Tensor, step: int) -> Tensor:
+    velocity = run.predict(img, step)
     return scheduler.step(velocity, scheduler.timesteps[step], img, return_dict=False)[0]
+
+
+def _check_tier(denoiser: Denoiser, quality: Quality) -> None:
+    if quality not in denoiser.qualities:
+        allowed = ", ".join(map(repr, denoiser.qualities))
+        raise RequestError(
+            f"quality={quality!r} is not available with the backend {denoiser.name!r}, which has "
+            f"{allowed}: ask for that, or use the backend 'engine'"
+        )
 
 
 def centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -258,7 +258,9 @@ class Flux(nn.Module):
             block: Any = self.single_blocks[index - doubles]
             run = block.forward_img if index == self.num_blocks - 1 else block
             stream = run(stream, self._rows(mod, index), joint)
-        return joint.operators.settle(stream)
+        x = joint.operators.settle(stream)
+        ends_with_doubles = end == self.num_blocks == doubles
+        return x[:, joint.txt_rows :] if ends_with_doubles else x
 
     def _run_doubles(self, x: Tensor, mod: Tensor, joint: Joint, blocks: range) -> Tensor:
         end = joint.txt_rows
@@ -269,9 +271,8 @@ class Flux(nn.Module):
 
     def project_out(self, x: Tensor, mod: Tensor, joint: Joint) -> Tensor:
         """Velocity ``(B, L, C)`` from what the last block left."""
-        img = Residual(x[:, joint.txt_rows :] if self.num_blocks == len(self.double_blocks) else x)
         scale, shift = mod[-FINAL_ROWS:]
-        return joint.operators.normed_linear(img, shift, scale, self.final)[1]
+        return joint.operators.normed_linear(Residual(x), shift, scale, self.final)[1]
 
     def _rows(self, mod: Tensor, index: int) -> Tensor:
         """The rows of a step's modulations that belong to a block."""

@@ -5,10 +5,14 @@ Imports no torch, so that a server can speak of requests without loading a model
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol, get_args
 
 from PIL import Image
 
+Quality = Literal["exact", "balanced", "fast"]
+"""What may be approximated: nothing; what is hardly seen; more (``redux_pipelines.quality``)."""
+
+QUALITIES: Final[tuple[Quality, ...]] = get_args(Quality)
 MIN_SIDE = 512
 MAX_SIDE = 1536
 MAX_STEPS = 50
@@ -24,6 +28,7 @@ class GenerationRequest:
     Sizes are pixels of the output. ``seed`` is that of the first image; image *i* uses
     ``seed + i``. ``empty_prompt`` says what ``prompt == ""`` means: ``"zeros"`` feeds zero
     embeddings (the Redux model card's way), ``"encode"`` encodes the empty string (BFL's way).
+    ``quality`` None is the pipeline's default.
     """
 
     image: Image.Image
@@ -35,6 +40,7 @@ class GenerationRequest:
     guidance_scale: float = 3.5
     num_images: int = 1
     empty_prompt: Literal["zeros", "encode"] = "zeros"
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,17 @@ class Progress:
 class Result:
     """The finished images (RGB, exactly the size asked for), one seed each.
 
-    ``timings`` holds seconds per stage: ``encode_s``, ``denoise_s``, ``decode_s``.
+    ``timings`` holds seconds per stage: ``encode_s``, ``denoise_s``, ``decode_s``. ``quality`` is
+    the tier that was used. Of the denoising steps of all images, ``computed_steps`` ran the whole
+    transformer; ``reused_steps`` ran a part of it and reused the rest from a step before.
     """
 
     images: tuple[Image.Image, ...]
     seeds: tuple[int, ...]
     timings: Mapping[str, float] = field(default_factory=dict)
+    quality: Quality = "exact"
+    computed_steps: int = 0
+    reused_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from redux_pipelines.types import (
     MAX_STEPS,
     MIN_GUIDANCE,
     MIN_SIDE,
+    QUALITIES,
     GenerationRequest,
 )
 
@@ -37,6 +38,9 @@ def check_request(request: GenerationRequest) -> None:
     if request.empty_prompt not in _EMPTY_PROMPTS:
         allowed = " or ".join(map(repr, _EMPTY_PROMPTS))
         raise RequestError(f"empty_prompt is {_given(request.empty_prompt)}: it must be {allowed}")
+    if request.quality not in (None, *QUALITIES):
+        allowed = ", ".join(map(repr, QUALITIES))
+        raise RequestError(f"quality is {_given(request.quality)}: it must be one of {allowed}")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from redux_pipelines.types import QUALITIES
 from redux_server import __version__
 from redux_server.settings import (
     ClientSettings,
@@ -38,6 +39,7 @@ _DEMO_FIELDS = (
     "device",
     "dtype",
     "transformer_dtype",
+    "quality",
 )
 
 
@@ -148,6 +150,12 @@ def _add_client(verbs: Any) -> None:
     submit.add_argument("image", metavar="IMAGE", help="a file or a URL")
     add_flags(submit, ClientSettings)
     _add_parameters(submit)
+    submit.add_argument(
+        "--quality",
+        default=argparse.SUPPRESS,
+        metavar="{" + ",".join(QUALITIES) + "}",
+        help="how much may be approximated (default: as the server was started)",
+    )
     submit.add_argument("--wait", action="store_true", help="wait, and save the images")
     submit.add_argument("-o", "--out", default=".", metavar="DIR", help="where to save them")
     submit.set_defaults(verb=_submit)

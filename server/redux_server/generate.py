@@ -16,7 +16,14 @@ from PIL import Image
 
 from redux_pipelines.errors import ImageError, ReduxError
 from redux_pipelines.images import encode_png, to_rgb
-from redux_pipelines.types import GenerationRequest, ModelInfo, Pipeline, Result, SafetyChecker
+from redux_pipelines.types import (
+    GenerationRequest,
+    ModelInfo,
+    Pipeline,
+    Quality,
+    Result,
+    SafetyChecker,
+)
 from redux_server.cli import UsageError
 from redux_server.client import (
     ClientError,
@@ -43,6 +50,8 @@ class _Made:
     flags: tuple[bool, ...]
     info: ModelInfo
     timings: dict[str, float]
+    quality: Quality
+    reused_steps: int
 
 
 def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
@@ -64,11 +73,13 @@ def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
             num_inference_steps=wanted["num_inference_steps"],
             guidance_scale=wanted["guidance_scale"],
             num_images=wanted["num_images"],
+            quality=wanted.get("quality"),
         )
         make_folder(paths[0].parent)
         made = _make(request, settings, is_checked=given.enable_safety_checker)
         for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
-            save(path, encode_png(image, provenance(made.info, request, seed)))
+            chunks = provenance(made.info, request, seed=seed, quality=made.quality)
+            save(path, encode_png(image, chunks))
     except (ReduxError, ClientError) as error:
         note(str(error))
         return 1
@@ -119,6 +130,8 @@ def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bo
         flags=flags,
         info=pipeline.info,
         timings={stage: round(timings.get(stage, 0.0), 4) for stage in _STAGES},
+        quality=result.quality,
+        reused_steps=result.reused_steps,
     )
 
 
@@ -126,18 +139,7 @@ def _load(settings: ModelSettings) -> Pipeline:
     from redux_pipelines.loading import load_pipeline
 
     try:
-        return load_pipeline(
-            model=settings.model,
-            base=settings.base or None,
-            redux=settings.redux or None,
-            revision=settings.revision or None,
-            backend=settings.backend,
-            device=settings.device,
-            dtype=settings.dtype,
-            transformer_dtype=settings.transformer_dtype,
-            max_batch_size=settings.max_batch_size,
-            attention=settings.attention,
-        )
+        return load_pipeline(**settings.pipeline_options())
     except ValueError as error:  # an option this machine cannot serve, such as --device cuda
         raise UsageError(str(error)) from error
 
@@ -164,6 +166,8 @@ def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:
             "files": [str(path) for path in paths],
             "has_nsfw_contents": made.flags,
             "model": made.info.name,
+            "quality": made.quality,
+            "reused_steps": made.reused_steps,
             "timings": made.timings,
         }
         print(json.dumps(summary))

@@ -30,6 +30,9 @@ QUEUED = Histogram("flux_redux_task_queue_seconds", "From accepting to starting.
 INFERENCE = Histogram("flux_redux_task_inference_seconds", "On the device.", buckets=_SECONDS)
 E2E = Histogram("flux_redux_task_e2e_seconds", "From accepting to the end.", buckets=_SECONDS)
 STAGES = Histogram("flux_redux_stage_seconds", "Parts of a task.", ["stage"], buckets=_SECONDS)
+STEPS = Counter(
+    "flux_redux_steps", "Denoising steps, computed or spared by the step cache.", ["quality", "how"]
+)
 CACHE_HITS = Counter("flux_redux_cache_hits", "Found in a worker's cache.", ["cache"])
 CACHE_MISSES = Counter("flux_redux_cache_misses", "Not found in a worker's cache.", ["cache"])
 CACHE_BYTES = Gauge(

@@ -59,6 +59,12 @@ class Prediction(BaseModel):
         examples=[[False]],
     )
     seeds: list[int] = Field(description="The seed of each output", examples=[[0]])
+    quality: str = Field(
+        description="The tier that made the images (empty before)", examples=["exact"]
+    )
+    reused_steps: int = Field(
+        description="Denoising steps, over all images, at which the step cache spared computation"
+    )
     status: str = Field(
         description="created, processing, completed, failed or cancelled", examples=["completed"]
     )

@@ -1,10 +1,12 @@
 """What an image says of itself, in the metadata of its PNG."""
 
-from redux_pipelines.types import GenerationRequest, ModelInfo
+from redux_pipelines.types import GenerationRequest, ModelInfo, Quality
 from redux_server import __version__
 
 
-def provenance(info: ModelInfo, request: GenerationRequest, seed: int) -> dict[str, str]:
+def provenance(
+    info: ModelInfo, request: GenerationRequest, *, seed: int, quality: Quality
+) -> dict[str, str]:
     """Text chunks for ``encode_png``. Not the prompt: whoever has the image can read them."""
     return {
         "Software": f"FLUX Redux Server {__version__}",
@@ -12,4 +14,5 @@ def provenance(info: ModelInfo, request: GenerationRequest, seed: int) -> dict[s
         "Seed": str(seed),
         "Steps": str(request.num_inference_steps),
         "Guidance": str(request.guidance_scale),
+        "Quality": quality,
     }

@@ -19,6 +19,8 @@ from redux_pipelines.types import (
     MAX_STEPS,
     MIN_GUIDANCE,
     MIN_SIDE,
+    QUALITIES,
+    Quality,
 )
 from redux_server.tasks import Outcome, Status, Task
 
@@ -45,6 +47,7 @@ ALLOWED: Final = {
     "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
     "num_images": f"an integer from 1 to {MAX_IMAGES}",
     "enable_safety_checker": "true or false",
+    "quality": "one of " + ", ".join(f'"{name}"' for name in QUALITIES),
 }
 
 
@@ -120,9 +123,17 @@ class PredictionRequest(BaseModel):
         True, description="If set to true, the safety checker will be enabled."
     )
 
+    quality: Quality | None = Field(
+        None,
+        description="An extension of this server. exact computes every step; balanced and fast "
+        "reuse work between steps. Left out, it is what the server was started with.",
+    )
+
     def parameters(self) -> dict[str, Any]:
-        """All parameters but the image, the seed picked."""
-        values = self.model_dump(exclude={"image"})
+        """All parameters but the image, the seed picked; no quality unless one was asked for."""
+        values = self.model_dump(
+            exclude={"image"} | ({"quality"} if self.quality is None else set())
+        )
         if self.seed == -1:
             values["seed"] = secrets.randbelow(2**31)
         return values
@@ -177,6 +188,8 @@ def prediction(task: Task, *, base_url: str, sign: Callable[[str, float], str]) 
         "urls": {"get": f"{base_url}/api/v3/predictions/{task.id}/result"},
         "has_nsfw_contents": outcome.has_nsfw_contents,
         "seeds": outcome.seeds,
+        "quality": outcome.quality,
+        "reused_steps": outcome.reused_steps,
         "status": task.status.value,
         "progress": _progress(task),
         "created_at": timestamp(task.created_at),

@@ -62,6 +62,11 @@ def check(settings: ServerSettings) -> None:
     """Find what would stop the server, before anything is started."""
     if settings.redux and not settings.base:
         raise UsageError("--redux needs --base: which FLUX.1 weights it goes with")
+    if settings.quality != "exact" and settings.backend != "engine":
+        raise UsageError(
+            f"--quality {settings.quality} needs --backend engine; "
+            f"{settings.backend} has only exact"
+        )
     base, redux = Path(settings.base), Path(settings.redux)
     if settings.base and base.is_dir() and redux.is_dir():
         missing = find_missing(base, redux)

@@ -15,6 +15,9 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from redux_pipelines.options import LoadOptions
+from redux_pipelines.types import QUALITIES
+
 PREFIX = "FLUX_REDUX_"
 _ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton", "efficient")
 _ON_CPU = ("biased", "flash-cpu")
@@ -95,9 +98,21 @@ class ModelSettings:
         f"order, of {', '.join(_ATTENTIONS)} (flash3-hub downloads a kernel)",
         pattern=r"auto|({0})(,({0}))*".format("|".join(_ATTENTIONS)),
     )
+    quality: str = option(
+        "exact",
+        "tier of requests that name none: exact computes every step; balanced and fast reuse work "
+        "between steps, need the engine, and were tuned on mini only, not on FLUX.1-dev",
+        choices=QUALITIES,
+    )
     safety_threshold: float = option(
         0.8, "score from which an image is withheld", minimum=0.01, maximum=1
     )
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """The arguments of ``redux_pipelines.loading.load_pipeline``."""
+        how = {item.name: getattr(self, item.name) for item in fields(LoadOptions)}
+        names = ("model", "base", "redux", "revision")
+        return {**{name: getattr(self, name) or None for name in names}, **how}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,13 +35,18 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a task ended. ``outputs`` are blob keys; ``timings`` whole milliseconds by stage."""
+    """How a task ended. ``outputs`` are blob keys; ``timings`` whole milliseconds by stage.
+
+    ``quality`` is the tier that made the images; ``reused_steps`` of their steps were not computed.
+    """
 
     status: Status
     outputs: list[str] = field(default_factory=list)
     has_nsfw_contents: list[bool] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     timings: dict[str, int] = field(default_factory=dict)
+    quality: str = ""
+    reused_steps: int = 0
     code: int = Code.OK
     error: str = ""
 

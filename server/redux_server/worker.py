@@ -22,11 +22,12 @@ from redux_pipelines.errors import ReduxError
 from redux_pipelines.images import encode_png
 from redux_pipelines.safety import black_out
 from redux_pipelines.types import GenerationRequest, Pipeline, Result, SafetyChecker
-from redux_server import __version__, metrics
+from redux_server import metrics
 from redux_server.blobs import Blobs
 from redux_server.decode import DecodeError
 from redux_server.images import ImageGone, ImageLoader
 from redux_server.netguard import FetchError
+from redux_server.provenance import provenance
 from redux_server.schemas import parse_size
 from redux_server.store import TaskStore
 from redux_server.tasks import Code, Outcome, Status, Task
@@ -202,13 +203,16 @@ class Worker:
             num_inference_steps=task.input["num_inference_steps"],
             guidance_scale=task.input["guidance_scale"],
             num_images=task.input["num_images"],
+            quality=task.input.get("quality"),
         )
         context = copy_context()  # for the log's task id
         on_device = self._device.submit(context.run, self._on_device, task, request, held, waits)
         result = on_device.result()
         for stage, seconds in result.timings.items():
             held.note(stage.removesuffix("_s"), seconds)
-        return self._store_images(task, held, result)
+        metrics.STEPS.labels(result.quality, "computed").inc(result.computed_steps)
+        metrics.STEPS.labels(result.quality, "reused").inc(result.reused_steps)
+        return self._store_images(task, request, held, result)
 
     def _on_device(
         self, task: Task, request: GenerationRequest, held: _Held, waits: Callable[[], None]
@@ -232,7 +236,9 @@ class Worker:
             self._check_lease(held)
         raise RuntimeError("the pipeline ended without a result")
 
-    def _store_images(self, task: Task, held: _Held, result: Result) -> Outcome:
+    def _store_images(
+        self, task: Task, request: GenerationRequest, held: _Held, result: Result
+    ) -> Outcome:
         flags = (False,) * len(result.images)
         if self._force_safety or task.input["enable_safety_checker"]:
             with held.timed("safety"):
@@ -242,7 +248,10 @@ class Worker:
             for i, image in enumerate(black_out(result.images, flags)):
                 self._check_lease(held)
                 key = f"{task.id}/{task.attempt}/{i}.png"
-                self._blobs.put(key, encode_png(image, self._provenance(task, result.seeds[i])))
+                made = provenance(
+                    self._pipeline.info, request, seed=result.seeds[i], quality=result.quality
+                )
+                self._blobs.put(key, encode_png(image, made))
                 keys.append(key)
         return Outcome(
             status=Status.COMPLETED,
@@ -250,18 +259,9 @@ class Worker:
             has_nsfw_contents=list(flags),
             seeds=list(result.seeds),
             timings=held.timings,
+            quality=result.quality,
+            reused_steps=result.reused_steps,
         )
-
-    def _provenance(self, task: Task, seed: int) -> dict[str, str]:
-        """What the PNG says of itself. Not the prompt: whoever has the URL can read this."""
-        info = self._pipeline.info
-        return {
-            "Software": f"FLUX Redux Server {__version__}",
-            "Model": f"{info.name} ({info.backend}, {info.dtype})",
-            "Seed": str(seed),
-            "Steps": str(task.input["num_inference_steps"]),
-            "Guidance": str(task.input["guidance_scale"]),
-        }
 
     def _finish(self, task: Task, outcome: Outcome) -> None:
         for pause_s in (0.2, 1.0, 5.0, None):

@@ -96,18 +96,7 @@ def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecke
     from redux_pipelines.safety import OpenNsfwChecker
 
     started = time.perf_counter()
-    pipeline = load_pipeline(
-        model=settings.model,
-        base=settings.base or None,
-        redux=settings.redux or None,
-        revision=settings.revision or None,
-        backend=settings.backend,
-        device=device,
-        dtype=settings.dtype,
-        transformer_dtype=settings.transformer_dtype,
-        max_batch_size=settings.max_batch_size,
-        attention=settings.attention,
-    )
+    pipeline = load_pipeline(**{**settings.pipeline_options(), "device": device})
     safety = OpenNsfwChecker(threshold=settings.safety_threshold)
     _warm_up(pipeline, safety)
     _log.info("model loaded", seconds=round(time.perf_counter() - started, 1))

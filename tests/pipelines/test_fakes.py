@@ -15,6 +15,13 @@ def test_the_result_has_the_size_and_seeds_asked_for(request_for):
     assert [image.size for image in result.images] == [(520, 999)] * 2
     assert result.seeds == (4, 5)
     assert set(result.timings) == {"encode_s", "denoise_s", "decode_s"}
+    assert (result.quality, result.computed_steps, result.reused_steps) == ("exact", 6, 0)
+
+
+def test_a_tier_is_reported(request_for, finish):
+    pipeline = FakePipeline(quality="fast")
+    assert finish(pipeline.generate(request_for())).quality == "fast"
+    assert finish(pipeline.generate(request_for(quality="balanced"))).quality == "balanced"
 
 
 def test_the_colour_depends_on_seed_prompt_and_picture_alone(request_for, finish):

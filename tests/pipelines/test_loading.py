@@ -111,6 +111,11 @@ def test_bfloat16_runs_on_a_cpu(tiny, load, request_for, finish):
             {"model": "tiny", "attention": "biased", "backend": "diffusers"},
             "attention='biased' needs backend='engine'",
         ),
+        ({"model": "fake", "quality": "best"}, "'best' is not one of 'exact', 'balanced', 'fast'"),
+        (
+            {"model": "mini", "quality": "fast", "backend": "diffusers"},
+            "quality='fast' needs backend='engine': backend='diffusers' has only 'exact'",
+        ),
     ],
     ids=str,
 )

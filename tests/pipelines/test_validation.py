@@ -25,6 +25,9 @@ REFUSED = [
     ({"prompt": None}, r"prompt is a NoneType: .* string"),
     ({"image": b"PNG"}, r"image is a bytes: .* PIL image"),
     ({"empty_prompt": "none"}, r"empty_prompt is 'none': .* 'zeros' or 'encode'"),
+    ({"quality": "best"}, r"quality is 'best': .* one of 'exact', 'balanced', 'fast'"),
+    ({"quality": 1}, r"quality is 1: .* one of 'exact'"),
+    ({"quality": ["fast"]}, r"quality is a list: .* one of 'exact'"),
 ]
 
 
@@ -40,6 +43,10 @@ def test_a_request_out_of_range_is_refused(fields, text, request_for):
         {},
         {"width": 1536, "height": 512, "num_inference_steps": 50, "num_images": 4},
         {"seed": 9999999999, "guidance_scale": 20, "empty_prompt": "encode"},
+        {"quality": None},
+        {"quality": "exact"},
+        {"quality": "balanced"},
+        {"quality": "fast"},
     ],
     ids=str,
 )

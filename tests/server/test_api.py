@@ -97,6 +97,15 @@ def test_all_parameters_are_stored_with_the_seed_picked(api: Api) -> None:
     assert data["input"]["seed"] >= 0
 
 
+def test_quality_is_stored_only_if_it_was_asked_for(api: Api) -> None:
+    assert submit(api, {**URL, "quality": "fast"})["input"]["quality"] == "fast"
+    for given in (URL, {**URL, "quality": None}):
+        data = submit(api, given)
+        assert "quality" not in data["input"]
+        assert "quality" not in stored(api, data["id"]).input
+        assert (data["quality"], data["reused_steps"]) == ("", 0)
+
+
 def test_inline_picture_is_stored_beside_the_task(api: Api) -> None:
     data = submit(api, INLINE)
     assert stored(api, data["id"]).input["image"] == f"blob:{data['id']}/input"

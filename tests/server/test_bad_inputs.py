@@ -36,6 +36,7 @@ SEED = "an integer from -1 (random) to 9999999999"
 STEPS = "an integer from 1 to 50"
 GUIDANCE = "a number from 1 to 20"
 IMAGES = "an integer from 1 to 4"
+QUALITY = 'one of "exact", "balanced", "fast"'
 NO_JSON = "The body is not valid JSON"
 NO_FILE = "No such file."
 
@@ -181,6 +182,12 @@ PARAMETERS = [
     value("enable_safety_checker", "true", "true or false"),
     value("enable_safety_checker", 1, "true or false"),
     value("enable_safety_checker", [], "true or false", shown="an array"),
+    value("quality", "best", QUALITY),
+    value("quality", "Fast", QUALITY),
+    value("quality", "", QUALITY),
+    value("quality", 1, QUALITY),
+    value("quality", True, QUALITY),
+    value("quality", ["fast"], QUALITY, shown="an array"),
     value("prompt", 7, "a text of at most 10000 characters"),
     value("prompt", ["a", "b"], "a text of at most 10000 characters", shown="an array"),
     value("prompt", "x" * 10_001, "at most 10000 characters", shown="(10003 characters)"),
@@ -365,6 +372,10 @@ ALLOWED: list[dict[str, Any]] = [
     {"num_images": 1},
     {"num_images": 4},
     {"enable_safety_checker": False},
+    {"quality": None},
+    {"quality": "exact"},
+    {"quality": "balanced"},
+    {"quality": "fast"},
     {"prompt": "x" * 10_000},
     {"prompt": "\u0000 ☂ \U0001f600 ' \" <b> {0} %s"},
     {"prompt": None, "size": None, "seed": None, "num_images": None, "guidance_scale": None},

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from redux_server import __version__, cli, demo
-from redux_server.cli import EXIT_USAGE, build_parser, run
+from redux_server.cli import EXIT_USAGE, UsageError, build_parser, run
+from redux_server.settings import ServerSettings
 
 VERBS = (
     ["serve"],
@@ -69,6 +71,8 @@ def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> Non
         (["keys", "create"], "the following arguments are required: --name"),
         (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0, cuda:1"),
         (["generate", "a.png", "--size", "9x9"], "size must be"),
+        (["submit", "a.png", "--quality", "best"], 'quality must be one of "exact", "balanced"'),
+        (["generate", "a.png", "--quality", "best"], "--quality must be one of exact, balanced"),
         (["demo", "--num-images", "5"], "num_images must be an integer from 1 to 4; got 5."),
     ],
 )
@@ -114,6 +118,15 @@ def test_the_demo_is_small_by_default_and_says_so(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         run(["demo", "--help"])
     assert "(default: 512*512)" in capsys.readouterr().out
+
+
+def test_serve_refuses_a_tier_that_its_backend_lacks(tmp_path: Path) -> None:
+    from redux_server.serve import check
+
+    given = ServerSettings(data_dir=tmp_path, quality="fast")
+    check(given)
+    with pytest.raises(UsageError, match="--quality fast needs --backend engine; diffusers has"):
+        check(replace(given, backend="diffusers"))
 
 
 def test_request_flags_have_the_defaults_of_the_api() -> None:

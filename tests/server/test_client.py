@@ -137,6 +137,13 @@ def test_a_file_is_sent_as_a_data_uri_of_its_true_type(stub: Stub, photo: Path) 
     assert (sent["prompt"], sent["seed"], sent["size"]) == ("a lighthouse", 0, "512*768")
 
 
+def test_quality_is_sent_if_it_was_given(stub: Stub, photo: Path) -> None:
+    stub.answers(SUBMIT, stub.task("created"))
+    submit(stub.url, photo, "--quality", "fast")
+    submit(stub.url, photo)
+    assert [json.loads(body)["quality"] for _, _, _, body in stub.seen] == ["fast", None]
+
+
 def test_a_url_is_sent_as_it_is(stub: Stub) -> None:
     stub.answers(SUBMIT, stub.task("created"))
     submit(stub.url + "/", "https://example.com/a.png?x=1")

@@ -92,9 +92,37 @@ def test_json_is_the_last_line_and_complete(
         "files": [str(tmp_path / "o-0.png"), str(tmp_path / "o-1.png")],
         "has_nsfw_contents": [False, False],
         "model": "fake",
+        "quality": "exact",
+        "reused_steps": 0,
     }
     assert set(timings) == {"load_s", "encode_s", "denoise_s", "decode_s", "safety_s"}
     assert all(isinstance(seconds, float) and seconds >= 0 for seconds in timings.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "tier"),
+    [
+        ((), {}, "exact"),
+        (("--quality", "fast"), {}, "fast"),
+        ((), {"FLUX_REDUX_QUALITY": "balanced"}, "balanced"),
+        (("--quality", "exact"), {"FLUX_REDUX_QUALITY": "balanced"}, "exact"),
+    ],
+)
+def test_the_tier_is_used_and_said(
+    flags: tuple[str, ...],
+    environ: dict[str, str],
+    tier: str,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert generate(photo, tmp_path / "o.png", "--json", *flags) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["quality"] == tier
+    with Image.open(tmp_path / "o.png") as image:
+        assert image.info["Quality"] == tier
 
 
 class _FlagsSecond:
@@ -223,6 +251,8 @@ def test_the_model_settings_reach_the_pipeline(
         "backend": "diffusers",
         "device": "auto",
         "dtype": "float32",
+        "transformer_dtype": "auto",
         "max_batch_size": 1,
         "attention": "auto",
+        "quality": "exact",
     }

@@ -39,6 +39,8 @@ COMPLETED = Outcome(
     has_nsfw_contents=[False, True],
     seeds=[7, 8],
     timings={"inference": 1234, "fetch": 10},
+    quality="balanced",
+    reused_steps=16,
 )
 OUTCOMES = {
     Status.CREATED: None,
@@ -158,6 +160,12 @@ def test_seeds_of_the_images_are_told() -> None:
     assert data_of(Status.PROCESSING)["seeds"] == []
 
 
+def test_tier_and_reused_steps_are_told_once_they_are_known() -> None:
+    done, waiting = data_of(Status.COMPLETED), data_of(Status.PROCESSING)
+    assert (done["quality"], done["reused_steps"]) == ("balanced", 16)
+    assert (waiting["quality"], waiting["reused_steps"]) == ("", 0)
+
+
 @pytest.mark.parametrize(
     ("status", "step"),
     [(Status.CREATED, 0), (Status.PROCESSING, 5), (Status.FAILED, 5), (Status.COMPLETED, 56)],
@@ -207,6 +215,12 @@ def test_null_is_absent_and_unknown_fields_are_dropped() -> None:
     request = parse_request({"image": "x", "size": None, "prompt": None, "loras": [1]})
     assert request == parse_request({"image": "x"})
     assert "loras" not in request.parameters()
+
+
+@pytest.mark.parametrize("name", ["exact", "balanced", "fast"])
+def test_quality_is_a_parameter_where_it_was_asked_for(name: str) -> None:
+    assert parse_request({"image": "x", "quality": name}).parameters()["quality"] == name
+    assert "quality" not in parse_request({"image": "x", "quality": None}).parameters()
 
 
 def test_whole_float_is_taken_as_an_integer() -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,6 +243,37 @@ def test_parameters_reach_the_pipeline_unchanged(bench: Bench) -> None:
         name: value for name, value in given.items() if name != "size"
     }
     assert request.empty_prompt == "zeros"
+
+
+def counted(quality: str, how: str) -> float:
+    labels = {"quality": quality, "how": how}
+    return REGISTRY.get_sample_value("flux_redux_steps_total", labels) or 0.0
+
+
+class Sparing(FakePipeline):
+    """Says that it reused one step of each request."""
+
+    def generate(self, request: GenerationRequest) -> Any:
+        for event in super().generate(request):
+            if isinstance(event, Result):
+                event = replace(event, computed_steps=event.computed_steps - 1, reused_steps=1)
+            yield event
+
+
+def test_quality_reaches_the_pipeline_and_what_it_did_is_told(bench: Bench) -> None:
+    before = {how: counted("fast", how) for how in ("computed", "reused")}
+    outcome = bench.done(parameters={"quality": "fast"}, pipeline=Sparing()).outcome
+    assert outcome is not None
+    assert (outcome.quality, outcome.reused_steps) == ("fast", 1)
+    assert bench.picture(outcome.outputs[0]).info["Quality"] == "fast"
+    assert counted("fast", "computed") - before["computed"] == 2
+    assert counted("fast", "reused") - before["reused"] == 1
+
+
+def test_without_a_quality_the_pipelines_own_is_used(bench: Bench) -> None:
+    outcome = bench.done(pipeline=FakePipeline(quality="balanced")).outcome
+    assert outcome is not None
+    assert outcome.quality == "balanced"
 
 
 def test_image_is_loaded_from_the_reference_of_the_task(bench: Bench) -> None:

@@ -44,6 +44,8 @@ VARIANTS = (
     "backend=diffusers",
     "dtype=bfloat16",
     "transformer_dtype=fp8",
+    "quality=balanced",
+    "quality=fast",
     "steps=14",
     "steps=8",
 )
@@ -141,7 +143,8 @@ def measure_variants(
 ) -> dict[str, dict[str, float]]:
     """Drift of each variant at 512 × 512.
 
-    A variant is ``steps=N`` or an option of ``load_pipeline``, such as ``dtype=bfloat16``.
+    A variant is ``steps=N`` or an option of ``load_pipeline``, such as ``dtype=bfloat16`` or
+    ``quality=fast``.
     """
     few = bench.images[:count]
     exact = bench.vary(few, width=512, height=512)
