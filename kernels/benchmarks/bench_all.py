@@ -9,6 +9,7 @@ import bench_biased_attention
 import bench_gate_residual_adaln
 import bench_gelu_into
 import bench_gelu_quantize
+import bench_group_norm_silu
 import bench_merge_folded_key
 import bench_merge_lse
 import bench_qk_norm_rope
@@ -21,6 +22,7 @@ BENCHMARKS = (
     bench_qk_norm_rope,
     bench_gelu_into,
     bench_gelu_quantize,
+    bench_group_norm_silu,
     bench_merge_folded_key,
     bench_merge_lse,
     bench_biased_attention,

@@ -28,6 +28,8 @@ REQUIRED_CAPABILITY = {
     "merge_folded_key": SM_80,
     "merge_lse": SM_80,
     "biased_attention": SM_80,
+    "group_norm_statistics": SM_80,
+    "group_norm_silu": SM_80,
 }
 """Each operator's name, and the least compute capability its kernel can be compiled for."""
 

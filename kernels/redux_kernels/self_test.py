@@ -20,6 +20,7 @@ from redux_kernels import (
     gate_residual_adaln,
     gelu_into,
     gelu_quantize,
+    group_norm_silu,
     merge_folded_key,
     merge_lse,
     qk_norm_rope,
@@ -28,6 +29,7 @@ from redux_kernels import (
 
 EPS = 1e-6
 ROWS = 67  # a tail in every tile
+GROUPS = 8
 REASON_LENGTH = 300
 
 
@@ -174,6 +176,21 @@ def _test_biased_attention(draw: Draw) -> Iterator[Comparison]:
     yield Comparison(got, reference.biased_attention(q, k, v, bias), rounding, rounding)
 
 
+def _test_group_norm_statistics(draw: Draw) -> Iterator[Comparison]:
+    x = draw(2, ROWS, draw.head_dim) + 3
+    want_mean, want_var = reference.group_norm_statistics(x, GROUPS)
+    mean, var = group_norm_silu.launch_statistics(x, GROUPS)
+    yield Comparison(mean, want_mean, 1e-4, 1e-5)
+    yield Comparison(var, want_var, 1e-4, 1e-4)
+
+
+def _test_group_norm_silu(draw: Draw) -> Iterator[Comparison]:
+    x, (weight, bias) = draw(2, ROWS, draw.head_dim), draw(2, draw.head_dim)
+    mean, var = draw(2, GROUPS).float(), draw(2, GROUPS).float().exp()
+    got = group_norm_silu.launch(x, mean, var, weight, bias, EPS)
+    yield draw.rounded(got, reference.group_norm_silu(x.float(), mean, var, weight, bias, EPS))
+
+
 TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
     "adaln": _test_adaln,
     "adaln_quantize": _test_adaln_quantize,
@@ -185,6 +202,8 @@ TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
     "merge_folded_key": _test_merge_folded_key,
     "merge_lse": _test_merge_lse,
     "biased_attention": _test_biased_attention,
+    "group_norm_statistics": _test_group_norm_statistics,
+    "group_norm_silu": _test_group_norm_silu,
 }
 
 

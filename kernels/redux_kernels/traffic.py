@@ -56,5 +56,15 @@ def biased_attention(queries: int, keys: int, heads: int, d: int, *, element: in
     return 2 * (queries + keys) * heads * d * element + 4 * keys
 
 
+def group_norm_statistics(rows: int, channels: int, *, element: int = 2) -> int:
+    """``group_norm_statistics``: x in."""
+    return rows * channels * element
+
+
+def group_norm_silu(rows: int, channels: int, *, element: int = 2) -> int:
+    """``group_norm_silu``: x in and out."""
+    return rows * 2 * channels * element
+
+
 def _normed(width: int, element: int, quantized: bool) -> int:
     return width * E4M3_BYTES + SCALE_BYTES if quantized else width * element

@@ -31,10 +31,12 @@ from redux_kernels import (
     gate_residual_adaln,
     gelu_into,
     gelu_quantize,
+    group_norm_silu,
     merge_folded_key,
     merge_lse,
     qk_norm_rope,
 )
+from redux_kernels.group_norm_silu import plan_pixels
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FIRST_WITH_E4M3 = 89
@@ -155,6 +157,9 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
     v = qkv[..., 2 * width :].unflatten(-1, (heads, d)).transpose(1, 2)
     per_key = empty(rows, dtype=torch.float32)
     after = gate_residual_adaln.launch
+    pixels, affine, groups = empty(1, rows, d), empty(2, d).unbind(), d // 4
+    mean = empty(1, groups, dtype=torch.float32)
+    parts = empty(1, plan_pixels(rows, d).chunks, 2, d, dtype=torch.float32)
 
     def rope(v: Tensor | None) -> None:
         qk_norm_rope.launch(qkv, weight, weight, angles, angles, q, q, v, 0, EPS)
@@ -172,6 +177,9 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
         "merge_folded_key": lambda: merge_folded_key.launch(q, key, key, out, lse, one, into),
         "merge_lse": lambda: merge_lse.launch(out, lse, out, lse, one, into),
         "biased_attention": lambda: attention.launch(*qk.unbind(2), v, per_key, out),
+        "group_norm_statistics": lambda: group_norm_silu.launch_channels(pixels),
+        "group_norm_statistics, join": lambda: group_norm_silu.launch_join(parts, rows, groups),
+        "group_norm_silu": lambda: group_norm_silu.launch(pixels, mean, mean, *affine, EPS),
     }
 
 
