@@ -84,7 +84,8 @@ ENV FLUX_REDUX_DATA_DIR=/data \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     TORCHINDUCTOR_CACHE_DIR=/data/cache/inductor \
-    TRITON_CACHE_DIR=/data/cache/triton
+    TRITON_CACHE_DIR=/data/cache/triton \
+    XDG_CACHE_HOME=/data/cache
 VOLUME /data
 WORKDIR /data
 USER 10001:10001

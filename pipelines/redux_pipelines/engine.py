@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from redux_pipelines.attention import Implementation
+from redux_pipelines.compilation import Compiled, traceable
+from redux_pipelines.cuda_graphs import GraphedStep, Step
 from redux_pipelines.denoiser import ExactRun, Run
 from redux_pipelines.layers import Rope, rope_table
 from redux_pipelines.lru import LRU, digest, tensor_bytes
@@ -37,6 +39,8 @@ class EngineDenoiser:
     qualities = QUALITIES
 
     def __init__(self, flux: Flux, attention: Implementation, operators: Operators) -> None:
+        self.compiled: Compiled | None = None
+        self.graphed: GraphedStep | None = None
         self._flux = flux
         self._attention = attention
         self._operators = operators
@@ -51,6 +55,11 @@ class EngineDenoiser:
     def attention(self) -> str:
         """The name of the implementation chosen."""
         return self._attention.name
+
+    @property
+    def flux(self) -> Flux:
+        """The network."""
+        return self._flux
 
     @property
     def caches(self) -> Mapping[str, LRU[Any, Any]]:
@@ -70,13 +79,17 @@ class EngineDenoiser:
         txt_in = self._flux.txt_in
         txt = txt_in(rows.values.to(txt_in.weight.device, txt_in.weight.dtype))
         joint = Joint(
-            txt_rows=len(txt),
+            txt=txt,
             rope=self._rope(grid, len(txt)),
             groups=rows.groups,
             attention=self._attention,
             operators=self._operators,
         )
-        return _PreparedEngine(self._flux, txt, self._modulation(conditioning, schedule), joint)
+        if self.compiled is not None and self.compiled.is_active:
+            joint = traceable(joint, self._attention)
+        step = self.graphed or self._flux
+        modulation = self._modulation(conditioning, schedule)
+        return _PreparedEngine(self._flux, step, txt, modulation, joint)
 
     def evict_modulation(self) -> None:
         """Move the modulation layers to host memory; only a new table brings them back, in turn."""
@@ -107,13 +120,13 @@ class EngineDenoiser:
 @dataclass(frozen=True, slots=True)
 class _PreparedEngine:
     flux: Flux
+    step: Step
     txt: Tensor
     modulation: Tensor
     joint: Joint
 
     def predict(self, img: Tensor, step: int) -> Tensor:
-        velocity: Tensor = self.flux(img, self.txt, self.modulation[step], self.joint)
-        return velocity
+        return self.step(img, self.txt, self.modulation[step], self.joint)
 
     def start(self, tier: Tier) -> Run:
         if tier.cache is None:

@@ -12,6 +12,8 @@ from PIL import Image
 from redux_pipelines.images import to_rgb
 from redux_pipelines.types import (
     CacheStats,
+    CompilePlan,
+    CompileReport,
     GenerationRequest,
     ModelInfo,
     Progress,
@@ -46,6 +48,10 @@ class FakePipeline:
     def cache_stats(self) -> dict[str, CacheStats]:
         """It keeps nothing."""
         return {}
+
+    def compile(self, plan: CompilePlan) -> CompileReport:
+        """It has nothing to compile."""
+        return CompileReport("off", 0, ("the fake model has nothing to compile",), {})
 
     def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
         """Check the request at once; then yield a ``Progress`` per step and one ``Result``."""

@@ -103,7 +103,10 @@ def norm_rope(qk: Tensor, weight: Tensor, rope: Rope, out: Tensor) -> None:
     x = qk.to(rope.cos.dtype)
     rotated = swap_pairs(x).mul_(rope.sin * swap_pairs(weight))
     rotated.addcmul_(x, rope.cos * weight)
-    torch.mul(rotated, _inverse_rms(x), out=out)
+    if torch.compiler.is_compiling():  # it cannot trace an `out=` that is a view, and fuses anyway
+        out.copy_(rotated.mul_(_inverse_rms(x)))
+    else:
+        torch.mul(rotated, _inverse_rms(x), out=out)
 
 
 def _inverse_rms(x: Tensor) -> Tensor:

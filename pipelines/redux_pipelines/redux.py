@@ -6,7 +6,7 @@ to the caller. Knows neither where checkpoints come from nor which transformer b
 
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -23,6 +23,8 @@ from redux_pipelines.text_encoders import TextEncoders
 from redux_pipelines.tokens import Conditioning, Tokens
 from redux_pipelines.types import (
     CacheStats,
+    CompilePlan,
+    CompileReport,
     GenerationRequest,
     ModelInfo,
     Progress,
@@ -30,6 +32,7 @@ from redux_pipelines.types import (
     Result,
 )
 from redux_pipelines.validation import check_request
+from redux_pipelines.warm_up import compiled_mode, warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +91,17 @@ class ReduxPipeline:
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded."""
-        return self._info
+        """What was loaded, and what of it runs compiled."""
+        return replace(self._info, compiled=compiled_mode(self._parts.denoiser))
+
+    def compile(self, plan: CompilePlan) -> CompileReport:
+        """See ``Pipeline``. Raises ``ValueError`` for another backend than the engine."""
+        sizes = tuple(
+            sampling.grid_for(width, height, self._info.size_multiple)
+            for width, height in plan.sizes
+        )
+        batches = (1,) if self._max_batch_size == 1 else (1, 2)
+        return warm_up(self._parts.denoiser, plan, sizes, batches)
 
     def cache_stats(self) -> dict[str, CacheStats]:
         """Those of the prompts, of the pictures, and of what the denoiser keeps."""

@@ -74,16 +74,22 @@ class FluxParams:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """What all blocks of a request share: where the text ends, positions, key groups, attention.
+    """What all blocks of a request share: text ``(T, H)``, positions, key groups, attention.
 
-    ``rope`` is in the form of ``operators``.
+    ``rope`` is in the form of ``operators``. Sizes are read off tensors, never kept as numbers: a
+    compiler would make a graph for each.
     """
 
-    txt_rows: int
+    txt: Tensor
     rope: Rope
     groups: Groups
     attention: Attention
     operators: Operators
+
+    @property
+    def txt_rows(self) -> int:
+        """Rows of text before those of the image."""
+        return self.txt.shape[0]
 
     def attend(self, qk: Tensor, v: Tensor, first_query: int = 0) -> Tensor:
         """Attention of rows from ``first_query`` on: ``(B, Q, H)``.

@@ -5,6 +5,7 @@ Imports no torch, so that a server can speak of requests without loading a model
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Literal, Protocol, get_args
 
 from PIL import Image
@@ -19,6 +20,12 @@ MAX_STEPS = 50
 MAX_IMAGES = 4
 MIN_GUIDANCE = 1.0
 MAX_GUIDANCE = 20.0
+
+CompileMode = Literal["off", "blocks", "full"]
+"""What torch.compile compiles of the transformer: nothing, its kinds of blocks, or a whole step."""
+
+WARM_UP_SIZES = ((512, 512), (1024, 1024), (1344, 768), (1536, 1536))
+"""Widths and heights tried at a start: the least, the default, a wide one, the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,10 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was loaded, for logs, ``/readyz`` and provenance."""
+    """What was loaded, for logs, ``/readyz`` and provenance.
+
+    ``compiled`` is what runs now: ``off`` too where compiling was asked for and failed.
+    """
 
     name: str
     backend: str
@@ -78,6 +88,42 @@ class ModelInfo:
     dtype: str
     size_multiple: int
     attention: str = ""
+    compiled: CompileMode = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class CompilePlan:
+    """How to make a transformer faster before the first request.
+
+    ``mode``: what torch.compile compiles. ``sizes``: widths and heights to try it with.
+    ``cuda_graphs``: shapes to keep as CUDA graphs, 0 for none. ``cache_dir``: where compiled code
+    is kept between starts, None for nowhere. ``version``: ours, whose code it is.
+    """
+
+    mode: CompileMode
+    sizes: tuple[tuple[int, int], ...] = WARM_UP_SIZES
+    cuda_graphs: int = 0
+    cache_dir: Path | None = None
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileReport:
+    """What became of a ``CompilePlan``.
+
+    ``mode`` and ``cuda_graphs`` are what runs now; ``failures`` says why it is less than was
+    planned. ``seconds`` by stage; ``graphs`` were compiled or found, ``reused`` of them found;
+    ``loaded_bytes`` and ``saved_bytes`` are those of compiled code kept between starts.
+    """
+
+    mode: CompileMode
+    cuda_graphs: int
+    failures: tuple[str, ...]
+    seconds: Mapping[str, float]
+    graphs: int = 0
+    reused: int = 0
+    loaded_bytes: int = 0
+    saved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +151,13 @@ class Pipeline(Protocol):
 
     def cache_stats(self) -> Mapping[str, CacheStats]:
         """How its caches fare, by name. May be called from any thread."""
+        ...
+
+    def compile(self, plan: CompilePlan) -> CompileReport:
+        """Carry out ``plan``; what fails or gives other numbers is left as it was.
+
+        To be called before the first request, by the thread that generates.
+        """
         ...
 
     def generate(self, request: GenerationRequest) -> Iterator[Progress | Result]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from redux_pipelines.types import QUALITIES
+from redux_pipelines.types import QUALITIES, WARM_UP_SIZES
 from redux_server import __version__
 from redux_server.settings import (
     ClientSettings,
@@ -29,6 +29,7 @@ _LICENCE = (
     "FLUX.1 [dev] and FLUX.1 Redux [dev] weights are licensed for non-commercial use only; "
     "with Redux that goes for [schnell] too."
 )
+_WARM_UP_SIZES = ",".join(f"{width}x{height}" for width, height in WARM_UP_SIZES)
 _KEY_FIELDS = ("data_dir",)
 _DEMO_FIELDS = (
     "model",
@@ -120,6 +121,17 @@ def _add_generate(verbs: Any) -> None:
     _add_parameters(generate)
     generate.add_argument("--json", action="store_true", help="end with a line of JSON")
     generate.set_defaults(verb=_generate)
+    warmup = verbs.add_parser(
+        "warmup", help="compile the model now, for the next start of a worker", epilog=_LICENCE
+    )
+    add_flags(warmup, ModelSettings)
+    warmup.add_argument(
+        "--sizes",
+        default=_WARM_UP_SIZES,
+        metavar="WxH,WxH",
+        help=f"sizes to try it with; one graph serves all (default: {_WARM_UP_SIZES})",
+    )
+    warmup.set_defaults(verb=_warmup)
 
 
 def _add_parameters(
@@ -228,6 +240,12 @@ def _generate(given: argparse.Namespace) -> int:
     from redux_server.generate import generate
 
     return generate(given, build(ModelSettings, vars(given), os.environ))
+
+
+def _warmup(given: argparse.Namespace) -> int:
+    from redux_server.warmup import warmup
+
+    return warmup(given, build(ModelSettings, vars(given), os.environ))
 
 
 def _submit(given: argparse.Namespace) -> int:

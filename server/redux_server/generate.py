@@ -33,6 +33,7 @@ from redux_server.client import (
     read_parameters,
     save,
 )
+from redux_server.compile_plan import check_compile, compile_plan, wants_compile
 from redux_server.progress import ProgressReport
 from redux_server.provenance import provenance
 from redux_server.schemas import parse_size
@@ -60,6 +61,7 @@ def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
     Raises:
         UsageError: a parameter or path that cannot be used; nothing slow was done.
     """
+    check_compile(settings)
     wanted = read_parameters(given).parameters()
     paths = _output_paths(Path(given.out), wanted["num_images"])
     try:
@@ -113,7 +115,11 @@ def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bo
 
     started = time.perf_counter()
     note(f"loading {settings.base or settings.model} ...")
-    pipeline = _load(settings)
+    pipeline = load(settings)
+    if wants_compile(settings):
+        report = pipeline.compile(compile_plan(settings, ((request.width, request.height),)))
+        for failure in report.failures:
+            note(failure)
     checker: SafetyChecker = (
         OpenNsfwChecker(threshold=settings.safety_threshold) if is_checked else NullChecker()
     )
@@ -135,7 +141,8 @@ def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bo
     )
 
 
-def _load(settings: ModelSettings) -> Pipeline:
+def load(settings: ModelSettings) -> Pipeline:
+    """The pipeline of ``settings``. Raises ``UsageError`` for what this machine lacks."""
     from redux_pipelines.loading import load_pipeline
 
     try:

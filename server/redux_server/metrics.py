@@ -41,6 +41,12 @@ CACHE_BYTES = Gauge(
     ["cache"],
     multiprocess_mode="livesum",
 )
+COMPILED = Gauge(
+    "flux_redux_compiled_workers", "Workers that run compiled code.", multiprocess_mode="livesum"
+)
+COMPILE_FAILURES = Counter(
+    "flux_redux_compile_failures", "Starts after which a worker runs without what it should have."
+)
 HTTP = Histogram(
     "flux_redux_http_request_duration_seconds",
     "Answers of the API.",

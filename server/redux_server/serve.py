@@ -17,6 +17,7 @@ from redux_server.auth import KeyFileError, KeyRing
 from redux_server.blobs import Blobs, Signer, signing_secret
 from redux_server.cli import UsageError
 from redux_server.coalescer import Coalescer
+from redux_server.compile_plan import check_compile
 from redux_server.database import open_database
 from redux_server.engine import LocalEngine
 from redux_server.netguard import AddressPolicy
@@ -67,6 +68,7 @@ def check(settings: ServerSettings) -> None:
             f"--quality {settings.quality} needs --backend engine; "
             f"{settings.backend} has only exact"
         )
+    check_compile(settings)
     base, redux = Path(settings.base), Path(settings.redux)
     if settings.base and base.is_dir() and redux.is_dir():
         missing = find_missing(base, redux)

@@ -104,6 +104,19 @@ class ModelSettings:
         "between steps, need the engine, and were tuned on mini only, not on FLUX.1-dev",
         choices=QUALITIES,
     )
+    compile: str = option(
+        "off",
+        "what torch.compile compiles at the start of a worker: blocks (the kinds of blocks), full "
+        "(the whole step), off; needs a C++ compiler; kept in $XDG_CACHE_HOME/flux-redux/compile "
+        "for the next start",
+        choices=("off", "blocks", "full"),
+    )
+    cuda_graphs: int = option(
+        0,
+        "shapes (size and prompt) whose steps are kept as CUDA graphs; 0 is none",
+        minimum=0,
+        maximum=64,
+    )
     safety_threshold: float = option(
         0.8, "score from which an image is withheld", minimum=0.01, maximum=1
     )
@@ -248,7 +261,7 @@ def describe(cls: type[S]) -> list[tuple[str, str, str, str]]:
 def _shown_default(item: "Field[Any]") -> str:
     if item.default is _COMPUTED:
         return _SHOWN_DATA_DIR
-    return "" if item.default in ("", False) else str(item.default)
+    return "" if item.default == "" or item.default is False else str(item.default)
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:

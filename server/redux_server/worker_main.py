@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import structlog
 from PIL import Image
 
 from redux_pipelines.errors import ReduxError
 from redux_pipelines.types import GenerationRequest, Pipeline, SafetyChecker
-from redux_server import device_lock
+from redux_server import device_lock, metrics
 from redux_server.blobs import Blobs, Signer, signing_secret
+from redux_server.compile_plan import compile_plan, wants_compile
 from redux_server.database import open_database
 from redux_server.fetch import ImageFetcher
 from redux_server.images import ImageLoader
@@ -77,7 +79,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: worker.stop())
             supervisor.attach(worker)
-            announce(WorkerState.READY, _describe(pipeline))
+            announce(WorkerState.READY, _describe(pipeline, settings))
             _log.info("worker ready", device=device, model=pipeline.info.name)
             worker.run()
         presence.leave(name)
@@ -98,9 +100,21 @@ def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecke
     started = time.perf_counter()
     pipeline = load_pipeline(**{**settings.pipeline_options(), "device": device})
     safety = OpenNsfwChecker(threshold=settings.safety_threshold)
+    if wants_compile(settings):
+        _compile(pipeline, settings)
     _warm_up(pipeline, safety)
     _log.info("model loaded", seconds=round(time.perf_counter() - started, 1))
     return pipeline, safety
+
+
+def _compile(pipeline: Pipeline, settings: ServerSettings) -> None:
+    """Before the first task, so that it need not wait; what fails is left out, and said."""
+    report = pipeline.compile(compile_plan(settings))
+    metrics.COMPILED.set(report.mode != "off")
+    for failure in report.failures:
+        metrics.COMPILE_FAILURES.inc()
+        _log.warning("running without", reason=failure)
+    _log.info("compiled", **asdict(report))
 
 
 def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
@@ -112,10 +126,13 @@ def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
     safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
 
 
-def _describe(pipeline: Pipeline) -> str:
+def _describe(pipeline: Pipeline, settings: ServerSettings) -> str:
     info = pipeline.info
     attention = f" with {info.attention} attention" if info.attention else ""
-    return f"{info.name}, {info.backend} backend{attention}, {info.dtype} on {info.device}"
+    text = f"{info.name}, {info.backend} backend{attention}, {info.dtype} on {info.device}"
+    if info.compiled != "off":
+        return f"{text}, compiled ({info.compiled})"
+    return text if settings.compile == "off" else f"{text}, not compiled: its log says why"
 
 
 def _image_loader(settings: ServerSettings, blobs: Blobs, signer: Signer) -> ImageLoader:

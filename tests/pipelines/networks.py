@@ -46,12 +46,12 @@ def diffusers_model(dtype=torch.float32, *, seed=0, **config):
 def engine(model, **options):
     """Our network with the weights of diffusers' ``model``, in its dtype."""
     params = FluxParams.of(model.config)
-    attention = options.pop("attention", None)
+    attention, device = options.pop("attention", None), options.pop("device", CPU)
     if attention is None:
-        attention = choose(CPU, model.dtype, params.head_dim).attention
+        attention = choose(device, model.dtype, params.head_dim).attention
     tensors = model.state_dict()
     operators = options.pop("operators", TorchOperators())
-    flux = load_flux(params, tensors, device=CPU, dtype=model.dtype, **options)
+    flux = load_flux(params, tensors, device=device, dtype=model.dtype, **options)
     return EngineDenoiser(flux, attention, operators)
 
 

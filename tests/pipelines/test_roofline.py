@@ -41,7 +41,7 @@ def test_a_step_is_counted_as_the_network_runs_it(roofline, size, text):
         mod = torch.empty(doubles + singles + FINAL_ROWS, params.hidden_size)
         table = torch.empty(txt_rows + img_rows, 1, 1, params.head_dim)
     groups = (KeyGroup(1, math.log(512)), KeyGroup(txt_rows + img_rows - 1, 0.0))
-    joint = Joint(txt_rows, Rope(table, table), groups, reference, TorchOperators())
+    joint = Joint(txt, Rope(table, table), groups, reference, TorchOperators())
     with FlopCounterMode(display=False) as counter:
         flux(img, txt, mod, joint)
     counted = counter.get_total_flops() / 1e12

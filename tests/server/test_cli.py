@@ -16,6 +16,7 @@ VERBS = (
     ["serve"],
     ["worker"],
     ["generate"],
+    ["warmup"],
     ["submit"],
     ["demo"],
     ["keys"],

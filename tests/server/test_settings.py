@@ -34,6 +34,8 @@ OTHERS = {
     "attention": "cudnn,triton",
     "quality": "fast",
     "max_batch_size": "4",
+    "compile": "full",
+    "cuda_graphs": "3",
     "host": "::1",
     "port": "0",
     "public_url": "https://flux.example",

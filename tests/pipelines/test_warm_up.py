@@ -1,0 +1,150 @@
+"""Between loading and the first request: compiled, compared, kept; or left as it was, and said."""
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pipelines.networks import diffusers_model, engine
+from pipelines.test_cuda_graphs import FakeCapture, FakeReplay
+from redux_pipelines import warm_up as module
+from redux_pipelines.denoiser import DiffusersDenoiser
+from redux_pipelines.sampling import Grid
+from redux_pipelines.types import CompilePlan
+from redux_pipelines.warm_up import compiled_mode, warm_up
+
+GRIDS = (Grid(4, 6), Grid(5, 5))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    # Inductor, whose processes these are, is loaded by none of the backends here.
+    monkeypatch.setattr(module, "_end_compiler_processes", lambda: None)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return diffusers_model()
+
+
+@pytest.fixture
+def denoiser(model):
+    return engine(model)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "full"])
+def test_it_compiles_compares_and_says_how_long_it_took(denoiser, mode):
+    report = warm_up(denoiser, CompilePlan(mode), GRIDS, (1,), backend="eager")
+    assert (report.mode, report.failures) == (mode, ())
+    assert report.graphs == {"full": 1, "blocks": 5}[mode]
+    assert list(report.seconds) == ["4x6 tokens, batch 1", "5x5 tokens, batch 1"]
+    assert compiled_mode(denoiser) == mode
+
+
+def wrong(graph, inputs):
+    return lambda *given: [1.001 * each for each in graph(*given)]
+
+
+def not_a_number(graph, inputs):
+    return lambda *given: [each * float("nan") for each in graph(*given)]
+
+
+def crashing(graph, inputs):
+    def run(*_):
+        raise RuntimeError("illegal instruction")
+
+    return run
+
+
+def unable(graph, inputs):
+    raise RuntimeError("no such compiler")
+
+
+FAILURES = {
+    "wrong": (wrong, "is off by 1.0e-03, at most 1e-04 is allowed"),
+    "not a number": (not_a_number, "is off by nan"),
+    "crashing": (crashing, "illegal instruction"),
+    "unable": (unable, "no such compiler"),
+}
+
+
+@pytest.mark.parametrize(("backend", "reason"), FAILURES.values(), ids=FAILURES)
+def test_what_is_wrong_or_crashes_is_taken_back(denoiser, tmp_path, backend, reason, caplog):
+    plan = CompilePlan("full", cache_dir=tmp_path)
+    with caplog.at_level(logging.WARNING):
+        report = warm_up(denoiser, plan, GRIDS, (1,), backend=backend)
+    assert report.mode == "off"
+    assert compiled_mode(denoiser) == "off"
+    (failure,) = report.failures
+    assert failure.startswith("not compiled: ")
+    assert reason in failure
+    assert "forward" not in vars(denoiser.flux)
+    assert list(tmp_path.iterdir()) == []  # nothing wrong is kept
+
+
+def test_a_size_that_does_not_fit_is_passed_over(denoiser, monkeypatch, caplog):
+    predict = module._predict
+
+    def fit(denoiser, grid, img):
+        if grid.tokens > 24:
+            raise torch.OutOfMemoryError("too large")
+        return predict(denoiser, grid, img)
+
+    monkeypatch.setattr(module, "_predict", fit)
+    with caplog.at_level(logging.WARNING):
+        report = warm_up(denoiser, CompilePlan("full"), GRIDS, (1,), backend="eager")
+    assert (report.mode, report.failures) == ("full", ())
+    assert "does not fit" in caplog.text
+
+
+def test_nothing_planned_is_nothing_done(denoiser):
+    report = warm_up(denoiser, CompilePlan("off"), GRIDS, (1,), backend=unable)
+    assert (report.mode, report.cuda_graphs, report.failures) == ("off", 0, ())
+
+
+def test_diffusers_own_network_is_refused(model):
+    with pytest.raises(ValueError, match="'diffusers' cannot be compiled: use the backend 'engine"):
+        warm_up(DiffusersDenoiser(model), CompilePlan("full"), GRIDS, (1,), backend="eager")
+
+
+@pytest.mark.parametrize("mode", ["off", "full"])
+def test_cuda_graphs_are_tried_before_they_are_used(denoiser, mode):
+    capture = FakeCapture()
+    plan = CompilePlan(mode, cuda_graphs=3)
+    report = warm_up(denoiser, plan, GRIDS, (1,), backend="eager", capture=capture)
+    assert (report.mode, report.cuda_graphs, report.failures) == (mode, 3, ())
+    (replay,) = capture.made
+    assert replay.replays == 2
+    assert denoiser.graphed.captured == 1
+
+
+class WrongReplay(FakeReplay):
+    def replay(self):
+        super().replay()
+        self.output[..., 0] += 1e-6
+
+
+GRAPH_FAILURES = {
+    "wrong": (WrongReplay, "gives other numbers"),
+    "unable": (FakeCapture(failures=9), "no step could be captured"),
+}
+
+
+@pytest.mark.parametrize(("capture", "reason"), GRAPH_FAILURES.values(), ids=GRAPH_FAILURES)
+def test_cuda_graphs_that_fail_are_not_used(denoiser, capture, reason):
+    report = warm_up(denoiser, CompilePlan("off", cuda_graphs=3), GRIDS, (1,), capture=capture)
+    assert report.cuda_graphs == 0
+    assert reason in report.failures[0]
+    assert denoiser.graphed is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has what must be missing")
+def test_without_a_gpu_cuda_graphs_are_refused_with_a_reason(denoiser):
+    report = warm_up(denoiser, CompilePlan("off", cuda_graphs=1), GRIDS, (1,))
+    assert report.cuda_graphs == 0
+    assert report.failures[0].startswith("no CUDA graphs: ")
