@@ -130,6 +130,7 @@ def _configure_inductor() -> None:
     from torch._inductor import config
 
     config.shape_padding = False  # decides by measuring
+    config.joint_graph_constant_folding = False  # makes the constants, on that GPU
     config.compile_threads = 1
     config.force_disable_caches = True
     config.triton.autotune_at_compile_time = False

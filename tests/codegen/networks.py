@@ -5,6 +5,7 @@ or on the meta device. Attention is one opaque operator unless another is given:
 implementation runs is another matter, and none of them is generated.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ BF16 = torch.bfloat16
 IMAGE = 4096
 """Rows of a picture of 1024 × 1024."""
 
-TEXT = 512 + 729
+PICTURE = 729
+TEXT = 512 + PICTURE
 """Text and Redux tokens; 5337 rows with the image's."""
 
-FOLDED_TEXT = 6 + 1 + 729
+FOLDED_TEXT = 6 + 1 + PICTURE
 """The same with equal text tokens as one row, filled up: 4832 rows, a multiple of 16."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -91,23 +93,38 @@ def diffusers_network(doubles: int, singles: int, make: Maker, text: int = TEXT)
 def our_network(
     doubles: int, singles: int, make: Maker, text: int = TEXT, attend: Attend = attention
 ) -> Network:
-    """A step of the engine's ``Flux``: text is embedded and modulations are made before it."""
-    from redux_pipelines.attention import KeyGroup
+    """A step of the engine's ``Flux``: text is embedded and modulations are made before it.
+
+    On kernels. A folded text token's copies are added by one more after attention.
+    """
+    from redux_pipelines.attention import KeyGroup, folded
     from redux_pipelines.layers import Rope
     from redux_pipelines.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS
+    from redux_pipelines.operators import KernelOperators
     from redux_pipelines.transformer import Flux, FluxParams, Joint
 
     with torch.device("meta"):
         flux = Flux(FluxParams(depth=doubles, depth_single_blocks=singles))
     flux = make.placed(flux)
-    rows, groups = text + IMAGE, (KeyGroup(text + IMAGE, 0.0),)
+    rows, hidden = text + IMAGE, FOLDED_TEXT - PICTURE - 1
+    groups = (
+        KeyGroup(hidden, -math.inf),
+        KeyGroup(1, math.log(512)),
+        KeyGroup(rows - hidden - 1, 0.0),
+    )
+
+    def partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v), q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
+
+    def attend_groups(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        return folded(partial, (q, k, v), groups) if text == FOLDED_TEXT else attend(q, k, v)
 
     def run(img: Tensor, txt: Tensor, mod: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        joint = Joint(text, Rope(cos, sin), groups, lambda q, k, v, _: attend(q, k, v))
+        joint = Joint(txt, Rope(cos, sin), groups, attend_groups, KernelOperators())
         return flux(img, txt, mod, joint)
 
     table = make(2 * DOUBLE_ROWS * doubles + SINGLE_ROWS * singles + FINAL_ROWS, 3072)
-    angles = [make(rows, 1, 1, 128, dtype=torch.float32) for _ in range(2)]
+    angles = [make(rows, 64, dtype=torch.float32) for _ in range(2)]
     return run, (make(1, IMAGE, 64), make(text, 3072), table, *angles)
 
 
