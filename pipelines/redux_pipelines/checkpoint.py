@@ -6,7 +6,7 @@ is read: there is never a second copy of the weights. Knows no requests.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,14 @@ def load_flux(
     device: torch.device,
     dtype: torch.dtype,
     evict_modulation: bool = False,
+    streamed_blocks: Collection[int] = (),
 ) -> Flux:
     """The network on ``device``, with diffusers' ``tensors``.
 
     Layers of blocks whose weights come with scales (see ``fp8_tensors``) are built in fp8.
-    ``evict_modulation`` puts the modulation layers into host memory from the start. Raises
-    ``WeightsError`` that names tensors which are missing, left over or of another shape.
+    ``evict_modulation`` puts the modulation layers into host memory from the start, and
+    ``streamed_blocks`` (indices, double blocks first) these blocks. Raises ``WeightsError`` that
+    names tensors which are missing, left over or of another shape.
     """
     with torch.device("meta"):
         flux = Flux(params)
@@ -77,14 +79,23 @@ def load_flux(
     sources = key_map(flux)
     _check_keys(tensors, [key for keys in sources.values() for key in keys])
     for name, parameter in list(flux.named_parameters()):
-        on_host = evict_modulation and name.startswith("modulation.layers.")
+        is_evicted = evict_modulation and name.startswith("modulation.layers.")
+        on_host = is_evicted or _block_index(name, params) in streamed_blocks
         place = torch.device("cpu") if on_host else device
-        pinned = on_host and device.type == "cuda"
+        pinned = is_evicted and device.type == "cuda"  # blocks are packed and pinned later
         kind = parameter.dtype if _is_fixed(name, parameter) else dtype
         room = torch.empty(parameter.shape, dtype=kind, device=place, pin_memory=pinned)
         _fill(room, sources[name], tensors)
         _set(flux, name, room)
     return flux.eval()
+
+
+def _block_index(name: str, params: FluxParams) -> int | None:
+    """Of the block that a parameter belongs to; double blocks count first."""
+    kind, _, rest = name.partition(".")
+    if kind not in ("double_blocks", "single_blocks"):
+        return None
+    return int(rest.partition(".")[0]) + (params.depth if kind == "single_blocks" else 0)
 
 
 def check_names(params: FluxParams, tensors: Iterable[str]) -> None:

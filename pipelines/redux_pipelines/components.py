@@ -14,21 +14,27 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import SiglipVisionModel
 
 from redux_pipelines import attention_choice, operators
-from redux_pipelines.autoencoder import Autoencoder
+from redux_pipelines.autoencoder import TILE_ABOVE_PIXELS, Autoencoder
 from redux_pipelines.checkpoint import Shards, load_flux
 from redux_pipelines.denoiser import Denoiser, DiffusersDenoiser
 from redux_pipelines.engine import EngineDenoiser
-from redux_pipelines.errors import WeightsError
+from redux_pipelines.errors import MemoryPlanError, WeightsError
 from redux_pipelines.fp8_choice import (
     check_transformer_dtype,
     choose_tensors,
     refuse_fp8_files,
 )
+from redux_pipelines.fp8_tensors import SCALE
 from redux_pipelines.image_encoder import ImageEncoder, Preprocessing
+from redux_pipelines.memory_plan import Place, Plan
+from redux_pipelines.model_sizes import read_sizes
+from redux_pipelines.offload import OnDemand
 from redux_pipelines.options import LoadOptions
+from redux_pipelines.placing import check_memory, plan_here, stream_blocks
 from redux_pipelines.precision import slow_reason
 from redux_pipelines.redux import Components
 from redux_pipelines.text_encoders import TextEncoders, TextSizes
@@ -42,37 +48,47 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_components(base: Path, redux: Path, options: LoadOptions) -> Components:
     """Load everything but the text encoders, which load themselves when first used.
 
-    Raises ``ValueError`` for a device, dtype or implementation that is not there,
+    Raises ``ValueError`` for a device, dtype, implementation or memory mode that is not there,
     ``AttentionError`` for an attention that cannot be used, ``WeightsError`` for files that are not
-    what their place says.
+    what their place says, ``MemoryPlanError`` for a GPU that is too small.
     """
+    check_memory(options.memory, options.backend)
     place = resolve_device(options.device)
     kind = resolve_dtype(options.dtype, place)
     if (reason := slow_reason(place, kind)) is not None:
         logger.warning("%s", reason)
     check_transformer_dtype(options.transformer_dtype, options.backend, place, kind)
     with _weights_errors(base, redux):
+        model = read_sizes(base, redux)
         config = FluxTransformer2DModel.load_config(base / "transformer")
+        tensors = _tensors(base / "transformer", config, options, place, kind)
+    has_scales = any(name.endswith(SCALE) for name in tensors)
+    plan = plan_here(model, options, device=place, dtype=kind, is_fp8=has_scales)
+    with _weights_errors(base, redux):
         vae = AutoencoderKL.from_pretrained(base / "vae", dtype=kind)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base / "scheduler")
         siglip = SiglipVisionModel.from_pretrained(redux / "image_encoder", dtype=kind)
         embedder = ReduxImageEncoder.from_pretrained(redux / "image_embedder", dtype=kind)
         preprocessing = Preprocessing.read(redux / "feature_extractor" / "preprocessor_config.json")
         _check_fit(config, vae, siglip, embedder)
-        folder = base / "transformer"
         if options.backend == "diffusers":
-            denoiser: Denoiser = _diffusers_denoiser(folder, config, place, kind)
+            denoiser: Denoiser = _diffusers_denoiser(base / "transformer", config, place, kind)
         else:
-            denoiser = _engine_denoiser(folder, config, options, place, kind)
+            denoiser = _engine_denoiser(
+                config, tensors, options, plan=plan, device=place, dtype=kind
+            )
         sizes = TextSizes.of(config, base)
     return Components(
-        image_encoder=ImageEncoder(_ready(siglip, place), _ready(embedder, place), preprocessing),
-        text_encoders=TextEncoders(base, sizes, device=place, dtype=kind),
+        image_encoder=_image_encoder(siglip, embedder, preprocessing, place, plan),
+        text_encoders=TextEncoders(
+            base, sizes, device=place, dtype=kind, on_demand=plan.place("T5") is not Place.GPU
+        ),
         denoiser=denoiser,
-        autoencoder=Autoencoder(_ready(vae, place)),
+        autoencoder=_autoencoder(vae, place, plan),
         scheduler=scheduler,
         device=place,
         dtype=kind,
+        plan=plan,
         has_fp8=isinstance(denoiser, EngineDenoiser) and denoiser.has_fp8,
     )
 
@@ -103,6 +119,11 @@ def _weights_errors(base: Path, redux: Path) -> Iterator[None]:
     """Turn what loaders raise for unusable files into ``WeightsError``."""
     try:
         yield
+    except torch.OutOfMemoryError as error:  # a RuntimeError, but not the files' fault
+        raise MemoryPlanError(
+            "the GPU's memory was used up while the weights were loaded: choose memory='auto', or "
+            f"free memory on it ({str(error).splitlines()[0]})"
+        ) from error
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{base} and {redux} cannot be loaded: {error}") from error
 
@@ -115,17 +136,40 @@ def _diffusers_denoiser(
     return DiffusersDenoiser(_ready(model, device))
 
 
-def _engine_denoiser(
+def _tensors(
     folder: Path,
     config: Mapping[str, Any],
     options: LoadOptions,
     device: torch.device,
     dtype: torch.dtype,
+) -> Mapping[str, Tensor]:
+    """The transformer's tensors, none of them read yet; with scales where it will run in fp8."""
+    if options.backend == "diffusers":
+        return {}
+    wanted = options.transformer_dtype
+    return choose_tensors(wanted, config, Shards(folder), device=device, dtype=dtype)
+
+
+def _engine_denoiser(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    options: LoadOptions,
+    *,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> EngineDenoiser:
     params = FluxParams.of(config)
-    wanted = options.transformer_dtype
-    tensors = choose_tensors(wanted, config, Shards(folder), device=device, dtype=dtype)
-    flux = load_flux(params, tensors, device=device, dtype=dtype)
+    flux = load_flux(
+        params,
+        tensors,
+        device=device,
+        dtype=dtype,
+        evict_modulation=plan.place("modulation") is not Place.GPU,
+        streamed_blocks=plan.streamed_blocks,
+    )
+    if plan.streamed_blocks:
+        stream_blocks(flux, plan.streamed_blocks, device)
     glue = operators.choose(
         device,
         dtype,
@@ -146,6 +190,26 @@ def _engine_denoiser(
 def _level(device: torch.device) -> int:
     """A refused kernel is news on a GPU only."""
     return logging.WARNING if device.type == "cuda" else logging.DEBUG
+
+
+def _autoencoder(vae: torch.nn.Module, device: torch.device, plan: Plan) -> Autoencoder:
+    """On a GPU a picture is decoded whole only if the plan has room for that."""
+    room = plan.tile_above_pixels if device.type == "cuda" else TILE_ABOVE_PIXELS
+    tile_above = min(room, TILE_ABOVE_PIXELS)
+    return Autoencoder(_ready(vae, device), tile_above_pixels=tile_above)
+
+
+def _image_encoder(
+    siglip: torch.nn.Module,
+    embedder: torch.nn.Module,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    plan: Plan,
+) -> ImageEncoder:
+    if plan.place("SigLIP") is Place.GPU:
+        return ImageEncoder(_ready(siglip, device), _ready(embedder, device), preprocessing)
+    both = _ready(torch.nn.ModuleList([siglip, embedder]), torch.device("cpu"))
+    return ImageEncoder(siglip, embedder, preprocessing, OnDemand(both, device))
 
 
 def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:

@@ -5,6 +5,7 @@ ReduxError
 ├── RequestError   the caller asked for something that cannot be done; the text says what can
 ├── ImageError     bytes that are not a usable picture
 ├── AttentionError no attention that was asked for, or none at all, can be used here
+├── MemoryPlanError  a card is too small for a model, however its weights are placed
 └── WeightsError   a checkpoint is missing, incomplete or of the wrong kind
 ```
 """
@@ -24,6 +25,10 @@ class ImageError(ReduxError, ValueError):
 
 class WeightsError(ReduxError):
     """A checkpoint that is missing, incomplete or of the wrong kind."""
+
+
+class MemoryPlanError(ReduxError):
+    """A card that is too small for a model, however its weights are placed."""
 
 
 class AttentionError(ReduxError):

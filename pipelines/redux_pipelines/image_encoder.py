@@ -6,6 +6,7 @@ checkpoint's ``feature_extractor``. Knows no text and no transformer.
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,19 @@ class Preprocessing:
 
 
 class ImageEncoder:
-    """SigLIP vision tower and Redux embedder on one device; tokens of recent pictures are kept."""
+    """SigLIP vision tower and Redux embedder on one device; tokens of recent pictures are kept.
 
-    def __init__(self, siglip: Any, embedder: Any, preprocessing: Preprocessing) -> None:
+    ``presence`` is entered for as long as their weights must be there.
+    """
+
+    def __init__(
+        self,
+        siglip: Any,
+        embedder: Any,
+        preprocessing: Preprocessing,
+        presence: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self._presence = presence or nullcontext()
         self._siglip = siglip
         self._embedder = embedder
         self._preprocessing = preprocessing
@@ -75,7 +86,8 @@ class ImageEncoder:
         return self.cache.get(digest(pixels), lambda: self._embed(pixels))
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self._siglip.device, self._siglip.dtype)
-        hidden = self._siglip(pixel_values=pixels).last_hidden_state
-        tokens: Tensor = self._embedder(hidden).image_embeds[0]
+        with self._presence:
+            pixels = pixels.to(self._siglip.device, self._siglip.dtype)
+            hidden = self._siglip(pixel_values=pixels).last_hidden_state
+            tokens: Tensor = self._embedder(hidden).image_embeds[0]
         return tokens

@@ -77,7 +77,7 @@ def load_pipeline(
     ``options`` are those of ``LoadOptions``.
     ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` work as in huggingface_hub. Raises
     ``WeightsError`` for a checkpoint that cannot be had, ``AttentionError`` where no attention can
-    be used, ``ValueError`` for an unknown option.
+    be used, ``MemoryPlanError`` for a GPU that is too small, ``ValueError`` for an unknown option.
     """
     how = LoadOptions(**options)
     if how.backend not in ("diffusers", "engine"):

@@ -19,7 +19,8 @@ class LoadOptions:
     be taken, in order, separated by commas (``attention_choice.NAMES``). ``max_batch_size`` images
     are denoised together. ``quality`` is the tier of requests that name none: ``exact``,
     ``balanced`` or ``fast``; the last two reuse steps' work, need the engine, and were tuned on
-    ``mini`` only.
+    ``mini`` only. ``memory`` is where weights live: ``auto`` (the fastest of the others that fits
+    the GPU), ``resident``, ``evict`` or ``offload``, see ``redux_pipelines.memory``.
     """
 
     backend: str = "engine"
@@ -29,3 +30,4 @@ class LoadOptions:
     attention: str = "auto"
     quality: str = "exact"
     max_batch_size: int = 1
+    memory: str = "auto"

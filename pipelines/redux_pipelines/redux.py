@@ -17,6 +17,7 @@ from redux_pipelines.autoencoder import Autoencoder
 from redux_pipelines.denoiser import Denoiser, PreparedDenoiser, Run
 from redux_pipelines.errors import RequestError
 from redux_pipelines.image_encoder import ImageEncoder
+from redux_pipelines.memory_plan import Plan
 from redux_pipelines.quality import TIERS
 from redux_pipelines.sampling import Grid, Scheduler
 from redux_pipelines.text_encoders import TextEncoders
@@ -37,10 +38,10 @@ from redux_pipelines.warm_up import compiled_mode, warm_up
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """The loaded parts of a checkpoint, on one device in one dtype.
+    """The loaded parts of a checkpoint, for one device in one dtype.
 
-    ``scheduler`` is a template that is copied, never stepped. ``has_fp8``: large layers of the
-    transformer are not in ``dtype``, but in fp8.
+    ``scheduler`` is a template that is copied, never stepped. ``plan`` says where the weights live.
+    ``has_fp8``: large layers of the transformer are not in ``dtype``, but in fp8.
     """
 
     image_encoder: ImageEncoder
@@ -50,6 +51,7 @@ class Components:
     scheduler: Scheduler
     device: torch.device
     dtype: torch.dtype
+    plan: Plan
     has_fp8: bool = False
 
     @property

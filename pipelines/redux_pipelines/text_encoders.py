@@ -7,6 +7,7 @@ prompt is zeros of the transformer's sizes and needs none. Knows no images and n
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from redux_pipelines.errors import RequestError
 from redux_pipelines.lru import LRU, tensor_bytes
+from redux_pipelines.offload import OnDemand
 from redux_pipelines.tokens import Tokens
 
 logger = logging.getLogger(__name__)
@@ -52,11 +54,22 @@ class TextSizes:
 
 
 class TextEncoders:
-    """CLIP and T5 of one checkpoint directory, loaded on first use; recent prompts are kept."""
+    """CLIP and T5 of one checkpoint directory, loaded on first use; recent prompts are kept.
+
+    ``on_demand``: once loaded they stay in host memory, and are on the device only while a prompt
+    is encoded, T5 layer by layer.
+    """
 
     def __init__(
-        self, base: Path, sizes: TextSizes, *, device: torch.device, dtype: torch.dtype
+        self,
+        base: Path,
+        sizes: TextSizes,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_demand: bool = False,
     ) -> None:
+        self._on_demand = on_demand
         self._base = base
         self._sizes = sizes
         self._device = device
@@ -110,35 +123,40 @@ class TextEncoders:
         return Tokens(txt), vec
 
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
-        clip_tokenizer, clip = self._clip
-        t5_tokenizer, t5 = self._t5
-        clip_ids = _token_ids(clip_tokenizer, prompt, _clip_length(clip_tokenizer))
-        vec = clip(clip_ids.to(self._device)).pooler_output[0]
-        t5_ids = _token_ids(t5_tokenizer, prompt, self._sizes.tokens)
-        txt = t5(t5_ids.to(self._device)).last_hidden_state[0]
+        tokenizer, clip, presence = self._clip
+        ids = _token_ids(tokenizer, prompt, _clip_length(tokenizer))
+        with presence:
+            vec = clip(ids.to(self._device)).pooler_output[0]
+        tokenizer, t5, presence = self._t5
+        ids = _token_ids(tokenizer, prompt, self._sizes.tokens)
+        with presence:
+            txt = t5(ids.to(self._device)).last_hidden_state[0]
         return txt.to(self._dtype), vec.to(self._dtype)
 
     @cached_property
-    def _clip(self) -> tuple[Any, Any]:
+    def _clip(self) -> tuple[Any, Any, Any]:
         from transformers import CLIPTextModel, CLIPTokenizer
 
         return self._load(CLIPTokenizer, "tokenizer", CLIPTextModel, "text_encoder")
 
     @cached_property
-    def _t5(self) -> tuple[Any, Any]:
+    def _t5(self) -> tuple[Any, Any, Any]:
         from transformers import T5EncoderModel, T5Tokenizer
 
         return self._load(T5Tokenizer, "tokenizer_2", T5EncoderModel, "text_encoder_2")
 
     def _load(
         self, tokenizer_class: Any, tokenizer: str, model_class: Any, model: str
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
+        """Tokenizer, model, and what to enter for as long as the model must be there."""
         logger.info("loading %s", model)
         loaded = model_class.from_pretrained(self._base / model, dtype=self._dtype)
-        return (
-            tokenizer_class.from_pretrained(self._base / tokenizer),
-            loaded.to(self._device).eval(),
-        )
+        loaded = loaded.eval().requires_grad_(False)
+        made = tokenizer_class.from_pretrained(self._base / tokenizer)
+        if not self._on_demand:
+            return made, loaded.to(self._device), nullcontext()
+        layers = loaded.encoder.block if model == "text_encoder_2" else ()
+        return made, loaded, OnDemand(loaded, self._device, layers)
 
 
 def _token_ids(tokenizer: Any, prompt: str, length: int) -> Tensor:

@@ -7,7 +7,7 @@ projection; a single block's MLP goes with them; the last block leaves out what 
 need. Follows black-forest-labs/flux ``model.py``. Knows no checkpoints and no requests.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +207,13 @@ def new_heads(x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:
 
 
 class Flux(nn.Module):
-    """The whole network, without the order in which a request uses it."""
+    """The whole network, without the order in which a request uses it.
+
+    ``blocks_ready``, if set, is called with a block's index right before that block runs: where
+    weights do not live on the device it brings them.
+    """
+
+    blocks_ready: Callable[[int], None] | None = None
 
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
@@ -227,6 +233,11 @@ class Flux(nn.Module):
             depth_single=params.depth_single_blocks,
             guidance=params.guidance_embed,
         )
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks in their order, double ones first."""
+        return (*self.double_blocks, *self.single_blocks)
 
     @property
     def has_fp8(self) -> bool:
@@ -261,6 +272,7 @@ class Flux(nn.Module):
             x = self._run_doubles(x, mod, joint, range(first, min(end, doubles)))
         stream = Residual(x)
         for index in range(max(first, doubles), end):
+            self._ready(index)
             block: Any = self.single_blocks[index - doubles]
             run = block.forward_img if index == self.num_blocks - 1 else block
             stream = run(stream, self._rows(mod, index), joint)
@@ -272,8 +284,13 @@ class Flux(nn.Module):
         end = joint.txt_rows
         streams = Residual(x[:, :end]), Residual(x[:, end:])
         for index in blocks:
+            self._ready(index)
             streams = self.double_blocks[index](*streams, self._rows(mod, index), joint)
         return torch.cat([joint.operators.settle(each) for each in streams], dim=1)
+
+    def _ready(self, index: int) -> None:
+        if self.blocks_ready is not None:
+            self.blocks_ready(index)
 
     def project_out(self, x: Tensor, mod: Tensor, joint: Joint) -> Tensor:
         """Velocity ``(B, L, C)`` from what the last block left."""

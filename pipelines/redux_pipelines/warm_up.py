@@ -63,6 +63,12 @@ def warm_up(
             f"the backend {denoiser.name!r} cannot be compiled: use the backend 'engine'"
         )
     work = _WarmUp(denoiser, plan, grids, batches)
+    if denoiser.flux.blocks_ready is not None and (plan.mode == "full" or plan.cuda_graphs):
+        work.failures.append(
+            "not compiled as a whole, no CUDA graphs: blocks are streamed from host memory "
+            "(--memory offload), which only --compile blocks goes with"
+        )
+        return work.report()
     with torch.inference_mode():
         if plan.mode != "off":
             work.compile(backend)

@@ -30,6 +30,7 @@ _LICENCE = (
     "with Redux that goes for [schnell] too."
 )
 _WARM_UP_SIZES = ",".join(f"{width}x{height}" for width, height in WARM_UP_SIZES)
+_LARGEST_CARD_GB = 1000
 _KEY_FIELDS = ("data_dir",)
 _DEMO_FIELDS = (
     "model",
@@ -41,6 +42,7 @@ _DEMO_FIELDS = (
     "dtype",
     "transformer_dtype",
     "quality",
+    "memory",
 )
 
 
@@ -93,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     version.set_defaults(verb=_version)
     doctor = verbs.add_parser("doctor", help="say what this machine has and what is missing")
     add_flags(doctor, ServerSettings)
+    doctor.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=0.0,
+        metavar="GB",
+        help="say also what a card sold with so many GB would hold; needs no GPU",
+    )
     doctor.set_defaults(verb=_doctor)
     return parser
 
@@ -292,4 +301,6 @@ def _version(_given: argparse.Namespace) -> int:
 def _doctor(given: argparse.Namespace) -> int:
     from redux_server.doctor import doctor
 
-    return doctor(_server_settings(given))
+    if not 0 <= given.gpu_memory <= _LARGEST_CARD_GB:
+        raise UsageError(f"--gpu-memory must be 0 to {_LARGEST_CARD_GB}, got {given.gpu_memory:g}")
+    return doctor(_server_settings(given), gpu_memory_gb=given.gpu_memory)

@@ -23,8 +23,9 @@ from redux_server import __version__
 from redux_server.attention_check import check_attention, dtype_name
 from redux_server.auth import KeyFileError, KeyRing, read_keys_file
 from redux_server.database import open_database
-from redux_server.findings import FLUX_BYTES, Finding, Level, check_space, existing, gigabytes
+from redux_server.findings import Finding, Level, check_space, existing, gigabytes
 from redux_server.fp8_findings import check_fp8
+from redux_server.memory_findings import check_card, check_memory
 from redux_server.settings import ServerSettings
 from redux_server.weights_check import check_model
 
@@ -39,9 +40,14 @@ _LITTLE_SPACE_BYTES = 2 * 2**30
 Check = Callable[[ServerSettings], Iterator[Finding]]
 
 
-def doctor(settings: ServerSettings) -> int:
-    """Print the report; 1 when something is missing that ``serve`` needs."""
+def doctor(settings: ServerSettings, *, gpu_memory_gb: float = 0.0) -> int:
+    """Print the report; 1 when something is missing that ``serve`` needs.
+
+    ``gpu_memory_gb``, unless 0: say also what a card sold with so many GB would hold.
+    """
     findings = [finding for examine in CHECKS for finding in _examine(examine, settings)]
+    if gpu_memory_gb:
+        findings += check_card(settings, gpu_memory_gb)
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         text = finding.text.replace("\n", "\n" + " " * (width + 11))
@@ -116,10 +122,8 @@ def _describe_gpu(index: int) -> str:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
-    total_bytes = properties.total_memory
     text = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
-    few = "" if total_bytes > FLUX_BYTES else f"; FLUX.1 in bfloat16 needs {gigabytes(FLUX_BYTES)}"
-    return f"{text}, {gigabytes(total_bytes)}{few}"
+    return f"{text}, {gigabytes(properties.total_memory)}"
 
 
 def _slow_dtype(dtype: str, wanted: list[str]) -> Iterator[Finding]:
@@ -259,6 +263,7 @@ CHECKS: tuple[Check, ...] = (
     check_python,
     check_packages,
     check_gpu,
+    check_memory,
     check_attention,
     check_fp8,
     check_compiler,

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-FLUX_BYTES = 34 * 10**9
-"""Transformer, T5, CLIP, VAE and SigLIP in bfloat16."""
+from redux_pipelines.model_sizes import FLUX_DEV
+
+FLUX_BYTES = 2 * FLUX_DEV.parameters
+"""Files of FLUX.1 [dev] and Redux in bfloat16."""
 
 _NO_SPACE_BYTES = 64 * 2**20
 

@@ -92,6 +92,13 @@ class ModelSettings:
     max_batch_size: int = option(
         1, "images denoised together; 1 keeps results bitwise independent of batching", minimum=1
     )
+    memory: str = option(
+        "auto",
+        "where weights live: resident (all on the GPU), evict (the modulation and, if need be, the "
+        "text encoders in host memory), offload (blocks stream from there too), auto (the first "
+        "that fits)",
+        choices=("auto", "resident", "evict", "offload"),
+    )
     attention: str = option(
         "auto",
         "auto (the first that passes its self-test, see doctor), or those that may be used, in "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from redux_pipelines import loading
 from redux_server.cli import UsageError
-from redux_server.findings import FLUX_BYTES, Finding, Level, check_space
+from redux_server.findings import FLUX_BYTES, Finding, Level, check_space, gigabytes
 from redux_server.serve import check
 from redux_server.settings import ServerSettings
 from redux_weights.embedded import find_mini
@@ -27,7 +27,7 @@ def check_model(settings: ServerSettings) -> Iterator[Finding]:
     text = "FLUX.1 [dev], and Redux with any FLUX.1, are for non-commercial use only"
     yield Finding(Level.NOTE, "licence", text)
     redux = settings.redux or loading.FLUX_REDUX
-    folders = [_locate(base, settings.revision), _locate(redux, "")]
+    folders = [locate(base, settings.revision), locate(redux, "")]
     for subject, source, folder in zip(("base", "redux"), (base, redux), folders, strict=True):
         if folder is not None:
             yield Finding(Level.OK, subject, f"{source} in {folder}")
@@ -62,7 +62,7 @@ def _check_files(base: Path, redux: Path) -> Iterator[Finding]:
             yield Finding(Level.MISSING, "weights", line)
 
 
-def _locate(source: str, revision: str) -> Path | None:
+def locate(source: str, revision: str) -> Path | None:
     """The folder of a checkpoint on this machine: its own, or its place in the hub's cache."""
     from huggingface_hub import snapshot_download
 
@@ -93,6 +93,7 @@ def _check_download(subject: str, source: str) -> Iterator[Finding]:
         gated = source.startswith("black-forest-labs/")
         yield Finding(Level.MISSING if gated else Level.NOTE, subject, text)
     else:
-        text = f"{source} is not here yet; serve fetches it (HF_TOKEN is set; up to 34 GB)"
+        size = gigabytes(FLUX_BYTES)
+        text = f"{source} is not here yet; serve fetches it (HF_TOKEN is set; up to {size})"
         yield Finding(Level.NOTE, subject, text)
         yield from check_space("model cache", Path(constants.HF_HUB_CACHE), FLUX_BYTES)

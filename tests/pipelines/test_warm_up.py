@@ -148,3 +148,20 @@ def test_without_a_gpu_cuda_graphs_are_refused_with_a_reason(denoiser):
     report = warm_up(denoiser, CompilePlan("off", cuda_graphs=1), GRIDS, (1,))
     assert report.cuda_graphs == 0
     assert report.failures[0].startswith("no CUDA graphs: ")
+
+
+@pytest.mark.parametrize("plan", [CompilePlan("full"), CompilePlan("off", cuda_graphs=2)], ids=str)
+def test_streamed_blocks_are_not_compiled_as_a_whole(denoiser, plan):
+    denoiser.flux.blocks_ready = lambda index: None
+    report = warm_up(denoiser, plan, GRIDS, (1,), backend="eager", capture=FakeCapture())
+    assert (report.mode, report.cuda_graphs) == ("off", 0)
+    assert "streamed from host memory" in report.failures[0]
+    assert compiled_mode(denoiser) == "off"
+
+
+def test_streamed_blocks_may_be_compiled_each(denoiser):
+    ready = []
+    denoiser.flux.blocks_ready = ready.append
+    report = warm_up(denoiser, CompilePlan("blocks"), GRIDS, (1,), backend="eager")
+    assert (report.mode, report.failures) == ("blocks", ())
+    assert ready[:5] == [0, 1, 2, 3, 4]

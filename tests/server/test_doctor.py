@@ -11,10 +11,11 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from redux_pipelines import safety
+from redux_pipelines import placing, safety
+from redux_pipelines.cards import Card
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.tiny import build_tiny
-from redux_server import doctor
+from redux_server import cli, doctor, memory_findings
 from redux_server.auth import KeyRing
 from redux_server.database import open_database
 from redux_server.doctor import Finding, Level
@@ -104,11 +105,87 @@ def test_gpus_are_described(settings: ServerSettings, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     text = {f.subject: f.text for f in doctor.check_gpu(replace(settings, device="cuda"))}
-    assert text["cuda:0"] == (
-        "NVIDIA T4, compute capability 7.5, 16.0 GB; FLUX.1 in bfloat16 needs 34.0 GB"
-    )
+    assert text["cuda:0"] == ("NVIDIA T4, compute capability 7.5, 16.0 GB")
     assert text["would run"] == "engine backend, bfloat16 on cuda"
     assert "try --dtype float16" in text["dtype"]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU with 22 GB to use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(placing, "card_of", lambda device: Card(f"GPU {device}", 22 * 10**9))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_a_gpu_would_hold_is_said(settings: ServerSettings) -> None:
+    chosen = replace(settings, device="cuda:0", model="flux-dev")
+    found = next(iter(doctor.check_memory(chosen)))
+    assert (found.level, found.subject) == (Level.OK, "cuda:0 memory")
+    assert found.text.startswith("FLUX.1 [dev] in bfloat16: evict: 18.9 GB on the GPU, peak 20.9")
+    assert "of 22.0 GB on GPU cuda:0" in found.text
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_mode_that_does_not_fit_the_gpu_is_noted(settings: ServerSettings) -> None:
+    chosen = replace(settings, device="cuda:0", model="flux-dev", memory="resident")
+    found = list(doctor.check_memory(chosen))
+    assert [each.level for each in found] == [Level.OK, Level.NOTE]
+    assert "15.1 GB more than GPU cuda:0 has" in found[1].text
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("pages", "is_short"), [(4_000_000, True), (16_000_000, False)])
+def test_too_little_host_memory_is_noted(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch, pages: int, is_short: bool
+) -> None:
+    sizes = {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(memory_findings.os, "sysconf", sizes.__getitem__)
+    found = levels(doctor.check_memory(replace(settings, device="cuda:0", model="flux-dev")))
+    assert ("host memory" in found) == is_short
+
+
+def test_without_a_gpu_nothing_is_said_of_its_memory(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not list(doctor.check_memory(replace(settings, device="auto")))
+
+
+def test_an_imagined_card_is_judged_in_bfloat16_and_fp8(settings: ServerSettings) -> None:
+    for model, label in (("mini", "[dev]"), ("flux-schnell", "[schnell]")):
+        found = list(doctor.check_card(replace(settings, model=model), 24))
+        assert [(each.level, each.subject) for each in found] == 2 * [(Level.OK, "24 GB card")]
+        assert found[0].text.startswith(f"FLUX.1 {label} in bfloat16: evict: 18.9 GB on the GPU")
+        assert f"FLUX.1 {label} in bfloat16 with fp8: evict: 10.3 GB" in found[1].text
+
+
+def test_an_imagined_card_may_be_too_small(settings: ServerSettings) -> None:
+    found = list(doctor.check_card(settings, 2))
+    assert {each.level for each in found} == {Level.NOTE}
+    assert "a larger card or --device cpu" in found[0].text
+
+
+def test_a_card_is_judged_for_the_weights_that_are_here(
+    settings: ServerSettings, tmp_path: Path
+) -> None:
+    base, redux = build_tiny(tmp_path / "weights")
+    chosen = replace(settings, base=str(base), redux=str(redux))
+    found = list(doctor.check_card(chosen, 12))
+    assert "resident: 0.5 GB on the GPU" in found[0].text
+    (base / "vae" / "config.json").unlink()
+    assert "resident" not in next(iter(doctor.check_card(chosen, 12))).text
+
+
+def test_the_command_line_takes_a_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python,))
+    arguments = ["doctor", "--data-dir", str(tmp_path), "--gpu-memory"]
+    assert cli.run([*arguments, "80"]) == 0
+    assert "80 GB card  FLUX.1 [dev] in bfloat16: resident" in capsys.readouterr().out
+    assert cli.run([*arguments, "-3"]) == cli.EXIT_USAGE
+    assert "--gpu-memory must be 0 to 1000, got -3" in capsys.readouterr().err
 
 
 def test_gated_weights_that_are_not_here_need_a_token(settings: ServerSettings) -> None:

@@ -242,6 +242,7 @@ def test_the_model_settings_reach_the_pipeline(
 
     monkeypatch.setattr(loading, "load_pipeline", load)
     monkeypatch.setenv("FLUX_REDUX_DTYPE", "float32")
+    monkeypatch.setenv("FLUX_REDUX_MEMORY", "offload")
     generate(photo, tmp_path / "o.png", "--base", "/b", "--redux", "/r", "--backend", "diffusers")
     assert asked == {
         "model": "fake",
@@ -253,6 +254,7 @@ def test_the_model_settings_reach_the_pipeline(
         "dtype": "float32",
         "transformer_dtype": "auto",
         "max_batch_size": 1,
+        "memory": "offload",
         "attention": "auto",
         "quality": "exact",
     }

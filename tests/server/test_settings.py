@@ -36,6 +36,7 @@ OTHERS = {
     "max_batch_size": "4",
     "compile": "full",
     "cuda_graphs": "3",
+    "memory": "offload",
     "host": "::1",
     "port": "0",
     "public_url": "https://flux.example",

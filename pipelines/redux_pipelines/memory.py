@@ -1,0 +1,189 @@
+"""The memory plan: which part of a model lives where on a card, and what then fits.
+
+``plan`` adds up bytes, part by part and stage by stage, and takes the fastest of three modes:
+
+* ``resident``: everything on the GPU;
+* ``evict``: the modulation layers in pinned host memory, needed for a new schedule, guidance or
+  prompt only; the text encoders on the GPU if there is room, else brought there for a prompt;
+* ``offload``: of the blocks only as many on the GPU as have room, the others stream through two
+  buffers; text and image encoders are brought there when needed.
+
+Text encoders are absent until the first prompt in every mode. Imports no torch; executes nothing
+(``components`` and ``offload`` do). Knows no GPU but its budget (``cards``).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from redux_pipelines import activations
+from redux_pipelines.activations import Demand
+from redux_pipelines.cards import Card
+from redux_pipelines.errors import MemoryPlanError
+from redux_pipelines.memory_plan import Options, Part, Place, Plan, gb
+from redux_pipelines.model_sizes import EncoderSize, ModelSizes
+from redux_pipelines.types import MAX_SIDE, MAX_STEPS, MIN_SIDE
+
+MEMORY_MODES = ("auto", "resident", "evict", "offload")
+"""What ``--memory`` takes; from ``resident`` on the fastest first."""
+
+CACHE_BYTES = (64 + 64 + 256 + 64) * 2**20
+"""Prompts, pictures, modulations and rotations, all full; the limits are theirs."""
+
+BUFFERS = 2
+"""Of streamed blocks: one is computed with, the next is on its way."""
+
+
+def largest_demand(sizes: ModelSizes, batch: int = 1) -> Demand:
+    """What the largest request takes: a prompt, one picture, the longest sides."""
+    return Demand(
+        width=MAX_SIDE,
+        height=MAX_SIDE,
+        batch=batch,
+        text_rows=1 if sizes.t5 is None else sizes.t5.tokens,
+        redux_rows=sizes.siglip.tokens,
+    )
+
+
+def plan(model: ModelSizes, card: Card, options: Options, memory: str = "auto") -> Plan:
+    """The fastest plan that fits ``card``, or that of the mode given by ``memory``.
+
+    Where nothing fits the largest request, the plan is that for the largest size that does fit.
+    A mode asked for by name is taken even if it does not fit (``Plan.fits``). Raises
+    ``MemoryPlanError`` if ``auto`` finds none, ``ValueError`` for a mode that does not exist.
+    """
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory={memory!r} is not one of {', '.join(MEMORY_MODES)}")
+    modes = MEMORY_MODES[1:] if memory == "auto" else (memory,)
+    found = None
+    for found in (each for mode in modes for each in _candidates(model, card, options, mode)):
+        if found.fits:
+            return _with_limits(model, found)
+    assert found is not None
+    limited = _with_limits(model, found)
+    if memory == "auto" and not limited.largest_side:
+        raise MemoryPlanError(_refusal(model, limited))
+    return limited
+
+
+def _refusal(model: ModelSizes, found: Plan) -> str:
+    demand = replace(found.options.demand, width=MIN_SIDE, height=MIN_SIDE)
+    least = max(_stages(model, found, demand).values())
+    smaller = "" if found.options.is_fp8 else "weights in fp8, "
+    return (
+        f"{found.card.name} has {gb(found.card.budget_bytes)} to use, but with every block "
+        f"streamed from host memory {MIN_SIDE}x{MIN_SIDE} pixels in {found.options.dtype_name} "
+        f"still take {gb(least)}, {gb(found.resident_bytes)} of it all the time: free memory on "
+        f"the card, or use {smaller}a lower --max-batch-size, a larger card or --device cpu"
+    )
+
+
+def _candidates(model: ModelSizes, card: Card, options: Options, mode: str) -> Iterator[Plan]:
+    """Plans of one mode, the fastest first."""
+    if mode == "resident":
+        yield _build(model, card, options, mode)
+    elif mode == "evict":
+        yield _build(model, card, options, mode)
+        yield _build(model, card, options, mode, text=Place.STREAMED)
+    else:
+        count = len(model.transformer.blocks)
+        for streamed in (*range(min(4, count), count, 2), count):
+            yield _build(
+                model, card, options, mode, text=Place.STREAMED, streamed=spread(streamed, count)
+            )
+
+
+def spread(chosen: int, count: int) -> tuple[int, ...]:
+    """``chosen`` of ``count`` indices, as evenly as can be: copies then hide behind the rest."""
+    return tuple(i for i in range(count) if (i + 1) * chosen // count > i * chosen // count)
+
+
+def _build(
+    model: ModelSizes,
+    card: Card,
+    options: Options,
+    mode: str,
+    *,
+    text: Place = Place.GPU,
+    streamed: tuple[int, ...] = (),
+) -> Plan:
+    parts = (*_blocks(model, options, streamed), *_others(model, options, mode, text))
+    bare = Plan(mode, card, options, parts, {}, streamed)
+    stages = _stages(model, bare, options.demand)
+    room = card.budget_bytes - bare.resident_bytes
+    per_pixel = activations.decode_bytes(model, MIN_SIDE**2, options.element_bytes) / MIN_SIDE**2
+    tile_above = min(max(int(room / per_pixel), 0), MAX_SIDE**2)
+    return replace(bare, stages=stages, tile_above_pixels=tile_above)
+
+
+def _blocks(model: ModelSizes, options: Options, streamed: tuple[int, ...]) -> Iterator[Part]:
+    element, is_fp8 = options.element_bytes, options.is_fp8
+    sizes = [block.size_bytes(element, is_fp8=is_fp8) for block in model.transformer.blocks]
+    passing = [sizes[index] for index in streamed]
+    yield Part("blocks", sum(sizes) - sum(passing), Place.GPU)
+    if passing:
+        yield Part("streamed blocks", sum(passing), Place.STREAMED)
+        yield Part("block buffers", BUFFERS * max(passing), Place.GPU)
+
+
+def _others(model: ModelSizes, options: Options, mode: str, text: Place) -> Iterator[Part]:
+    element = options.element_bytes
+    modulation = Place.GPU if mode == "resident" else Place.STREAMED
+    vision = Place.ON_DEMAND if mode == "offload" else Place.GPU
+    yield Part("modulation", model.transformer.modulation * element, modulation)
+    yield Part("embedders", model.transformer.embedders * element, Place.GPU)
+    if model.t5 is not None:
+        yield _text_part("T5", model.t5, text, element)
+    if model.clip is not None:
+        yield _text_part("CLIP", model.clip, text, element)
+    for name, count in (("SigLIP", model.siglip.parameters), ("Redux", model.redux)):
+        size = count * element
+        yield Part(name, size, vision, size if vision is Place.ON_DEMAND else 0)
+    yield Part("VAE", model.vae * element, Place.GPU)
+    yield Part("caches", CACHE_BYTES, Place.GPU)
+
+
+def _text_part(name: str, encoder: EncoderSize, place: Place, element_bytes: int) -> Part:
+    """When streamed, all but its layers comes to the GPU, and two buffers for these."""
+    if place is Place.GPU:
+        return Part(name, encoder.parameters * element_bytes, place)
+    layers = min(BUFFERS, encoder.layers) * encoder.layer
+    rest = encoder.parameters - encoder.layers * encoder.layer
+    passing = (max(rest, 0) + layers) * element_bytes
+    where = Place.STREAMED if encoder.layers else Place.ON_DEMAND
+    return Part(name, encoder.parameters * element_bytes, where, passing)
+
+
+def _stages(model: ModelSizes, of: Plan, demand: Demand) -> dict[str, int]:
+    """Peak of each stage at ``demand``."""
+    element, is_fp8 = of.options.element_bytes, of.options.is_fp8
+    passing = {part.name: part.passing_bytes for part in of.parts}
+    text_width = model.transformer.text_width
+    rows = activations.rows_of(demand, model.size_multiple)
+    working = {
+        "picture": passing["SigLIP"]
+        + passing["Redux"]
+        + activations.vision_bytes(model.siglip, text_width, element),
+        "modulation": activations.modulation_bytes(model.transformer, MAX_STEPS, element),
+        "denoise": activations.denoise_bytes(model.transformer, rows, element, is_fp8=is_fp8),
+        "decode": activations.strip_decode_bytes(model, demand.pixels, element),
+    }
+    if model.t5 is not None:
+        text = activations.text_bytes(model.t5, element)
+        working["text"] = max(passing["T5"] + text, passing.get("CLIP", 0))
+    return {name: of.resident_bytes + size for name, size in working.items()}
+
+
+def _with_limits(model: ModelSizes, found: Plan) -> Plan:
+    """``found`` with the largest square picture and the largest batch of 1024² that fit."""
+
+    def fits(**change: int) -> bool:
+        stages = _stages(model, found, replace(found.options.demand, **change))
+        return max(stages.values()) <= found.card.budget_bytes
+
+    sides = range(MAX_SIDE, MIN_SIDE - 1, -64)
+    batches = range(64, 0, -1)
+    return replace(
+        found,
+        largest_side=next((side for side in sides if fits(width=side, height=side)), 0),
+        largest_batch=next((n for n in batches if fits(width=1024, height=1024, batch=n)), 0),
+    )
