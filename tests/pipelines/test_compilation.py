@@ -14,7 +14,8 @@ from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, 
 from redux_pipelines.attention_backends import IMPLEMENTATIONS
 from redux_pipelines.compilation import Compiled, _attend, _table, compiled_graphs, traceable
 from redux_pipelines.operators import KernelOperators, TorchOperators
-from redux_pipelines.sampling import Grid
+from redux_pipelines.quality import CachePolicy, Tier
+from redux_pipelines.sampling import Grid, Schedule
 from redux_pipelines.transformer import DoubleBlock, Flux, SingleBlock
 
 GRIDS = [Grid(8, 8), Grid(8, 12), Grid(16, 16), Grid(24, 10), Grid(21, 12), Grid(14, 18)]
@@ -148,6 +149,28 @@ def test_requests_through_the_pipeline_share_a_graph(tiny, load, request_for, fi
     assert plain.info.compiled == "off"
 
 
+@pytest.mark.parametrize(("mode", "graphs"), [("blocks", 4), ("full", 0)])
+def test_a_step_cache_runs_compiled_blocks_or_nothing_compiled(model, mode, graphs):
+    """It stops after the first of two double blocks: neither has a pending addition."""
+    denoiser, plain = engine(model), engine(model)
+    counter = CompileCounterWithBackend("eager")
+    denoiser.compiled = Compiled(denoiser.flux, mode, counter)
+    schedule = Schedule((1.0, 0.8, 0.6, 0.4, 0.2, 0.0))
+    tier = Tier(CachePolicy(math.inf, warm_up=2, max_hits=1))  # compute all but the fourth step
+    with torch.inference_mode():
+        for grid in GRIDS[:3]:
+            runs = [
+                each.prepare(given(model), schedule, grid).start(tier) for each in (denoiser, plain)
+            ]
+            for step in range(schedule.steps):
+                img = noise(model, grid, seed=step)
+                ours, theirs = (run.predict(img.clone(), step) for run in runs)
+                assert torch.equal(ours, theirs)
+            assert [run.reused for run in runs] == [1, 1]
+    assert counter.frame_count == graphs
+    assert denoiser.compiled.is_active
+
+
 def broken_backend(graph, inputs):
     raise RuntimeError("no such compiler\nwith details")
 
@@ -238,7 +261,7 @@ def test_inductors_code_is_right_to_rounding_at_every_size(mode):
                 with denoiser.compiled.paused():
                     assert error(out, prepared.predict(img, 1)) <= 1e-6
     assert denoiser.compiled.is_active
-    assert compiled_graphs() == {"full": 1, "blocks": 4}[mode]  # one double block only
+    assert compiled_graphs() == {"full": 1, "blocks": 3}[mode]  # one block of each kind
 
 
 @inductor
