@@ -3,7 +3,8 @@
 A file starts with one line that says what it was made on; it is used only where every fact of that
 line is the same, for code of another processor would crash. Loading one runs what it holds: only
 files that belong to this user or root, and that nobody else may write, are read. Whatever is wrong
-with a file is a warning, and it is written anew. Knows no network.
+with a file is a warning, and it is written anew. A CPU's object files are not in it: torch has them
+in its ``TORCHINDUCTOR_CACHE_DIR`` and builds them again where that is empty. Knows no network.
 """
 
 import contextlib
