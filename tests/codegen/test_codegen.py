@@ -57,6 +57,19 @@ def test_record_of_diffusers_is_what_torch_compile_makes_of_flux(recorded):
     assert recorded["diffusers"]["graphs"] == 1
 
 
+@pytest.mark.parametrize("name", ["ours", "ours, folded"])
+def test_our_blocks_are_one_graph_and_less_than_torch_compile_makes_of_diffusers(recorded, name):
+    ours, theirs = recorded[name], recorded["diffusers"]
+    assert ours["graphs"] == 1
+    for kind in record.KINDS:
+        calls = [
+            sum(each[kind][key] for key in ("launches", "products", "attentions", "other_calls"))
+            for each in (ours, theirs)
+        ]
+        assert calls[0] < calls[1]
+    assert ours["double"]["size_bytes"] < theirs["double"]["size_bytes"]
+
+
 def test_ours_computes_nothing_in_double_precision(recorded):
     assert recorded["diffusers"]["float64"], "its RoPE table is: else the search finds nothing"
     assert not recorded["ours"]["float64"]
