@@ -26,7 +26,7 @@ def recorded():
 
 @pytest.fixture(scope="module", params=[
     pytest.param("diffusers", marks=pytest.mark.slow),  # changes with torch and diffusers only
-    "operators",
+    pytest.param("operators", marks=pytest.mark.slow),  # what "ours" is made of
     "ours",
     pytest.param("ours, folded", marks=pytest.mark.slow),
 ])  # fmt: skip

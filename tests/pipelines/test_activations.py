@@ -177,7 +177,10 @@ def test_strips_are_those_of_the_autoencoder():
 
 
 def test_peaks_of_full_size_blocks_are_those_of_fake_tensors():
-    """``tests/codegen`` runs one block of each kind at 1024 x 1024 with a prompt."""
+    """``tests/codegen`` runs one block of each kind at 1024 x 1024 with a prompt.
+
+    It runs them on kernels, which need a little less than the plain torch that plans assume.
+    """
     path = Path(__file__).parents[1] / "codegen" / "codegen.json"
     golden = json.loads(path.read_text())["sizes"]
     rows = activations.rows_of(Demand(1024, 1024), 16)
@@ -186,7 +189,7 @@ def test_peaks_of_full_size_blocks_are_those_of_fake_tensors():
         ("single", TransformerSize(depth=0, depth_single=2)),
     ):
         formula = activations.denoise_bytes(size, rows, 2)
-        assert formula == pytest.approx(golden[f"peak, {kind} block, ours"], rel=0.1)
+        assert 0.88 * formula <= golden[f"peak, {kind} block, ours"] <= 1.02 * formula
 
 
 sides = st.integers(512, 1536)

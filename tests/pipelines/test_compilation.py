@@ -18,6 +18,7 @@ from redux_pipelines.quality import CachePolicy, Tier
 from redux_pipelines.sampling import Grid, Schedule
 from redux_pipelines.transformer import DoubleBlock, Flux, SingleBlock
 
+SLOW_TORCH = pytest.param(TorchOperators, marks=pytest.mark.slow)
 GRIDS = [Grid(8, 8), Grid(8, 12), Grid(16, 16), Grid(24, 10), Grid(21, 12), Grid(14, 18)]
 GRIDS += [Grid(24, 24)]
 """512² to 1536² of the random-weight model, whose rows and columns are 64 pixels."""
@@ -79,7 +80,7 @@ def run_everything(denoiser, model, batch):
             assert_same(denoiser, given(model, **fields), grid, noise(model, grid, batch))
 
 
-@pytest.mark.parametrize("operators", [TorchOperators, KernelOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators])
 def test_a_step_is_one_graph_for_everything_and_one_more_for_several_images(model, operators):
     denoiser = engine(model, operators=operators())
     counter = CompileCounterWithBackend("eager")
@@ -94,7 +95,7 @@ def test_a_step_is_one_graph_for_everything_and_one_more_for_several_images(mode
     assert denoiser.compiled.failure is None
 
 
-@pytest.mark.parametrize("operators", [TorchOperators, KernelOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators])
 def test_blocks_are_five_graphs_for_everything(operators):
     """Each kind with and without a pending addition (its first block has none), and the last."""
     model = diffusers_model(num_layers=3, num_single_layers=4)
