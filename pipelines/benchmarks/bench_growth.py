@@ -8,6 +8,7 @@ of the runs of a point; memory is the peak above what the loaded model takes: of
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -103,6 +104,7 @@ def _reset_peak() -> float:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 1e6
+    ctypes.CDLL(None).malloc_trim(0)  # else pages of earlier runs hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")
     return _status_mb("VmRSS")
 
