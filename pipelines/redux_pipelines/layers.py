@@ -58,6 +58,14 @@ def gelu_(x: Tensor) -> Tensor:
     return out
 
 
+def within_range_(x: Tensor) -> Tensor:
+    """``x`` in place: FLUX's activations exceed float16's range here and there. NaN stays."""
+    if x.dtype == torch.float16:
+        limit = torch.finfo(x.dtype).max
+        x.clamp_(-limit, limit)
+    return x
+
+
 class Rope(NamedTuple):
     """Rotations of neighbouring pairs, ``(S, 1, 1, D)`` each: ``x · cos + swap_pairs(x) · sin``.
 

@@ -21,9 +21,7 @@ from redux_kernels.gelu_quantize import gelu_quantize
 from redux_kernels.qk_norm_rope import qk_norm_rope
 from redux_kernels.self_test import self_test
 from redux_pipelines.fp8 import ALL, Fp8Linear, Linear, project
-from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope
-
-_HALF_MAX = 65504.0
+from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope, within_range_
 
 
 class Residual(NamedTuple):
@@ -109,12 +107,11 @@ class TorchOperators:
         return table
 
     def settle(self, stream: Residual) -> Tensor:
-        """See ``Operators``. FLUX's activations exceed float16's range here and there."""
+        """See ``Operators``."""
         x, y, gate = stream
         if y is None or gate is None:
             return x
-        x.addcmul_(gate, y)
-        return x.clamp_(-_HALF_MAX, _HALF_MAX) if x.dtype == torch.float16 else x
+        return within_range_(x.addcmul_(gate, y))
 
     def normed_linear(
         self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL

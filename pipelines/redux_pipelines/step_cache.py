@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redux_pipelines.layers import within_range_
 from redux_pipelines.quality import CachePolicy
 from redux_pipelines.transformer import Flux, Joint
 
@@ -70,7 +71,7 @@ class StepCache:
     def keep(self, change: Tensor, rest: Tensor, step: int) -> None:
         """Remember a computed step: what its first block added, and what the others did."""
         last = self._last
-        slope = None if last is None else _finite(rest - last.rest).div_(step - last.step)
+        slope = None if last is None else within_range_(rest - last.rest).div_(step - last.step)
         self._last, self._hits = _Computed(step, change, rest, slope), 0
 
 
@@ -116,15 +117,7 @@ class CachedRun:
         rest = self._cache.recall(change, step)
         if rest is None:
             out = flux.run(x, mod, self._joint, 1, flux.num_blocks)
-            self._cache.keep(change, _finite(out - first), step)
+            self._cache.keep(change, within_range_(out - first), step)
         else:
-            out = _finite(first + rest)
+            out = within_range_(first + rest)
         return flux.project_out(out, mod, self._joint)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Within float16's range, as the network keeps its rows; NaN stays."""
-    if x.dtype == torch.float16:
-        limit = torch.finfo(x.dtype).max
-        x.clamp_(-limit, limit)
-    return x
