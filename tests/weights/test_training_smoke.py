@@ -111,7 +111,7 @@ def test_a_run_may_begin_with_a_finished_model(place, tmp_path):
     saved = torch.load(place.model / "model.pt", weights_only=True)["average"]["weights"]
     for name, value in training.averaged().state_dict().items():
         torch.testing.assert_close(value, saved[name].bfloat16().float(), atol=0, rtol=0)
-    training.train_step()
+    assert not [name for name in training.train_step() if name.startswith("alignment")]
     training.save()
     again = train_model.JointTraining(SMOKE, inputs, tmp_path, make_clock(0, 10), finished=finished)
     assert again.step == 1  # the checkpoint counts for more

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from redux_pipelines.host_memory import keep_freed_memory
 from training.progress import TrainingClock
 from training.settings import FULL, SMOKE, Sizes
 from training.workplace import DEFAULT_ROOT, Workplace
@@ -39,6 +40,7 @@ def parse(made: argparse.ArgumentParser, *, minutes: float) -> tuple[Options, ar
     made.add_argument("--steps", type=int, help="train this many steps, however long it takes")
     given = made.parse_args()
     torch.set_num_threads(given.threads)
+    keep_freed_memory()
     options = Options(
         place=Workplace(given.work),
         sizes=SMOKE if given.smoke else FULL,

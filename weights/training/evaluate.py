@@ -9,22 +9,22 @@ Writes ``report.json`` and JPEGs. Knows the order of measurements and where file
 
 import argparse
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from redux_pipelines.host_memory import keep_freed_memory
 from redux_pipelines.loading import load_pipeline
 from redux_pipelines.types import Pipeline
 from redux_weights.embedded import Checkpoint, find_mini
 from training import cli, fetch
 from training.dataset import HELD_OUT_PHOTOS, Icons, load_icons
 from training.probe import Gallery
+from training.reports import environment, rounded, write_json
 from training.settings import FULL
 from training.sheets import Row, save_contact_sheet, save_tiles
 from training.workplace import Workplace
@@ -53,7 +53,6 @@ _WORDS = ("", "flat design", "3d render", "cartoon style", "glossy 3d, cat")
 _GUIDANCES = (1.0, 3.5, 8.0, 20.0)
 _SHAPES = ((768, 1344), (1536, 512))
 _PHOTO_SHAPES = ((512, 512), (1024, 1024), (1344, 768))
-_PACKAGES = ("flux-redux-server", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ def evaluate(
     save_tiles(bench.images, out / "inputs.webp", columns=13, side=128)
     gallery, space = Gallery(icons), EncoderSpace(checkpoint.redux, icons)
     report: dict[str, Any] = {
-        "environment": {"cpu": platform.machine(), **{name: version(name) for name in _PACKAGES}},
+        "environment": environment(),
         "retrieval": {
             **measure_squares(bench, gallery, space, extent, out),
             **measure_shapes(bench, gallery, space, extent, out),
@@ -192,14 +191,8 @@ def evaluate(
         "drift": measure_variants(bench, variants, load, extent.drifting),
         "safety": bench.seen.verdict(),
     }
-    (out / "report.json").write_text(json.dumps(_rounded(report), indent=2) + "\n")
+    write_json(report, out / "report.json")
     return report
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -213,6 +206,7 @@ def main() -> None:
     parser.add_argument("--icons", type=int, default=Extent().icons, help="default: %(default)s")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     place = Workplace(options.work)
     fetch.fetch(place)
     checkpoint = Checkpoint(place.base, place.redux) if options.run else find_mini()
@@ -224,7 +218,7 @@ def main() -> None:
         variants=options.variant or VARIANTS,
         extent=Extent(icons=options.icons),
     )
-    print(json.dumps(_rounded(report), indent=2))
+    print(json.dumps(rounded(report), indent=2))
 
 
 if __name__ == "__main__":

@@ -79,10 +79,9 @@ class JointSettings:
     sides. ``shares`` of steps go, once there are larger grids, to early squares, late squares,
     oblongs (lying or standing) and any other shape. Fractions are of the budget: ``large_from``
     brings larger grids, ``guides_from`` model guidance; a run that begins with a finished model
-    begins at ``finished_at``. ``text_only`` is the share
-    of steps without a picture. ``alignment`` is that loss's weight at first and again when larger
-    grids come, both times falling to 0 in ``alignment_steps``. ``compiles`` the blocks (for steps
-    without that loss).
+    begins at ``finished_at``, when rates fall. ``text_only`` is the share of steps without a
+    picture. ``alignment`` is that loss's weight at first and again when larger grids come, both
+    times falling to 0 in ``alignment_steps``. ``compiles`` the blocks (for steps without it).
     """
 
     batch: int = 32
@@ -97,7 +96,7 @@ class JointSettings:
     )
     shares: tuple[float, float, float, float] = (0.2, 0.3, 0.35, 0.15)
     large_from: float = 0.25
-    finished_at: float = 0.4
+    finished_at: float = 0.6
     guides_from: float = 0.88
     constant_rate_until: float = 0.5
     text_only: float = 0.08

@@ -85,6 +85,10 @@ class Alignment:
     def __init__(self) -> None:
         self.since, self.is_for_large = 0, False
 
+    def skip(self, steps: int) -> None:
+        """A finished model needs none: its attention is aligned, for large grids too."""
+        self.since, self.is_for_large = -steps, True
+
     def update(self, step: int, *, sees_large: bool) -> int:
         """How many steps alignment has lasted at ``step``."""
         if sees_large and not self.is_for_large:
@@ -117,9 +121,11 @@ class JointTraining(Run):
         torch.manual_seed(0)
         self._settings, self._inputs, self._probe = sizes.joint, inputs, probe
         self.model = self._fresh(sizes)
+        self._aligned = Alignment()
         if finished is not None:
             load_finished(self.model, finished)
             clock.spent_s = sizes.joint.finished_at * clock.budget_s
+            self._aligned.skip(sizes.joint.alignment_steps)
         self._averaged = self._fresh(sizes).eval().requires_grad_(False)
         self.auxiliary = Auxiliary(sizes.model.encoder_width)
         self.average = Average(self.model, sizes.joint.average)
@@ -127,7 +133,6 @@ class JointTraining(Run):
         self.optimizer = MuonAdamW(named, is_matrix, _RATES)
         if sizes.joint.compiles:
             self._compile()
-        self._aligned = Alignment()
         self._objective = Objective(
             self.model, self.auxiliary, inputs.core, inputs.source, inputs.words
         )

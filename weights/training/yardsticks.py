@@ -223,6 +223,15 @@ def layout_correlation(images: Sequence[Image.Image], made: Sequence[Image.Image
     return float(np.mean(pairs))
 
 
+def colour_distance(images: Sequence[Image.Image], made: Sequence[Image.Image]) -> float:
+    """How far mean colours of pictures and variations are apart: mean, in grey levels of 255."""
+    one, two = (
+        np.stack([np.asarray(each.convert("RGB"), float).mean((0, 1)) for each in pictures])
+        for pictures in (images, made)
+    )
+    return float(np.abs(one - two).mean())
+
+
 def measure_drift(exact: Sequence[Image.Image], variant: Sequence[Image.Image]) -> dict[str, float]:
     """PSNR in dB and SSIM of a variant's pictures against the exact ones of the same seeds."""
     one, two = metrics.to_tensor(exact), metrics.to_tensor(variant)
