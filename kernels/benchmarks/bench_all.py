@@ -13,6 +13,7 @@ import bench_group_norm_silu
 import bench_merge_folded_key
 import bench_merge_lse
 import bench_qk_norm_rope
+import bench_quantize_rows
 import torch
 from timing import Case, main
 
@@ -22,6 +23,7 @@ BENCHMARKS = (
     bench_qk_norm_rope,
     bench_gelu_into,
     bench_gelu_quantize,
+    bench_quantize_rows,
     bench_group_norm_silu,
     bench_merge_folded_key,
     bench_merge_lse,

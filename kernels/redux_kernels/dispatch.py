@@ -25,6 +25,7 @@ REQUIRED_CAPABILITY = {
     "qk_norm_rope": SM_80,
     "gelu_into": SM_80,
     "gelu_quantize": SM_89,
+    "quantize_rows": SM_89,
     "merge_folded_key": SM_80,
     "merge_lse": SM_80,
     "biased_attention": SM_80,

@@ -32,14 +32,14 @@ def plan_head_rows(batch: int, heads: int, rows: int, d: int) -> HeadRowsPlan:
     return HeadRowsPlan(tile, 4, (-(-rows // tile), heads, batch))
 
 
-@jit(do_not_specialize=["rows", "lse_batch", "lse_head", "copies_batch"])
+@jit(do_not_specialize=["rows", "lse_batch", "lse_head"])
 def _merge_folded_key_kernel(
     q_ptr: tensor, k_ptr: tensor, v_ptr: tensor, out_ptr: tensor, lse_ptr: tensor,
-    copies_ptr: tensor, into_ptr: tensor, rows: tensor,
+    into_ptr: tensor, rows: tensor,
     q_batch: tensor, q_head: tensor, q_row: tensor, k_batch: tensor, k_head: tensor,
     v_batch: tensor, v_head: tensor, out_batch: tensor, out_head: tensor, out_row: tensor,
     lse_batch: tensor, lse_head: tensor,
-    into_batch: tensor, into_head: tensor, into_row: tensor, copies_batch: tensor, scale: tensor,
+    into_batch: tensor, into_head: tensor, into_row: tensor, more: tensor, scale: tensor,
     tile: constexpr, d: constexpr,
 ) -> None:  # fmt: skip
     """``tile`` rows of one head of one image."""
@@ -61,7 +61,6 @@ def _merge_folded_key_kernel(
     k = tl.load(k_ptr + batch * k_batch + head * k_head + dim).to(tl.float32)
     v = tl.load(v_ptr + batch * v_batch + head * v_head + dim).to(tl.float32)
 
-    more = tl.log(tl.load(copies_ptr + batch * copies_batch) - 1.0)
     logit = tl.sum(q.to(tl.float32) * k[None, :], axis=1) * scale + more
     w = tl.sigmoid(logit - lse)[:, None]
     out = out.to(tl.float32)
@@ -71,23 +70,23 @@ def _merge_folded_key_kernel(
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: Tensor, into: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
 ) -> None:
     """Run the kernel on checked tensors."""
     batch, heads, rows, d = q.shape
     plan = plan_head_rows(batch, heads, rows, d)
+    more = reference.log_of_more(copies)
     with dispatch.on_device_of(q):
         _merge_folded_key_kernel[plan.grid](
-            q, k, v, out, lse, copies, into, rows,
+            q, k, v, out, lse, into, rows,
             *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3],
             *lse.stride()[:2], *into.stride()[:3],
-            copies.stride(0), 1 / math.sqrt(d),
-            tile=plan.rows, d=d, num_warps=plan.warps,
+            more, 1 / math.sqrt(d), tile=plan.rows, d=d, num_warps=plan.warps,
         )  # fmt: skip
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: Tensor, into: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
 ) -> None:
     """Raise ``ValueError`` unless the tensors are those that ``merge_folded_key`` describes."""
     batch, heads, _, d = checks.check_heads("q", q)
@@ -97,14 +96,14 @@ def check(
         checks.check_float(name, x)
         checks.check_shape(name, x, (batch, heads, d), "(batch, heads, d)")
         checks.check_last_stride(name, x)
-    checks.check_dtype("copies", copies, torch.float32)
-    checks.check_shape("copies", copies, (batch,), "(batch,)")
-    checks.check_same_device(q=q, k=k, v=v, out=out, lse=lse, copies=copies, into=into)
+    if not copies >= 1:  # NaN is not
+        raise ValueError(f"copies must be at least 1, got {copies}")
+    checks.check_same_device(q=q, k=k, v=v, out=out, lse=lse, into=into)
 
 
 @torch.library.custom_op("redux::merge_folded_key", mutates_args=("into",))
 def merge_folded_key(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: Tensor, into: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
 ) -> None:
     """Attention over a key that stands for ``copies`` equal ones, from attention over it once.
 
@@ -118,8 +117,8 @@ def merge_folded_key(
         v: (B, heads, d), its value.
         out: (B, heads, S, d), contiguous along d: attention over all keys, the folded one once.
         lse: (B, heads, S), float32, contiguous along S: its natural log-sum-exp.
-        copies: (B,), float32: each image's n >= 1, not necessarily whole; 1 gives ``out``, less
-            gives NaN. A tensor, so that another n needs no other graph.
+        copies: n >= 1, not necessarily whole; 1 gives ``out``. A number, which needs no launch to
+            write it down: to a compiler that traces this, another n is another graph.
         into: as ``out``, sharing no memory with the others; a view of a wider buffer's columns,
             transposed, puts the result where the next linear reads it.
 
@@ -127,7 +126,7 @@ def merge_folded_key(
     2e-6 + 1e-5 |out| in float32.
 
     Raises:
-        ValueError: shapes, dtypes, strides or devices are not those above.
+        ValueError: shapes, dtypes, strides, devices or the number are not those above.
     """
     check(q, k, v, out, lse, copies, into)
     if dispatch.runs_kernel("merge_folded_key", q):
@@ -138,6 +137,6 @@ def merge_folded_key(
 
 @merge_folded_key.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: Tensor, into: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
 ) -> None:
     check(q, k, v, out, lse, copies, into)

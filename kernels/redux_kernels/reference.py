@@ -15,6 +15,7 @@ from torch import Tensor
 E4M3_MAX = 448.0
 TINY = 1e-12
 CACHED_ELEMENTS = 2**16  # what a core's cache keeps between two passes
+GPU_ELEMENTS = 2**22  # few launches for a picture, and little memory beside it
 
 
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -112,13 +113,17 @@ def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Te
     return quantize_rows(h if beside is None else torch.cat((beside.float(), h), dim=-1))
 
 
+def log_of_more(copies: float) -> float:
+    """``log(copies - 1)``, which is minus infinity for one copy."""
+    return math.log(copies - 1) if copies > 1 else -math.inf
+
+
 def merge_folded_key(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: Tensor, into: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
 ) -> None:
     """Write into ``into``; see ``redux_kernels.merge_folded_key.merge_folded_key``."""
     logits = (q.float() * k.float()[:, :, None]).sum(dim=-1) / math.sqrt(q.shape[-1])
-    more = torch.log(copies - 1)[:, None, None]
-    w = torch.sigmoid(logits + more - lse)[..., None]
+    w = torch.sigmoid(logits + log_of_more(copies) - lse)[..., None]
     into.copy_(torch.lerp(out.float(), v.float()[:, :, None].expand(out.shape), w))
 
 
@@ -144,7 +149,8 @@ def group_norm_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     mean = x.mean(1).view(batch, groups, -1).mean(-1)
     centre = mean.repeat_interleave(channels // groups, dim=1)[:, None]
     squares = torch.zeros_like(centre[:, 0])
-    for part in torch.split(x, max(1, CACHED_ELEMENTS // channels), dim=1):
+    elements = GPU_ELEMENTS if x.is_cuda else CACHED_ELEMENTS
+    for part in torch.split(x, max(1, elements // channels), dim=1):
         squares += (part - centre).square_().sum(1)
     return mean, squares.view(batch, groups, -1).mean(-1) / rows
 

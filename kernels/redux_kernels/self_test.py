@@ -24,6 +24,7 @@ from redux_kernels import (
     merge_folded_key,
     merge_lse,
     qk_norm_rope,
+    quantize_rows,
     reference,
 )
 
@@ -50,6 +51,7 @@ class Draw(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     generator: torch.Generator
+    groups: int = GROUPS
 
     @property
     def width(self) -> int:
@@ -139,15 +141,19 @@ def _test_gelu_quantize(draw: Draw) -> Iterator[Comparison]:
     yield _quantized(*gelu_quantize.launch(mlp, beside), h)
 
 
+def _test_quantize_rows(draw: Draw) -> Iterator[Comparison]:
+    x = draw.rows(draw.width)
+    yield _quantized(*quantize_rows.launch(x), x.float())
+
+
 def _test_merge_folded_key(draw: Draw) -> Iterator[Comparison]:
     q, out = draw.attention(), draw.attention()
     k, v = draw(2, 1, draw.heads, draw.head_dim)
     lse = draw(1, draw.heads, ROWS).float() + 6
     got = torch.zeros_like(draw(1, draw.heads, ROWS, draw.head_dim))
     want = torch.zeros_like(got, dtype=torch.float32)
-    copies = torch.full((1,), 512.0, device=draw.device)
-    merge_folded_key.launch(q, k, v, out, lse, copies, got)
-    reference.merge_folded_key(q, k, v, out.float(), lse, copies, want)
+    merge_folded_key.launch(q, k, v, out, lse, 512.0, got)
+    reference.merge_folded_key(q, k, v, out.float(), lse, 512.0, want)
     yield draw.rounded(got, want)
 
 
@@ -178,15 +184,15 @@ def _test_biased_attention(draw: Draw) -> Iterator[Comparison]:
 
 def _test_group_norm_statistics(draw: Draw) -> Iterator[Comparison]:
     x = draw(2, ROWS, draw.head_dim) + 3
-    want_mean, want_var = reference.group_norm_statistics(x, GROUPS)
-    mean, var = group_norm_silu.launch_statistics(x, GROUPS)
+    want_mean, want_var = reference.group_norm_statistics(x, draw.groups)
+    mean, var = group_norm_silu.launch_statistics(x, draw.groups)
     yield Comparison(mean, want_mean, 1e-4, 1e-5)
     yield Comparison(var, want_var, 1e-4, 1e-4)
 
 
 def _test_group_norm_silu(draw: Draw) -> Iterator[Comparison]:
     x, (weight, bias) = draw(2, ROWS, draw.head_dim), draw(2, draw.head_dim)
-    mean, var = draw(2, GROUPS).float(), draw(2, GROUPS).float().exp()
+    mean, var = draw(2, draw.groups).float(), draw(2, draw.groups).float().exp()
     got = group_norm_silu.launch(x, mean, var, weight, bias, EPS)
     yield draw.rounded(got, reference.group_norm_silu(x.float(), mean, var, weight, bias, EPS))
 
@@ -199,6 +205,7 @@ TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
     "qk_norm_rope": _test_qk_norm_rope,
     "gelu_into": _test_gelu_into,
     "gelu_quantize": _test_gelu_quantize,
+    "quantize_rows": _test_quantize_rows,
     "merge_folded_key": _test_merge_folded_key,
     "merge_lse": _test_merge_lse,
     "biased_attention": _test_biased_attention,
@@ -231,6 +238,7 @@ def self_test(
     heads: int = 24,
     head_dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
+    groups: int = GROUPS,
     operators: Iterable[str] = (),
 ) -> dict[str, str | None]:
     """Let every kernel that agrees with its reference on ``device`` run there, and no other.
@@ -238,8 +246,9 @@ def self_test(
     Args:
         device: for example ``"cuda:0"``; on a CPU every kernel is refused.
         heads: the model's attention heads, for the sizes to test.
-        head_dim: the size of a head, a power of two.
+        head_dim: the size of a head, a power of two; of GroupNorms their channels, any number.
         dtype: the model's dtype.
+        groups: those of GroupNorms; they divide ``head_dim``.
         operators: test these alone; all of them if none is named.
 
     Returns:
@@ -248,7 +257,7 @@ def self_test(
     device = torch.device(device)
     verdicts = {}
     for operator in operators or TESTS:
-        draw = Draw(heads, head_dim, dtype, device, torch.Generator().manual_seed(0))
+        draw = Draw(heads, head_dim, dtype, device, torch.Generator().manual_seed(0), groups)
         verdicts[operator] = _verdict(operator, draw)
         dispatch.record(operator, device, verdicts[operator])
     return verdicts

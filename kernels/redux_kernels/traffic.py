@@ -41,6 +41,11 @@ def gelu_quantize(rows: int, width: int, beside: int = 0, *, element: int = 2) -
     return rows * (columns * (element + E4M3_BYTES) + SCALE_BYTES)
 
 
+def quantize_rows(rows: int, width: int, *, element: int = 2) -> int:
+    """``quantize_rows``: x in; q and its scales out."""
+    return rows * (width * (element + E4M3_BYTES) + SCALE_BYTES)
+
+
 def merge_folded_key(rows: int, heads: int, d: int, *, element: int = 2) -> int:
     """``merge_folded_key``: q, attention's output and its log-sum-exp in; the merged output out."""
     return rows * heads * (3 * d * element + 4)

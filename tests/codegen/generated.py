@@ -24,7 +24,7 @@ class Code:
 
     text: str
     launches: int
-    """Triton kernels, Inductor's and ours."""
+    """Triton kernels, Inductor's and ours, and copies by an attention that cannot do without."""
     size_bytes: int
     """What these kernels read and write."""
     calls: Mapping[str, int]
@@ -86,7 +86,7 @@ def _read(text: str, graph: Any) -> Code:
     call = text[text.index("def call(") :]
     triton = re.findall(r"^\s+triton_\w+\.run\(", call, re.M)
     calls = Counter(re.findall(r"(?:extern_kernels|torch\.ops)\.([\w.]+?)(?:\.default)?\(", call))
-    ours = {name: n for name, n in calls.items() if name.startswith("redux.")}
+    ours = {name: n for name, n in calls.items() if name.startswith(_COUNTED)}
     others = {name: n for name, n in calls.items() if name not in ours}
     size_bytes = _inductor_bytes(graph) + sum(_our_bytes(graph))
     return Code(text, len(triton) + sum(ours.values()), size_bytes, others)
@@ -100,9 +100,9 @@ def _inductor_bytes(graph: Any) -> int:
 def _our_bytes(graph: Any) -> Iterator[int]:
     for node in graph.module.graph.nodes:
         operator = str(node.target).removesuffix(".default")
-        if node.op == "call_function" and operator.startswith("redux."):
+        if node.op == "call_function" and operator.startswith(_COUNTED):
             args = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args]
-            yield _OPERATORS[operator.removeprefix("redux.")](*args)
+            yield _OPERATORS[operator.partition(".")[2]](*args)
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -114,6 +114,7 @@ def _qk_norm_rope(qkv: Any, _qw: Any, _kw: Any, _cos: Any, _sin: Any, q: Any, _k
     return traffic.qk_norm_rope(_rows(qkv), q.shape[1], q.shape[3], copies_v=v is not None)
 
 
+_COUNTED = ("redux.", "redux_tests.place")
 _OPERATORS: dict[str, Callable[..., int]] = {
     "adaln": lambda x, *_: traffic.adaln(_rows(x), x.shape[-1]),
     "gate_residual_adaln": lambda x, *_: traffic.gate_residual_adaln(_rows(x), x.shape[-1]),
@@ -123,5 +124,6 @@ _OPERATORS: dict[str, Callable[..., int]] = {
         q.shape[0] * q.shape[2], q.shape[1], q.shape[3]
     ),
     "merge_lse": lambda a, *_: traffic.merge_lse(a.shape[0] * a.shape[2], a.shape[1], a.shape[3]),
+    "place": lambda out, _: 2 * out.numel() * out.element_size(),
 }
 """Bytes that one call of our operators moves, from its arguments; in bfloat16."""

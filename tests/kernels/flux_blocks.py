@@ -27,6 +27,7 @@ class Model(NamedTuple):
 
 FLUX = Model(24, 128)
 MINI = Model(4, 64)
+COPIES = 512.0
 
 
 @torch.library.custom_op("redux_tests::attend", mutates_args=())
@@ -94,7 +95,7 @@ class DoubleBlock(torch.nn.Module):
 
 
 class SingleBlock(torch.nn.Module):
-    """One stream; row 0 is the folded text token, which stands for ``copies`` equal ones."""
+    """One stream; row 0 is the folded text token, which stands for ``COPIES`` equal ones."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -104,8 +105,9 @@ class SingleBlock(torch.nn.Module):
         self.q_weight = torch.nn.Parameter(torch.ones(model.d))
         self.k_weight = torch.nn.Parameter(torch.ones(model.d))
 
-    def forward(self, x: Tensor, h: Tensor, cos: Tensor, sin: Tensor, vectors: Tensor,
-                copies: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self, x: Tensor, h: Tensor, cos: Tensor, sin: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         heads, d, width = *self.model, self.model.width
         qkv, mlp = self.linear1(h).split((3 * width, 4 * width), dim=-1)
         q, k = (x.new_empty((x.shape[0], heads, x.shape[1], d)) for _ in range(2))
@@ -114,7 +116,7 @@ class SingleBlock(torch.nn.Module):
         out, lse = attend(q, k, v)
         both = x.new_empty((*x.shape[:2], 5 * width))
         into = both[..., :width].unflatten(-1, (heads, d)).transpose(1, 2)
-        merge_folded_key(q, k[:, :, 0], v[:, :, 0], out, lse, copies, into)
+        merge_folded_key(q, k[:, :, 0], v[:, :, 0], out, lse, COPIES, into)
         gelu_into(mlp, both, column=width)
         gate, scale, shift = vectors.chunk(3, dim=-1)
         return gate_residual_adaln(x, self.linear2(both), gate, scale, shift)

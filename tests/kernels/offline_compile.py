@@ -35,6 +35,7 @@ from redux_kernels import (
     merge_folded_key,
     merge_lse,
     qk_norm_rope,
+    quantize_rows,
 )
 from redux_kernels.group_norm_silu import plan_pixels
 
@@ -174,7 +175,8 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
         "gelu_into": lambda: gelu_into.launch(mlp, beside_mlp, width),
         "gelu_quantize": lambda: gelu_quantize.launch(mlp, None),
         "gelu_quantize, beside": lambda: gelu_quantize.launch(mlp, x),
-        "merge_folded_key": lambda: merge_folded_key.launch(q, key, key, out, lse, one, into),
+        "quantize_rows": lambda: quantize_rows.launch(out.transpose(1, 2).flatten(2)),
+        "merge_folded_key": lambda: merge_folded_key.launch(q, key, key, out, lse, 512.0, into),
         "merge_lse": lambda: merge_lse.launch(out, lse, out, lse, one, into),
         "biased_attention": lambda: attention.launch(*qk.unbind(2), v, per_key, out),
         "group_norm_statistics": lambda: group_norm_silu.launch_channels(pixels),

@@ -35,10 +35,9 @@ def test_kernel_is_its_reference(batch, heads, rows, d, dtype, atol, rtol, devic
     lse = amid_canaries(batch, heads, rows, dtype=torch.float32, device=device)
     lse.add_(4)
     into.fill_(NAN)
-    copies = torch.tensor([512.0, 3.0], device=device)[:batch]
-    op.launch(q, k, v, out, lse, copies, into)
+    op.launch(q, k, v, out, lse, 512.0, into)
     want = torch.empty(into.shape, device=device)
-    reference.merge_folded_key(q.float(), k.float(), v.float(), out.float(), lse, copies, want)
+    reference.merge_folded_key(q.float(), k.float(), v.float(), out.float(), lse, 512.0, want)
     torch.testing.assert_close(into.float(), want, atol=max(atol, 2e-6), rtol=rtol)
     assert canaries_of(into).isnan().all()
 
@@ -50,10 +49,9 @@ def test_kernel_writes_into_columns_of_a_wider_buffer(device):
     lse = torch.randn(1, 4, 9, device=device)
     wide = torch.full((1, 9, 512), NAN, device=device)
     into = wide[..., 128:384].unflatten(-1, (4, 64)).transpose(1, 2)
-    copies = torch.tensor([3.0], device=device)
-    op.launch(q, k, v, out, lse, copies, into)
+    op.launch(q, k, v, out, lse, 3.0, into)
     want = torch.empty_like(out)
-    reference.merge_folded_key(q, k, v, out, lse, copies, want)
+    reference.merge_folded_key(q, k, v, out, lse, 3.0, want)
     torch.testing.assert_close(into, want, atol=2e-6, rtol=1e-5)
     assert wide[..., :128].isnan().all()
     assert wide[..., 384:].isnan().all()
@@ -63,8 +61,8 @@ def test_kernel_writes_into_columns_of_a_wider_buffer(device):
 def test_kernel_copies_attention_for_one_copy(device):
     q, out, into = torch.randn(3, 1, 2, 9, 64, device=device)
     k, v = torch.randn(2, 1, 2, 64, device=device)
-    lse, copies = torch.randn(1, 2, 9, device=device), torch.ones(1, device=device)
-    op.launch(q, k, v, out, lse, copies, into)
+    lse = torch.randn(1, 2, 9, device=device)
+    op.launch(q, k, v, out, lse, 1.0, into)
     assert torch.equal(into, out)
 
 
@@ -79,22 +77,22 @@ def test_reference_is_attention_over_all_copies(copies):
     out, lse = attention(q, k, v)
     q, k, v, out, lse = (each.float() for each in (q, k[:, :, 0], v[:, :, 0], out, lse))
     into = torch.empty_like(out)
-    merge_folded_key(q, k, v, out, lse, torch.full((2,), float(copies)), into)
+    merge_folded_key(q, k, v, out, lse, float(copies), into)
     torch.testing.assert_close(into, want.float(), atol=2e-6, rtol=1e-5)
 
 
 def test_operator_is_well_formed():
     q, out, into = torch.randn(3, 2, 4, 5, 64, dtype=torch.bfloat16)
     k, v = torch.randn(2, 2, 4, 64, dtype=torch.bfloat16)
-    lse, copies = torch.randn(2, 4, 5), torch.tensor([512.0, 3.0])
-    torch.library.opcheck(merge_folded_key, (q, k, v, out, lse, copies, into))
+    lse = torch.randn(2, 4, 5)
+    torch.library.opcheck(merge_folded_key, (q, k, v, out, lse, 512.0, into))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"copies": torch.ones(1)}, r"copies must be \(batch,\) = \(2,\), got \(1,\)"),
-        ({"copies": torch.ones(2, dtype=torch.int64)}, "copies must be torch.float32"),
+        ({"copies": 0.5}, "copies must be at least 1, got 0.5"),
+        ({"copies": math.nan}, "copies must be at least 1, got nan"),
         ({"k": torch.zeros(2, 4, 1, 64)}, r"k must be \(batch, heads, d\) = \(2, 4, 64\)"),
         ({"q": torch.zeros(2, 4, 6, 64)}, "q must be like out"),
         ({"lse": torch.zeros(2, 4, 5, dtype=torch.bfloat16)}, "lse must be torch.float32"),
@@ -107,7 +105,7 @@ def test_wrong_arguments_are_refused_by_name(wrong, message):
         **{name: torch.zeros(2, 4, 5, 64) for name in ("q", "out", "into")},
         **{name: torch.zeros(2, 4, 64) for name in ("k", "v")},
         "lse": torch.zeros(2, 4, 5),
-        "copies": torch.ones(2),
+        "copies": 1.0,
     }
     with pytest.raises(ValueError, match=message):
         merge_folded_key(**right | wrong)

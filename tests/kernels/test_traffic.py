@@ -58,8 +58,7 @@ def double() -> Calls:
 def single() -> Calls:
     block = SingleBlock(FLUX).to("meta", torch.bfloat16)
     with torch.no_grad(), Calls() as calls:
-        block(*[empty(1, TOTAL, WIDTH)] * 2, *angles(TOTAL), empty(1, 3 * WIDTH),
-              torch.empty(1, device="meta"))  # fmt: skip
+        block(*[empty(1, TOTAL, WIDTH)] * 2, *angles(TOTAL), empty(1, 3 * WIDTH))
     return calls
 
 
@@ -98,6 +97,7 @@ def test_operators_move_what_their_tensors_hold():
     scales = 4 * TOTAL
     assert traffic.adaln(TOTAL, WIDTH, quantized=True) == 3 * STREAM // 2 + scales
     assert traffic.gelu_quantize(TOTAL, 4 * WIDTH, WIDTH) == 15 * STREAM // 2 + scales
+    assert traffic.quantize_rows(TOTAL, WIDTH) == 3 * STREAM // 2 + scales
     table = 2 * TOTAL * 64 * 4
     assert traffic.qk_norm_rope(TOTAL, 24, 128) == 6 * STREAM + table
     assert traffic.qk_norm_rope(TOTAL, 24, 128, copies_v=False) == 4 * STREAM + table
