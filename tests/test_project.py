@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+
+from threaded import answering
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server/redux_server", "pipelines/redux_pipelines",
@@ -310,14 +311,15 @@ def test_image_installs_dependencies_before_our_code(stages: list[Stage]) -> Non
     assert "redux_" not in before and "pyproject" not in before, "would be rebuilt at each change"
 
 
-def test_image_installs_exactly_the_dependencies_of_the_project(
+def test_image_installs_exactly_what_the_project_needs_alone_and_in_a_cluster(
     stages: list[Stage], tmp_path: Path
 ) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     _python, *arguments = json.loads(the(stages[0], "RUN"))
     assert run(sys.executable, *arguments, cwd=tmp_path).returncode == 0
     listed = (tmp_path / "requirements.txt").read_text().splitlines()
-    assert listed == PROJECT["project"]["dependencies"]
+    project = PROJECT["project"]
+    assert listed == project["dependencies"] + project["optional-dependencies"]["cluster"]
 
 
 def test_image_starts_the_server_with_settings_it_knows(stages: list[Stage]) -> None:
@@ -358,12 +360,8 @@ def server_answering(status: int) -> Iterator[tuple[int, list[str]]]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with answering(http.server.HTTPServer(("127.0.0.1", 0), Handler)) as server:
         yield server.server_port, paths
-        server.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize(("status", "is_healthy"), [(200, True), (503, False)])

@@ -89,9 +89,10 @@ def _double(size: TransformerSize, rows: Rows, element_bytes: int) -> int:
 
 
 def _single(size: TransformerSize, rows: Rows, element_bytes: int) -> int:
-    """``x``, queries and keys, and the one projection of seven widths; a rotation."""
-    kept = (1 + 2 + 7) * size.hidden * element_bytes * rows.batch * rows.total
-    return kept + _rotation(size, rows.total, rows.batch, element_bytes)
+    """``x``, queries and keys, and the one projection of seven widths; as above."""
+    width = size.hidden * element_bytes * rows.batch
+    rotation = _rotation(size, rows.total, rows.batch, element_bytes)
+    return (1 + 2 + 7) * width * rows.total + max(rotation, 2 * width * rows.total)
 
 
 def _last(size: TransformerSize, rows: Rows, element_bytes: int) -> int:
@@ -103,8 +104,11 @@ def _last(size: TransformerSize, rows: Rows, element_bytes: int) -> int:
 
 
 def _rotation(size: TransformerSize, rows: int, batch: int, element_bytes: int) -> int:
-    """``layers.norm_rope``: queries and keys in float32 and their rotation, and weighted angles."""
-    copies = 2 if element_bytes < _FLOAT32 else 1
+    """``layers.norm_rope``: float32 queries and keys and their rotation, and what turns them.
+
+    Float32 itself needs neither of the first.
+    """
+    copies = 2 if element_bytes < _FLOAT32 else 0
     kind = max(element_bytes, _FLOAT32)
     return rows * kind * 2 * (copies * batch * size.hidden + size.head_dim)
 

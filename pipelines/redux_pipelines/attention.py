@@ -33,10 +33,13 @@ Groups = tuple[KeyGroup, ...]
 class Attention(Protocol):
     """``softmax(q·k / √D + bias) · v``."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
+    ) -> Tensor:
         """``q (B, heads, Q, D)``, ``k`` and ``v (B, heads, S, D)`` to ``(B, heads, Q, D)``.
 
-        ``groups`` cover all S keys, in their order; at least one of them is seen.
+        ``groups`` cover all S keys, in their order; at least one of them is seen. The result is
+        written to ``into`` if that is given, which is contiguous along D and holds none of q, k, v.
         """
         ...
 
@@ -45,12 +48,14 @@ Partial = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Attention without biases: the output and the log-sum-exp ``(B, heads, Q, 1)`` of its logits."""
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
+) -> Tensor:
     """The definition, in float32 at least. It holds all Q × S logits: for small tests only."""
     kind = torch.promote_types(q.dtype, torch.float32)
     bias = key_bias(groups, q.device, kind)
     logits = q.to(kind) @ k.to(kind).transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
-    return (logits.softmax(-1) @ v.to(kind)).to(q.dtype)
+    return placed((logits.softmax(-1) @ v.to(kind)).to(q.dtype), into)
 
 
 def key_bias(groups: Groups, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -67,6 +72,11 @@ def key_bias(groups: Groups, device: torch.device, dtype: torch.dtype) -> Tensor
     return bias
 
 
+def placed(out: Tensor, into: Tensor | None) -> Tensor:
+    """``out``, copied to ``into`` if that is given: for what cannot write there by itself."""
+    return out if into is None else into.copy_(out)
+
+
 def grouped(partial: Partial) -> Attention:
     """Attention from one ``partial`` call per group, merged by the groups' log-sum-exps.
 
@@ -74,16 +84,18 @@ def grouped(partial: Partial) -> Attention:
     adds its copies.
     """
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
+    ) -> Tensor:
         if is_folded(groups) and dispatch.runs_kernel("merge_folded_key", q):
-            return folded(partial, (q, k, v), groups)
+            return folded(partial, (q, k, v), groups, into)
         parts = _parts(partial, (q, k, v), groups)
         out, lse = next(parts)
         for other, other_lse in parts:
             weight = torch.sigmoid(other_lse - lse).to(out.dtype)
             out = torch.addcmul(out, weight, other - out)
             lse = torch.logaddexp(lse, other_lse)
-        return out
+        return placed(out, into)
 
     return attend
 
@@ -98,15 +110,24 @@ def is_folded(groups: Groups) -> bool:
     return is_one and all(group.bias == -math.inf for group in hidden)
 
 
-def folded(partial: Partial, qkv: tuple[Tensor, Tensor, Tensor], groups: Groups) -> Tensor:
-    """Attention over groups that are ``is_folded``: one ``partial`` call, then the copies."""
+def folded(
+    partial: Partial,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    groups: Groups,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Attention over groups that are ``is_folded``: one ``partial`` call, then the copies.
+
+    The kernel that adds these writes the result where it is wanted.
+    """
     *_, one, others = groups
     first = sum(group.rows for group in groups) - others.rows - 1
     q, k, v = qkv[0], qkv[1][:, :, first:], qkv[2][:, :, first:]
     out, lse = partial(q, k, v)
-    copies = torch.full((len(q),), math.exp(one.bias), device=q.device)
-    into = torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format)
-    into = into.transpose(1, 2)  # rows before heads, as the next linear reads them
+    if into is None:  # rows before heads, as the next linear reads them
+        into = torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format)
+        into = into.transpose(1, 2)
+    copies = math.exp(one.bias)
     merge_folded_key(q, k[:, :, 0], v[:, :, 0], out, lse.squeeze(-1), copies, into)
     return into
 
@@ -173,9 +194,11 @@ class Implementation:
     make_ready: Readiness | None = None
     on_request: str = ""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
+    ) -> Tensor:
         """See ``Attention``."""
-        return self.attend(q, k, v, groups)
+        return self.attend(q, k, v, groups, into)
 
     def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it is not even tried there, or None. Imports and runs nothing."""

@@ -11,7 +11,14 @@ from torch import Tensor
 from redux_kernels import dispatch
 from redux_kernels.attention import biased_attention
 from redux_kernels.self_test import self_test as test_kernels
-from redux_pipelines.attention import Capabilities, Groups, Implementation, grouped, key_bias
+from redux_pipelines.attention import (
+    Capabilities,
+    Groups,
+    Implementation,
+    grouped,
+    key_bias,
+    placed,
+)
 from redux_pipelines.flash_libraries import FLASH2, FLASH3, FLASH3_HUB, FLASH4
 
 _ATEN = torch.ops.aten
@@ -21,22 +28,20 @@ _CUDA, _CPU = ("cuda",), ("cpu",)
 _SM80, _SM50 = Capabilities((8, 0)), Capabilities((5, 0))
 
 
-def biased(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+def biased(q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None) -> Tensor:
     """``scaled_dot_product_attention`` with one bias per key, for all heads and queries.
 
     torch's CPU kernel reads such a bias at no measurable cost.
     """
-    if len(groups) == 1:  # a bias on all keys is none
-        return F.scaled_dot_product_attention(q, k, v)
     kind = torch.promote_types(q.dtype, torch.float32)  # log 512 in bfloat16 is off by a percent
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias(groups, q.device, kind))
+    bias = key_bias(groups, q.device, kind) if len(groups) > 1 else None  # one on all keys is none
+    return placed(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), into)
 
 
-def triton(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+def triton(q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None) -> Tensor:
     """Our own kernel: every group in one launch."""
     bias = key_bias(groups, q.device, torch.float32).flatten()
-    out: Tensor = biased_attention(q, k, v, bias)
-    return out
+    return placed(biased_attention(q, k, v, bias), into)
 
 
 def _test_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -1,8 +1,8 @@
 """Attention against a float32 reference, on the device that will run it.
 
 Small, and made so that usual mistakes show: a bias that is ignored, keys left out at the end of a
-tile, a log-sum-exp of the wrong base, a wrong scale, weights that overflow. Knows no network; the
-rows are laid out as the network's are.
+tile, a log-sum-exp of the wrong base, a wrong scale, weights that overflow, a result that is not
+where it was wanted. Knows no network; the rows are laid out as the network's are.
 """
 
 import math
@@ -22,6 +22,7 @@ _SEVERAL_TILES = (
     KeyGroup(131, math.log(0.3)),
     KeyGroup(563, 0.0),
 )
+_FOLDED = (KeyGroup(7, -math.inf), KeyGroup(1, math.log(512)), KeyGroup(152, 0.0))
 _PEAK = 3.0
 """Queries of this many times a key look at that key alone: √D · 3 above the others' logits."""
 
@@ -45,18 +46,25 @@ def self_test(attend: Attention, device: torch.device, dtype: torch.dtype, head_
 
 
 def _error(attend: Attention, case: _Case) -> float:
+    """Of the result by itself, and of that written among the columns of wider rows."""
     got, kind = attend(*case), torch.promote_types(case.q.dtype, torch.float32)
     if got.shape != case.q.shape or got.dtype != case.q.dtype:
         raise ValueError(
             f"gives {tuple(got.shape)} {got.dtype} for queries {tuple(case.q.shape)} {case.q.dtype}"
         )
+    batch, heads, rows, width = got.shape
+    into = got.new_full((batch, rows, 3, heads, width), math.nan)[:, :, 1].transpose(1, 2)
+    attend(*case, into)
     expected = reference(case.q.to(kind), case.k.to(kind), case.v.to(kind), case.groups)
-    rows = (got.to(kind) - expected).norm(dim=-1)
-    return float(rows.max() / expected.norm(dim=-1).mean())
+    errors = (torch.stack([got, into]).to(kind) - expected).norm(dim=-1)
+    return float(errors.max() / expected.norm(dim=-1).mean())
 
 
 def _cases(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[_Case]:
-    """Plain rows; rows that each look at one key, two of them at unseen ones; single groups."""
+    """Plain rows; rows that each look at one key, two of them at unseen ones; single groups.
+
+    And a folded key, whose copies may have a kernel of their own.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -74,3 +82,4 @@ def _cases(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[
     yield case(torch.cat([_PEAK * keys, keys], dim=2), _SEVERAL_TILES, 3, 1)
     yield case(draw(2, 64, 2), (KeyGroup(64, 0.0),), 0, 2)
     yield case(draw(1, 9, 2), (KeyGroup(8, 1.0), KeyGroup(1, -0.5)), 8, 1)
+    yield case(draw(2, 160, 2), _FOLDED, 7, 2)

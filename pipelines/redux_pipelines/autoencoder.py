@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from redux_pipelines.decoder import Decoder
+from redux_pipelines.errors import OutputError
 
 TILE_ABOVE_PIXELS = 1024 * 1024
 STRIP_PIXELS = 128 * 1024
@@ -42,6 +43,7 @@ class Autoencoder:
         """RGB pictures of ``latents (B, C, h, w)``, rounded as diffusers' ``VaeImageProcessor``.
 
         Their number does not matter for memory: each is on its way to the host before the next.
+        Raises ``OutputError`` for one that is not finite everywhere: as bytes it would be black.
         """
         config = self._vae.config
         scaled = latents.to(self._vae.dtype) / config.scaling_factor + config.shift_factor
@@ -49,7 +51,13 @@ class Autoencoder:
 
     def _picture(self, latents: Tensor) -> Image.Image:
         strips = self._decoder(latents, self._strips(latents))
+        is_finite = torch.stack([strip.isfinite().all() for strip in strips]).all()
         pixels = torch.cat([_rounded(strip[0]) for strip in strips]).cpu().numpy()
+        if not is_finite:  # asked once the pixels are here, when there is nothing to wait for
+            raise OutputError(
+                "the model made numbers that are not finite where a picture was to be: another "
+                "seed or --dtype may help; if every picture is like this, its weights are damaged"
+            )
         return Image.fromarray(pixels)
 
     def _strips(self, latents: Tensor) -> int:

@@ -47,6 +47,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, name: str) -> Tensor:
     return q.new_empty((batch, rows, heads, width))
 
 
+@torch.library.custom_op("redux_pipelines::attend_into", mutates_args=("into",))
+def _attend_into(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, name: str, into: Tensor) -> None:
+    """As ``_attend``, its result written to ``into (B, heads, Q, D)``."""
+    _known[name].attend(q, k, v, _groups(groups), into)
+
+
+@_attend_into.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, name: str, into: Tensor) -> None:
+    pass
+
+
 def _table(groups: Groups) -> Tensor:
     """``(G, 2)`` rows and biases, in host memory; at least two, for one would be a special case."""
     filled = [*groups, *[KeyGroup(0, 0.0)] * (2 - len(groups))]
@@ -64,8 +75,13 @@ class _Opaque:
     name: str
     table: Tensor
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
+    ) -> Tensor:
         """See ``Attention``."""
+        if into is not None:
+            _attend_into(q, k, v, self.table, self.name, into)
+            return into
         out: Tensor = _attend(q, k, v, self.table, self.name)
         return out.transpose(1, 2)
 
@@ -84,7 +100,9 @@ class Compiled:
     """The compiled functions of a network, in front of its own until ``remove``.
 
     ``blocks`` compiles each kind of block, once for all blocks of that kind; ``full`` the whole
-    step. Both compile when first called. A function that cannot be compiled for what it is given
+    step, and the kinds of blocks as well for steps that a step cache cuts in two: the parts of a
+    cut step compiled whole would take as long again as the step. A function is compiled when first
+    called. A function that cannot be compiled for what it is given
     (it is told by ``failure`` and in the log) leaves the network as it was, for good.
     """
 
@@ -124,9 +142,10 @@ class Compiled:
 
     def _entry(self, module: nn.Module, plain: Any, compiled: Any) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            if not self.is_active:
+            # a block while the whole step is traced, which is to see what is in it
+            if torch.compiler.is_compiling() or not self.is_active:
                 return plain(module, *arguments)
-            if self.mode == "full":
+            if isinstance(module, Flux):
                 arguments = tuple(map(_as_inference, arguments))
             _mark(arguments)
             try:
@@ -144,7 +163,7 @@ def _places(flux: Flux, mode: CompileMode) -> Iterator[tuple[nn.Module, str]]:
     """Modules, and the names of their methods, that ``mode`` compiles."""
     if mode == "full":
         yield flux, "forward"
-    elif mode == "blocks":
+    if mode != "off":
         singles = list(flux.single_blocks)
         yield from ((block, "forward") for block in (*flux.double_blocks, *singles[:-1]))
         yield from ((block, "forward_img") for block in singles[-1:])
@@ -161,10 +180,13 @@ def _as_inference(argument: Any) -> Any:
 
 def _mark(arguments: tuple[Any, ...]) -> None:
     """Say which axes of a call's tensors may have any extent: rows, and images if several."""
-    *streams, _, joint = arguments
-    for each in (joint.txt, *joint.rope, joint.attention.table):
+    *streams, mod, joint = arguments
+    _mark_axis(joint.txt, joint.txt.dim() - 2)
+    for each in (*joint.rope, joint.attention.table):
         _mark_axis(each, 0)
-    for each in _tensors(streams):
+    if mod.dim() == 4:
+        _mark_axis(mod, 1)
+    for each in (*_tensors(streams), joint.txt):
         if each.dim() == 3:
             _mark_axis(each, 0)
             _mark_axis(each, 1)

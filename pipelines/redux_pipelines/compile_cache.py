@@ -15,7 +15,8 @@ import os
 import platform
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -63,6 +64,27 @@ def _cpu() -> str:
     name = lines.get("model name", platform.machine())
     able = lines.get("flags") or lines.get("Features") or torch.backends.cpu.get_cpu_capability()
     return f"{name} {hashlib.sha256(able.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFile:
+    """A file of compiled code as its first line describes it."""
+
+    path: Path
+    facts: Facts
+    size_bytes: int
+
+
+def kept_files(directory: Path) -> Iterator[KeptFile]:
+    """The files in ``directory`` that say what they were made on; nothing of them is loaded."""
+    for path in sorted(directory.glob("*.bin")):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.readline(_MAX_HEADER_BYTES))
+            if header["format"] == _MAGIC:
+                yield KeptFile(path, dict(header["facts"]), path.stat().st_size)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not a file of ours, or a damaged one
 
 
 class ArtifactFile:

@@ -7,6 +7,7 @@ decoded alone and blended. Between layers only what the next one reads is kept w
 memory format channels_last. Knows no latents' scale and no pictures.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +15,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from redux_kernels import dispatch
 from redux_kernels.group_norm_silu import (
     group_norm_silu,
     group_norm_statistics,
     join_statistics,
 )
+from redux_kernels.self_test import self_test
+
+logger = logging.getLogger(__name__)
+
+KERNELS = ("group_norm_statistics", "group_norm_silu")
+"""The operators it runs, as kernels where both agree with their references."""
 
 Strips = list[Tensor]
 """One image's rows ``(1, C, rows, W)``, from top to bottom."""
 
 
 class Decoder:
-    """The decoder half of diffusers' ``vae``, whose weights it uses in place."""
+    """The decoder half of diffusers' ``vae``, whose weights it uses in place, where they are.
+
+    When made it tests the kernels there, whichever transformer runs beside it.
+    """
 
     def __init__(self, vae: Any) -> None:
         if vae.config.act_fn not in ("silu", "swish"):  # two names of one function
             raise ValueError(f"the autoencoder has act_fn={vae.config.act_fn!r}: FLUX.1 has 'silu'")
         self._decoder = vae.decoder.to(memory_format=torch.channels_last)
         self._post_quant = vae.post_quant_conv
+        _test_kernels(self._decoder)
 
     def __call__(self, latents: Tensor, strips: int = 1) -> Strips:
         """Decode one image's ``latents (1, C, h, w)``; the picture comes in strips.
@@ -53,6 +65,33 @@ class Decoder:
                 x_strips = _upsample(upsampler.conv, x_strips)
         act = _norm_silu(decoder.conv_norm_out, x_strips)
         return [_convolve(decoder.conv_out, x_strips, i, act) for i in range(len(x_strips))]
+
+
+def _test_kernels(decoder: Any) -> None:
+    """Let the kernels run if they are right at every width of ``decoder``, in its dtype.
+
+    At the first width where one is not, both are left to plain torch, with the reason in the log:
+    what passed at one width is not known to be right at the others.
+    """
+    weight = decoder.conv_in.weight
+    norms = [each for each in decoder.modules() if isinstance(each, nn.GroupNorm)]
+    for channels, groups in sorted({(each.num_channels, each.num_groups) for each in norms}):
+        verdicts = self_test(
+            weight.device,
+            heads=1,
+            head_dim=channels,
+            dtype=weight.dtype,
+            groups=groups,
+            operators=KERNELS,
+        )
+        refused = {name: reason for name, reason in verdicts.items() if reason is not None}
+        for name, reason in refused.items():  # news on a GPU only
+            level = logging.WARNING if weight.is_cuda else logging.DEBUG
+            logger.log(level, "kernel %s is not used for %d channels: %s", name, channels, reason)
+        if refused:
+            for name in KERNELS:
+                dispatch.record(name, weight.device, refused.get(name, "the other kernel is wrong"))
+            return
 
 
 def _middle(block: Any, x: Strips) -> None:

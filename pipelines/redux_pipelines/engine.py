@@ -4,8 +4,8 @@ Equal text tokens are one row; text is embedded once a request; modulations and 
 kept for the next request of the same kind. Knows no images and no sampling loop.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from redux_pipelines.attention import Implementation
 from redux_pipelines.compilation import Compiled, traceable
 from redux_pipelines.cuda_graphs import GraphedStep, Step
-from redux_pipelines.denoiser import ExactRun, Run
+from redux_pipelines.denoiser import ExactRun, PreparedDenoiser, Run
 from redux_pipelines.layers import Rope, rope_table
 from redux_pipelines.lru import LRU, digest, tensor_bytes
+from redux_pipelines.modulation import Modulation
 from redux_pipelines.operators import Operators
 from redux_pipelines.quality import Tier
 from redux_pipelines.sampling import Grid, Schedule
@@ -91,6 +92,25 @@ class EngineDenoiser:
         modulation = self._modulation(conditioning, schedule)
         return _PreparedEngine(self._flux, step, txt, modulation, joint)
 
+    def join(self, prepared: Sequence[PreparedDenoiser]) -> PreparedDenoiser:
+        """See ``Denoiser``. Of one image it is that image's own: text and modulation as they are.
+
+        A batch has a text and a modulation per image even where they are equal, so that compiled
+        code and CUDA graphs know one form of a batch.
+        """
+        parts = [each for each in prepared if isinstance(each, _PreparedEngine)]
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        if any(each.joint.groups != first.joint.groups for each in parts):
+            raise ValueError(
+                "requests whose keys are laid out differently cannot share a batch: denoise those "
+                "with an encoded prompt apart from those without"
+            )
+        txt = torch.stack([each.txt for each in parts])
+        modulation = _PerImage(tuple(each.modulation for each in parts))
+        return replace(first, txt=txt, modulation=modulation, joint=replace(first.joint, txt=txt))
+
     def evict_modulation(self) -> None:
         """Move the modulation layers to host memory; only a new table brings them back, in turn."""
         self._flux.modulation.evict()
@@ -118,11 +138,28 @@ class EngineDenoiser:
 
 
 @dataclass(frozen=True, slots=True)
+class _PerImage:
+    """The modulations of a batch: a table ``(N, rows, H)`` for each of its B images.
+
+    A step's are put together when it comes: all steps of FLUX.1 would be 59 MB an image once more.
+    """
+
+    tables: tuple[Modulation, ...]
+
+    def __len__(self) -> int:
+        return len(self.tables[0])
+
+    def __getitem__(self, step: int) -> Tensor:
+        """``(rows, B, 1, H)``."""
+        return torch.stack([table[step] for table in self.tables], dim=1).unsqueeze(2)
+
+
+@dataclass(frozen=True, slots=True)
 class _PreparedEngine:
     flux: Flux
     step: Step
     txt: Tensor
-    modulation: Tensor
+    modulation: Modulation
     joint: Joint
 
     def predict(self, img: Tensor, step: int) -> Tensor:

@@ -4,6 +4,9 @@
 ReduxError
 ├── RequestError   the caller asked for something that cannot be done; the text says what can
 ├── ImageError     bytes that are not a usable picture
+├── OutputError    the model made numbers that are no picture
+├── DeviceMemoryError  not even one image of a request fits into the device's memory
+├── DeviceError    the device can be used by no one in this process any more
 ├── AttentionError no attention that was asked for, or none at all, can be used here
 ├── MemoryPlanError  a card is too small for a model, however its weights are placed
 └── WeightsError   a checkpoint is missing, incomplete or of the wrong kind
@@ -21,6 +24,21 @@ class RequestError(ReduxError, ValueError):
 
 class ImageError(ReduxError, ValueError):
     """Bytes that are not a usable picture."""
+
+
+class OutputError(ReduxError):
+    """What the model made is no picture: it holds numbers that are not finite."""
+
+
+class DeviceMemoryError(ReduxError):
+    """Not even one image of what was asked for fits into the device's memory."""
+
+
+class DeviceError(ReduxError):
+    """The device failed in a way that only a new process recovers from.
+
+    After a failed assertion or an illegal access every later call fails too, whoever makes it.
+    """
 
 
 class WeightsError(ReduxError):

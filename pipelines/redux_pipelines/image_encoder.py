@@ -1,8 +1,8 @@
 """From a picture to Redux tokens: SigLIP's last hidden state through the Redux embedder.
 
 Preprocessing is what FLUX.1-Redux was trained with: RGB, squashed to the encoder's square without
-regard to its proportions, PIL bicubic, normalised. Size, mean and deviation come from the
-checkpoint's ``feature_extractor``. Knows no text and no transformer.
+regard to its proportions (unless a ``fit`` has some), PIL bicubic, normalised. Size, mean and
+deviation come from the checkpoint's ``feature_extractor``. Knows no text and no transformer.
 """
 
 import json
@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from redux_pipelines.errors import WeightsError
+from redux_pipelines.framing import Frame, coverage, frame
 from redux_pipelines.images import to_rgb
 from redux_pipelines.lru import LRU, digest, tensor_bytes
+from redux_pipelines.types import Fit
 
 CACHE_BYTES = 64 * 2**20
 """Ten pictures of FLUX.1-Redux in bfloat16."""
@@ -49,10 +51,11 @@ class Preprocessing:
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{path} lacks a usable size, image_mean or image_std") from error
 
-    def apply(self, image: Image.Image) -> Tensor:
+    def apply(self, image: Image.Image, fit: Fit = "squash") -> Tensor:
         """Pixels ``(1, 3, height, width)``, float32."""
-        squashed = to_rgb(image).resize((self.width, self.height), Image.Resampling.BICUBIC)
-        pixels = (np.asarray(squashed).astype(np.float64) * self.rescale_factor).astype(np.float32)
+        rgb = to_rgb(image)
+        framed = frame(rgb, Frame(rgb.size, (self.width, self.height), fit))
+        pixels = (np.asarray(framed).astype(np.float64) * self.rescale_factor).astype(np.float32)
         normal = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(normal.transpose(2, 0, 1)[None].copy())
 
@@ -76,14 +79,34 @@ class ImageEncoder:
         self._preprocessing = preprocessing
         self.cache: LRU[bytes, Tensor] = LRU(CACHE_BYTES, tensor_bytes)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens, which come row by row: 27 × 27 of FLUX.1-Redux."""
+        patch = self._patch
+        return self._preprocessing.height // patch, self._preprocessing.width // patch
+
     @torch.inference_mode()
-    def encode(self, image: Image.Image) -> Tensor:
+    def encode(self, image: Image.Image, fit: Fit = "squash") -> Tensor:
         """Redux tokens ``(N, D)`` of one picture, D the transformer's text width.
 
         The same for the same preprocessed pixels, and not to be changed.
         """
-        pixels = self._preprocessing.apply(image)
+        pixels = self._preprocessing.apply(image, fit)
         return self.cache.get(digest(pixels), lambda: self._embed(pixels))
+
+    def coverage(self, image: Image.Image, fit: Fit, mask: Image.Image | None) -> Tensor:
+        """How much of each token's square is picture, and white in ``mask``: 0…1 on the grid."""
+        rows, columns = self.grid
+        size = (self._preprocessing.width, self._preprocessing.height)
+        covered = coverage(Frame(to_rgb(image).size, size, fit), mask)
+        # what is left of the encoder's square beside its patches is seen by no token
+        patches = covered.crop((0, 0, columns * self._patch, rows * self._patch))
+        shares = patches.resize((columns, rows), Image.Resampling.BOX)
+        return torch.from_numpy(np.asarray(shares, np.float64) / 255)
+
+    @property
+    def _patch(self) -> int:
+        return int(self._siglip.config.patch_size)
 
     def _embed(self, pixels: Tensor) -> Tensor:
         with self._presence:

@@ -60,12 +60,17 @@ def encode_png(image: Image.Image, provenance: Mapping[str, str]) -> bytes:
     states IPTC's digital source type, and a text chunk ``AI-Generated: true`` says it in words.
     """
     chunks = PngInfo()
-    chunks.add_itxt("XML:com.adobe.xmp", _XMP.format(source_type=quoteattr(DIGITAL_SOURCE_TYPE)))
+    chunks.add_itxt("XML:com.adobe.xmp", xmp_packet())
     for key, value in {"AI-Generated": "true", **provenance}.items():
         chunks.add_itxt(key, value)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks, compress_level=_PNG_COMPRESSION)
     return buffer.getvalue()
+
+
+def xmp_packet() -> str:
+    """XMP that states IPTC's digital source type."""
+    return _XMP.format(source_type=quoteattr(DIGITAL_SOURCE_TYPE))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -100,3 +105,11 @@ def _flatten(image: Image.Image) -> Image.Image:
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle ``width`` × ``height`` pixels; the picture itself where nothing is to be cut."""
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

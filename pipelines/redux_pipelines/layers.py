@@ -45,11 +45,14 @@ def timestep_embedding(times: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``layer_norm(x) · scale + shift`` in one pass; ``scale (H,)`` has its 1 added already.
+    """``layer_norm(x) · scale + shift``; ``scale`` and ``shift`` are ``(H,)``, or ``(B, 1, H)``.
 
-    One modulation serves the whole batch, so it can be the norm's own affine map.
+    ``scale`` has its 1 added already. A modulation that serves the whole batch is the norm's own
+    affine map, which makes it one pass; one per image takes another.
     """
-    return F.layer_norm(x, (x.shape[-1],), scale, shift, EPS)
+    if scale.dim() == 1:
+        return F.layer_norm(x, (x.shape[-1],), scale, shift, EPS)
+    return torch.addcmul(shift, F.layer_norm(x, (x.shape[-1],), eps=EPS), scale)
 
 
 def gelu_(x: Tensor) -> Tensor:
@@ -105,16 +108,26 @@ def swap_pairs(x: Tensor) -> Tensor:
 def norm_rope(qk: Tensor, weight: Tensor, rope: Rope, out: Tensor) -> None:
     """RMSNorm, then RoPE, of ``qk (B, S, n, heads, D)`` into ``out`` of that shape.
 
-    ``weight (n, 1, D)``. Computed in the dtype of ``rope``. The norm's weight goes into the
-    rotation and its division comes last, which leaves four passes over the data.
+    ``weight (n, 1, D)``. Computed in the dtype of ``rope``.
+    """
+    if torch.compiler.is_compiling() or out.dtype != rope.cos.dtype:
+        norm_rope_in_reals(qk, weight, rope, out)
+        return
+    torch.mul(qk, weight, out=out)
+    out.mul_(_inverse_rms(qk))
+    turns = torch.complex(rope.cos[..., ::2], rope.sin[..., 1::2])
+    torch.view_as_complex(out.view(*out.shape[:-1], out.shape[-1] // 2, 2)).mul_(turns)
+
+
+def norm_rope_in_reals(qk: Tensor, weight: Tensor, rope: Rope, out: Tensor) -> None:
+    """``norm_rope`` where pairs cannot be complex numbers in ``out``, as in compiled code.
+
+    The norm's weight goes into the rotation and its division comes last: four passes if not fused.
     """
     x = qk.to(rope.cos.dtype)
     rotated = swap_pairs(x).mul_(rope.sin * swap_pairs(weight))
     rotated.addcmul_(x, rope.cos * weight)
-    if torch.compiler.is_compiling():  # it cannot trace an `out=` that is a view, and fuses anyway
-        out.copy_(rotated.mul_(_inverse_rms(x)))
-    else:
-        torch.mul(rotated, _inverse_rms(x), out=out)
+    out.copy_(rotated.mul_(_inverse_rms(x)))
 
 
 def _inverse_rms(x: Tensor) -> Tensor:

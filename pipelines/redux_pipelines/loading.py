@@ -86,7 +86,11 @@ def load_pipeline(
         raise ValueError(f"model={model!r} is not one of {', '.join(MODELS)}")
     tier = _quality(how.quality, how.backend)
     if model in ("fake", "fake-slow"):
-        return FakePipeline(step_s=0.0 if model == "fake" else SLOW_STEP_S, quality=tier)
+        return FakePipeline(
+            step_s=0.0 if model == "fake" else SLOW_STEP_S,
+            quality=tier,
+            max_batch_size=how.max_batch_size,
+        )
     _check_attention(how.attention, how.backend)
     _silence_bars()
     if base is None and model == MINI:

@@ -21,7 +21,7 @@ from redux_pipelines.cards import Card
 from redux_pipelines.errors import MemoryPlanError
 from redux_pipelines.memory_plan import Options, Part, Place, Plan, gb
 from redux_pipelines.model_sizes import EncoderSize, ModelSizes
-from redux_pipelines.types import MAX_SIDE, MAX_STEPS, MIN_SIDE
+from redux_pipelines.types import MAX_PICTURES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 
 MEMORY_MODES = ("auto", "resident", "evict", "offload")
 """What ``--memory`` takes; from ``resident`` on the fastest first."""
@@ -174,16 +174,25 @@ def _stages(model: ModelSizes, of: Plan, demand: Demand) -> dict[str, int]:
 
 
 def _with_limits(model: ModelSizes, found: Plan) -> Plan:
-    """``found`` with the largest square picture and the largest batch of 1024² that fit."""
+    """``found`` with the largest square images and the largest batch of 1024² that fit."""
+    demand = found.options.demand
 
     def fits(**change: int) -> bool:
-        stages = _stages(model, found, replace(found.options.demand, **change))
+        stages = _stages(model, found, replace(demand, **change))
         return max(stages.values()) <= found.card.budget_bytes
 
     sides = range(MAX_SIDE, MIN_SIDE - 1, -64)
     batches = range(64, 0, -1)
+
+    def largest(batch: int, redux_rows: int) -> int:
+        change = {"batch": batch, "redux_rows": redux_rows}
+        return next((side for side in sides if fits(width=side, height=side, **change)), 0)
+
     return replace(
         found,
-        largest_side=next((side for side in sides if fits(width=side, height=side)), 0),
+        largest_sides=tuple(
+            tuple(largest(n, pictures * demand.redux_rows) for n in range(1, demand.batch + 1))
+            for pictures in range(1, MAX_PICTURES + 1)
+        ),
         largest_batch=next((n for n in batches if fits(width=1024, height=1024, batch=n)), 0),
     )

@@ -62,8 +62,10 @@ class Plan:
     """What lives where, and what each stage then takes at its peak, in bytes.
 
     ``streamed_blocks`` are the indices of blocks that stream, doubles first. A picture of up to
-    ``tile_above_pixels`` can be decoded in one piece, a larger one in strips. ``largest_side``: of
-    the largest square picture that fits with the batch asked for; ``largest_batch``: of 1024².
+    ``tile_above_pixels`` can be decoded in one piece, a larger one in strips. ``largest_sides``: of
+    the largest square images that fit, 0 for none, by how many pictures they vary, one to
+    ``MAX_PICTURES``, and by how many are denoised at once, one to the batch asked for;
+    ``largest_batch``: of 1024², of one picture. Both are for requests with a prompt.
     """
 
     mode: str
@@ -73,8 +75,13 @@ class Plan:
     stages: dict[str, int]
     streamed_blocks: tuple[int, ...] = ()
     tile_above_pixels: int = MAX_SIDE**2
-    largest_side: int = field(default=0, compare=False)
+    largest_sides: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
     largest_batch: int = field(default=0, compare=False)
+
+    @property
+    def largest_side(self) -> int:
+        """Of the largest square image of one picture that fits with the batch asked for; or 0."""
+        return self.largest_sides[0][-1] if self.largest_sides else 0
 
     @property
     def resident_bytes(self) -> int:
@@ -111,6 +118,42 @@ class Plan:
             f"{gb(self.peak_bytes)} with --memory {self.mode}, {gb(-self.headroom_bytes)} more "
             f"than {self.card.name} has; what fits is {limit}"
         )
+
+    def refusal(
+        self, width: int, height: int, images: int = 1, *, pictures: int = 1, multiple: int = 1
+    ) -> str | None:
+        """Why ``images`` of that size at once have no room, and what to do; None where they have.
+
+        They vary ``pictures``, with as many tokens as the model has for each. Pixels count,
+        whatever their shape; sides are rendered in multiples of ``multiple``.
+        """
+        sides = (0, *self.largest_sides[pictures - 1])
+        side = sides[min(images, len(sides) - 1)]
+        rendered = [-(-each // multiple) * multiple for each in (width, height)]
+        if rendered[0] * rendered[1] <= side**2:
+            return None
+        if side:
+            limit = f"up to {side}x{side} pixels, or as many of another shape: ask for that, or"
+        else:
+            limit = "none of any size:"
+        several = f" from {pictures} pictures" if pictures > 1 else ""
+        fewer = "take fewer pictures or a smaller redux_pooling, or " if pictures > 1 else ""
+        return (
+            f"{images} image(s) at once of {width}x{height}{several} need more memory than "
+            f"{self.card.name} has. Its memory plan ({self.mode}) has room for {limit} "
+            f"{fewer}{self._remedy(images)}"
+        )
+
+    def _remedy(self, images: int) -> str:
+        """What whoever runs the model could do for larger pictures."""
+        remedies = ["a larger card"]
+        if not self.options.is_fp8:
+            remedies.insert(0, "--transformer-dtype fp8")
+        if images > 1:
+            remedies.insert(0, "a lower --max-batch-size")
+        if self.mode != "offload":
+            remedies.insert(0, "--memory offload (with --backend engine)")
+        return "run the model with " + " or ".join(remedies)
 
     def place(self, name: str) -> Place | None:
         """Where the part called ``name`` lives; None if the model has none."""

@@ -6,7 +6,7 @@ matrix product per weight, whose rows are the steps; the result is kept as a tab
 live in host memory and pass through the device block by block. Knows no blocks and no tokens.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,19 @@ SINGLE_ROWS = 3
 
 FINAL_ROWS = 2
 """Rows of the last layer: scale, shift."""
+
+
+class Modulation(Protocol):
+    """All modulations of a schedule, such as a table ``(N, rows, H)`` of one for all images."""
+
+    def __len__(self) -> int:
+        """Steps."""
+        ...
+
+    def __getitem__(self, step: int, /) -> Tensor:
+        """Those of a step: ``(rows, H)``, or ``(rows, B, 1, H)`` for each of B images."""
+        ...
+
 
 _SCALES = {DOUBLE_ROWS: (1, 4), SINGLE_ROWS: (1,), FINAL_ROWS: (0,)}
 

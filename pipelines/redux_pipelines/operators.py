@@ -19,6 +19,7 @@ from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual
 from redux_kernels.gelu_into import gelu_into
 from redux_kernels.gelu_quantize import gelu_quantize
 from redux_kernels.qk_norm_rope import qk_norm_rope
+from redux_kernels.quantize_rows import quantize_rows
 from redux_kernels.self_test import self_test
 from redux_pipelines.fp8 import ALL, Fp8Linear, Linear, project
 from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope, within_range_
@@ -27,8 +28,9 @@ from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope, within_rang
 class Residual(NamedTuple):
     """A residual stream ``x (B, n, H)`` to which ``gate · y`` is still to be added.
 
-    ``y (B, n, H)`` and ``gate (H,)`` are None where nothing is. The addition waits for the norm
-    that follows it, so that one pass does both, across the border of two blocks too.
+    ``y (B, n, H)`` and ``gate``, which is ``(H,)`` or for each image ``(B, 1, H)``, are None where
+    nothing is. The addition waits for the norm that follows it, so that one pass does both, across
+    the border of two blocks too.
     """
 
     x: Tensor
@@ -45,11 +47,13 @@ class Operators(Protocol):
     """One implementation of all of them.
 
     ``scale_offset`` is what the scales it is given have had added: 1 if it multiplies by them, 0 if
-    it adds the 1 itself.
+    it adds the 1 itself. ``by_heads``: queries, keys and values are to lie head by head in memory,
+    each with its rows, and not row by row.
     """
 
     name: str
     scale_offset: float
+    by_heads: bool
 
     def rotation(self, table: Rope) -> Rope:
         """``layers.rope_table`` in the form that ``place_heads`` reads, row by row."""
@@ -64,9 +68,13 @@ class Operators(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """The settled stream ``(B, n, H)``, and ``linear`` of its modulated LayerNorm.
 
-        ``shift`` and ``scale`` are ``(H,)``; ``rows`` are those of the weight. The stream's ``x``
-        may be changed in place.
+        ``shift`` and ``scale`` are ``(H,)`` or ``(B, 1, H)``; ``rows`` are those of the weight. The
+        stream's ``x`` may be changed in place.
         """
+        ...
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """``linear`` of ``x (B, n, in)`` as it is: nothing is fused."""
         ...
 
     def place_heads(
@@ -87,13 +95,13 @@ class Operators(Protocol):
         """``linear`` of attention beside GELU of the MLP.
 
         ``up (B, n, 7 H)`` holds queries, keys, values and the MLP's input, and may be changed once
-        ``attend`` is done. ``attend`` gives ``(B, n, H)``, into the room it is given.
+        ``attend`` is done.
         """
         ...
 
 
-Attend = Callable[[Tensor], Tensor]
-"""Writes attention's output ``(B, n, H)`` into the room it is given, and returns that."""
+Attend = Callable[[Tensor | None], Tensor]
+"""Attention's output ``(B, n, H)``, written to where it is told, if it is; never over values."""
 
 
 class TorchOperators:
@@ -101,6 +109,7 @@ class TorchOperators:
 
     name = "torch"
     scale_offset = 1.0
+    by_heads = True  # attention on a CPU is up to a tenth faster so, values and all
 
     def rotation(self, table: Rope) -> Rope:
         """See ``Operators``."""
@@ -120,6 +129,10 @@ class TorchOperators:
         x = self.settle(stream)
         return x, project(linear, modulate(x, shift, scale), rows)
 
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """See ``Operators``."""
+        return project(linear, x)
+
     def place_heads(
         self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
     ) -> None:
@@ -137,7 +150,7 @@ class TorchOperators:
     def single_linear(self, up: Tensor, attend: Attend, linear: Linear) -> Tensor:
         """See ``Operators``. Attention goes where the values were, beside the MLP."""
         width = up.shape[-1] // 7
-        attend(up[..., 2 * width : 3 * width])
+        up[..., 2 * width : 3 * width] = attend(None)
         gelu_(up[..., 3 * width :])
         return project(linear, up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
 
@@ -150,6 +163,7 @@ class KernelOperators:
 
     name = "kernels"
     scale_offset = 0.0
+    by_heads = False  # flash attention reads rows
 
     def rotation(self, table: Rope) -> Rope:
         """See ``Operators``: one angle per pair, ``(S, D/2)``."""
@@ -178,6 +192,13 @@ class KernelOperators:
             x, h = gate_residual_adaln(x, y, _for_each(gate, x), *mod)
         return x, project(linear, h, rows)
 
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """See ``Operators``."""
+        if isinstance(linear, Fp8Linear):
+            q, row_scale = quantize_rows(x)
+            return linear.forward_quantized(q, row_scale, x.dtype)
+        return project(linear, x)
+
     def place_heads(
         self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
     ) -> None:
@@ -199,8 +220,7 @@ class KernelOperators:
         """See ``Operators``."""
         width = up.shape[-1] // 7
         if isinstance(linear, Fp8Linear):
-            beside = attend(up.new_empty(*up.shape[:2], width))
-            q, row_scale = gelu_quantize(up[..., 3 * width :], beside)
+            q, row_scale = gelu_quantize(up[..., 3 * width :], attend(None))
             return linear.forward_quantized(q, row_scale, up.dtype)
         both = up.new_empty(*up.shape[:2], 5 * width)
         attend(both[..., :width])
@@ -209,14 +229,20 @@ class KernelOperators:
 
 
 def _for_each(vector: Tensor, x: Tensor) -> Tensor:
-    """``(H,)`` as ``(B, H)``, without a copy."""
-    return vector.expand(len(x), -1)
+    """``(H,)`` or ``(B, 1, H)`` as ``(B, H)``, without a copy."""
+    return vector.view(-1, vector.shape[-1]).expand(len(x), -1)
 
 
 NEEDED = ("adaln", "gate_residual_adaln", "qk_norm_rope", "gelu_into")
 """The kernels that ``KernelOperators`` runs."""
 
-NEEDED_FOR_FP8 = (*NEEDED, "adaln_quantize", "gate_residual_adaln_quantize", "gelu_quantize")
+NEEDED_FOR_FP8 = (
+    *NEEDED,
+    "adaln_quantize",
+    "gate_residual_adaln_quantize",
+    "gelu_quantize",
+    "quantize_rows",
+)
 """Those it runs with linears in fp8."""
 
 

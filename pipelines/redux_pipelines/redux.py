@@ -4,25 +4,37 @@ It steps diffusers' modules itself, as a generator, so that progress, cancelling
 to the caller. Knows neither where checkpoints come from nor which transformer backend runs.
 """
 
-import time
-from collections.abc import Generator, Iterator
+import logging
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from redux_pipelines import sampling
+from redux_pipelines import faults, sampling
 from redux_pipelines.autoencoder import Autoencoder
+from redux_pipelines.batching import (
+    Job,
+    Row,
+    check_together,
+    has_text,
+    images_per_request,
+    only,
+    rows_of,
+)
 from redux_pipelines.denoiser import Denoiser, PreparedDenoiser, Run
-from redux_pipelines.errors import RequestError
+from redux_pipelines.errors import OutputError, RequestError
 from redux_pipelines.image_encoder import ImageEncoder
 from redux_pipelines.memory_plan import Plan
+from redux_pipelines.pacing import Clock, fence_on
 from redux_pipelines.quality import TIERS
+from redux_pipelines.references import redux_tokens, worth_pictures
 from redux_pipelines.sampling import Grid, Scheduler
 from redux_pipelines.text_encoders import TextEncoders
-from redux_pipelines.tokens import Conditioning, Tokens
+from redux_pipelines.tokens import Conditioning
 from redux_pipelines.types import (
+    BatchEvent,
     CacheStats,
     CompilePlan,
     CompileReport,
@@ -34,6 +46,8 @@ from redux_pipelines.types import (
 )
 from redux_pipelines.validation import check_request
 from redux_pipelines.warm_up import compiled_mode, warm_up
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +78,9 @@ class ReduxPipeline:
     """FLUX.1 + Redux: variations of a picture.
 
     With ``max_batch_size=1`` each image of a request is denoised on its own and is bitwise the
-    same however many are asked for; larger batches agree to about one grey level in 255, unless the
-    step cache of a ``quality`` below exact decides differently for them: a batch decides as one.
+    same however many are asked for; larger batches, of one request or of several, agree to about
+    one grey level in 255, unless the step cache of a ``quality`` below exact decides differently
+    for them: a batch decides as one.
     """
 
     def __init__(
@@ -118,87 +133,158 @@ class ReduxPipeline:
 
         Nothing is computed before the first ``next``. Closing the generator frees all it holds.
         A step of a batch of images counts once for each. On a GPU the step last reported may
-        still be running. Raises ``RequestError``.
+        still be running. Raises ``RequestError``; ``DeviceMemoryError``, ``DeviceError`` and
+        ``OutputError`` once it runs.
         """
-        check_request(request)
-        quality = request.quality or self._quality
+        return only(self.generate_batch([request]))
+
+    def generate_batch(
+        self, requests: Sequence[GenerationRequest]
+    ) -> Generator[BatchEvent, None, None]:
+        """Check all requests at once; then yield as ``Pipeline`` says, ``generate`` for the rest.
+
+        Images are taken in their order, ``max_batch_size`` at a time, half as many each time that
+        they do not fit into the device's memory. To be no longer interested in one request, let
+        its events pass by: its images are made with the others.
+        """
+        for request in requests:
+            check_request(request)
+            if has_text(request):
+                self._parts.text_encoders.require()
+        requests = [replace(each, quality=each.quality or self._quality) for each in requests]
+        check_together(requests)
+        quality = requests[0].quality or self._quality
         _check_tier(self._parts.denoiser, quality)
-        if _needs_text(request):
-            self._parts.text_encoders.require()
-        return self._run(request, quality)
+        for request in requests:
+            self._check_memory(request)
+        return self._run(requests, quality)
+
+    def _check_memory(self, request: GenerationRequest) -> None:
+        """Raise ``RequestError`` for what the plan of a GPU's memory has no room for."""
+        if self._parts.device.type != "cuda":
+            return
+        reason = self._parts.plan.refusal(
+            request.width,
+            request.height,
+            min(request.num_images, self._max_batch_size),
+            pictures=worth_pictures(request, self._parts.image_encoder.grid),
+            multiple=self._info.size_multiple,
+        )
+        if reason is not None:
+            raise RequestError(reason)
 
     def _run(
-        self, request: GenerationRequest, quality: Quality
-    ) -> Generator[Progress | Result, None, None]:
-        clock = _Clock(self._parts.device)
-        grid = sampling.grid_for(request.width, request.height, self._info.size_multiple)
-        conditioning = self._encode(request)
-        clock.lap("encode_s")
-        prepared = self._prepare(conditioning, request, grid)
-        images: list[Image.Image] = []
-        reused = 0
-        for seeds in _chunks(request, self._max_batch_size):
-            run = prepared.start(TIERS[quality])
-            img = yield from self._denoise(request, run, grid, seeds)
-            reused += run.reused * len(seeds)
-            del run  # before decoding needs the room
-            clock.lap("denoise_s")
-            images += self._decode(img, grid, request)
-            clock.lap("decode_s")
-        yield Result(
-            images=tuple(images),
-            seeds=tuple(_seeds(request)),
-            timings=clock.seconds,
-            quality=quality,
-            computed_steps=request.num_inference_steps * request.num_images - reused,
-            reused_steps=reused,
+        self, requests: Sequence[GenerationRequest], quality: Quality
+    ) -> Generator[BatchEvent, None, None]:
+        with faults.translated(self._advice(requests[0])):
+            clock = Clock(self._parts.device)
+            grid = self._grid(requests[0])
+            jobs = [Job(each, quality) for each in requests]
+            prepared = []
+            for job in jobs:
+                prepared.append(self._prepare(job.request, grid))
+                clock.lap("encode_s", [job])
+            rows, size = rows_of(requests), self._max_batch_size
+            while rows:
+                chunk = rows[:size]
+                try:
+                    yield from self._make(chunk, jobs, prepared, grid, clock)
+                except RuntimeError as error:
+                    if len(chunk) == 1 or not faults.is_out_of_memory(error):
+                        raise
+                    size = len(chunk) // 2
+                    logger.warning("%d images do not fit, next %d: %s", len(chunk), size, error)
+                    faults.forget(error)
+                    continue
+                rows = [row for row in rows[size:] if jobs[row.request].error is None]
+                for place in images_per_request(chunk):
+                    if jobs[place].is_settled:
+                        yield place, jobs[place].end()
+
+    def _make(
+        self,
+        chunk: list[Row],
+        jobs: list[Job],
+        prepared: list[PreparedDenoiser],
+        grid: Grid,
+        clock: Clock,
+    ) -> Generator[BatchEvent, None, None]:
+        """Denoise and decode the images of ``chunk``; jobs get them, or what spoiled one."""
+        shares = images_per_request(chunk)
+        taking_part = [jobs[place] for place in shares]
+        together = self._parts.denoiser.join([prepared[row.request] for row in chunk])
+        run = together.start(TIERS[taking_part[0].quality])
+        img = yield from self._denoise(chunk, run, jobs, grid)
+        reused = run.reused
+        del run, together  # before decoding needs the room
+        clock.lap("denoise_s", taking_part)
+        images = [self._decode(each[None], grid) for each in img]
+        clock.lap("decode_s", taking_part)
+        for row, image in zip(chunk, images, strict=True):
+            jobs[row.request].take(image, reused=reused)
+
+    def _advice(self, request: GenerationRequest) -> str:
+        size = f"{request.width} × {request.height} pixels"
+        if self._parts.device.type == "cpu":
+            return f"an image of {size} needs more memory than there is: ask for a smaller one"
+        mode = self._parts.plan.mode
+        more = ", with fewer pictures" if request.images else ""
+        more += "" if mode == "offload" else ", or start the server with --memory offload"
+        return (
+            f"an image of {size} does not fit into what is free of the memory of "
+            f"{self._parts.device}, with --memory {mode}: ask for a smaller one{more}"
         )
 
     def _encode(self, request: GenerationRequest) -> Conditioning:
         text = self._parts.text_encoders
-        txt, vec = text.encode(request.prompt) if _needs_text(request) else text.zeros()
-        redux = (Tokens(self._parts.image_encoder.encode(request.image)),)
+        txt, vec = text.encode(request.prompt) if has_text(request) else text.zeros()
+        redux = redux_tokens(self._parts.image_encoder, request)
         return Conditioning(txt, redux, vec, guidance=float(request.guidance_scale))
 
     def _denoise(
-        self, request: GenerationRequest, run: Run, grid: Grid, seeds: list[int]
-    ) -> Generator[Progress, None, Tensor]:
-        """Latent tokens ``(len(seeds), L, C)`` after all steps.
+        self, chunk: list[Row], run: Run, jobs: list[Job], grid: Grid
+    ) -> Generator[BatchEvent, None, Tensor]:
+        """Latent tokens ``(len(chunk), L, C)`` after all steps.
 
         Inference mode is entered per step: held across a yield it would leak to the caller.
         """
-        steps = request.num_inference_steps
-        done, total = steps * (seeds[0] - request.seed), steps * request.num_images
-        scheduler = self._scheduler(request, grid)
-        img = self._noise(seeds, grid)
-        fence = _fence(self._parts.device)
+        shares = images_per_request(chunk)
+        steps = jobs[chunk[0].request].request.num_inference_steps
+        scheduler = self._scheduler(steps, grid)
+        img = self._noise([row.seed for row in chunk], grid)
+        fence = fence_on(self._parts.device)
         for step in range(steps):
             img = _advance(run, scheduler, img, step)
-            previous, fence = fence, _fence(self._parts.device)
+            previous, fence = fence, fence_on(self._parts.device)
             if previous is not None:  # never more than one step queued beyond what is reported
                 previous.synchronize()
-            yield Progress(done + (step + 1) * len(seeds), total)
+            for place, images in shares.items():
+                yield place, jobs[place].progress(step + 1, images)
         return img
 
     @torch.inference_mode()
-    def _prepare(
-        self, conditioning: Conditioning, request: GenerationRequest, grid: Grid
-    ) -> PreparedDenoiser:
-        schedule = sampling.schedule_of(self._scheduler(request, grid))
-        return self._parts.denoiser.prepare(conditioning, schedule, grid)
+    def _prepare(self, request: GenerationRequest, grid: Grid) -> PreparedDenoiser:
+        schedule = sampling.schedule_of(self._scheduler(request.num_inference_steps, grid))
+        return self._parts.denoiser.prepare(self._encode(request), schedule, grid)
 
-    def _scheduler(self, request: GenerationRequest, grid: Grid) -> Scheduler:
-        template, steps = self._parts.scheduler, request.num_inference_steps
-        return sampling.start(template, steps, grid.tokens, self._parts.device)
+    def _grid(self, request: GenerationRequest) -> Grid:
+        return sampling.grid_for(request.width, request.height, self._info.size_multiple)
+
+    def _scheduler(self, steps: int, grid: Grid) -> Scheduler:
+        return sampling.start(self._parts.scheduler, steps, grid.tokens, self._parts.device)
 
     def _noise(self, seeds: list[int], grid: Grid) -> Tensor:
         channels = self._parts.autoencoder.channels
         latents = torch.cat([sampling.noise(seed, channels, grid) for seed in seeds])
         return sampling.pack(latents).to(self._parts.device, self._parts.dtype)
 
-    def _decode(self, img: Tensor, grid: Grid, request: GenerationRequest) -> list[Image.Image]:
-        decoded = self._parts.autoencoder.decode(sampling.unpack(img, grid))
-        return [centre_crop(image, request.width, request.height) for image in decoded]
+    def _decode(self, img: Tensor, grid: Grid) -> Image.Image | OutputError:
+        """The picture of ``img (1, L, C)``, as large as the grid, or why there is none."""
+        try:
+            (image,) = self._parts.autoencoder.decode(sampling.unpack(img, grid))
+        except OutputError as error:
+            return error
+        return image
 
 
 @torch.inference_mode()
@@ -214,50 +300,3 @@ def _check_tier(denoiser: Denoiser, quality: Quality) -> None:
             f"quality={quality!r} is not available with the backend {denoiser.name!r}, which has "
             f"{allowed}: ask for that, or use the backend 'engine'"
         )
-
-
-def centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle ``width`` × ``height`` pixels; the picture itself where nothing is to be cut."""
-    if image.size == (width, height):
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _needs_text(request: GenerationRequest) -> bool:
-    return request.prompt != "" or request.empty_prompt == "encode"
-
-
-def _seeds(request: GenerationRequest) -> list[int]:
-    return [request.seed + index for index in range(request.num_images)]
-
-
-def _chunks(request: GenerationRequest, size: int) -> Iterator[list[int]]:
-    seeds = _seeds(request)
-    for first in range(0, len(seeds), size):
-        yield seeds[first : first + size]
-
-
-def _fence(device: torch.device) -> torch.cuda.Event | None:
-    """A mark on the device's queue to wait for; None on a CPU, where nothing is queued."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-class _Clock:
-    """Seconds per stage, summed over laps; waits for the device before reading the time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now

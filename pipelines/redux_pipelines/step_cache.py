@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from redux_pipelines.layers import within_range_
+from redux_pipelines.modulation import Modulation
 from redux_pipelines.quality import CachePolicy
 from redux_pipelines.transformer import Flux, Joint
 
@@ -89,11 +90,11 @@ def relative_change(now: Tensor, former: Tensor) -> Tensor:
 class CachedRun:
     """One run of ``flux`` over a schedule, with a step cache. See ``redux_pipelines.denoiser.Run``.
 
-    ``modulation (N, rows, H)`` is the table of the schedule's N steps.
+    ``modulation`` is that of the schedule's steps.
     """
 
     def __init__(
-        self, flux: Flux, txt: Tensor, modulation: Tensor, joint: Joint, policy: CachePolicy
+        self, flux: Flux, txt: Tensor, modulation: Modulation, joint: Joint, policy: CachePolicy
     ) -> None:
         self._flux = flux
         self._txt = txt

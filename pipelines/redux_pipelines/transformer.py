@@ -1,4 +1,4 @@
-"""FLUX's transformer, for one modulation per step and folded text.
+"""FLUX's transformer, for folded text and modulations that are computed beforehand.
 
 What does not change over a request (modulations, RoPE, embedded text) comes in ready. Rows are T of
 text before L of the image; blocks hand on a ``Residual``, whose last addition waits for the norm
@@ -74,10 +74,11 @@ class FluxParams:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """What all blocks of a request share: text ``(T, H)``, positions, key groups, attention.
+    """What all blocks of a run share: text, positions, key groups, attention.
 
-    ``rope`` is in the form of ``operators``. Sizes are read off tensors, never kept as numbers: a
-    compiler would make a graph for each.
+    ``txt`` is ``(T, H)``, or ``(B, T, H)`` for each image. ``rope`` is in the form of
+    ``operators``. Sizes are read off tensors, never kept as numbers: a compiler would make a graph
+    for each.
     """
 
     txt: Tensor
@@ -89,15 +90,18 @@ class Joint:
     @property
     def txt_rows(self) -> int:
         """Rows of text before those of the image."""
-        return self.txt.shape[0]
+        return self.txt.shape[-2]
 
-    def attend(self, qk: Tensor, v: Tensor, first_query: int = 0) -> Tensor:
-        """Attention of rows from ``first_query`` on: ``(B, Q, H)``.
+    def attend(
+        self, qk: Tensor, v: Tensor, into: Tensor | None = None, first_query: int = 0
+    ) -> Tensor:
+        """Attention of rows from ``first_query`` on: ``(B, Q, H)``, in ``into`` if it is given.
 
-        ``qk (B, S, 2, heads, D)``, ``v (B, S, heads, D)``.
+        ``qk (B, S, 2, heads, D)``, ``v (B, S, heads, D)``; ``into`` shares no memory with them.
         """
         q, k = (each.transpose(1, 2) for each in qk.unbind(2))
-        out = self.attention(q[:, :, first_query:], k, v.transpose(1, 2), self.groups)
+        room = None if into is None else into.view(*into.shape[:2], *qk.shape[3:]).transpose(1, 2)
+        out = self.attention(q[:, :, first_query:], k, v.transpose(1, 2), self.groups, room)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -134,8 +138,8 @@ class DoubleBlock(nn.Module):
         mods = (mod[DOUBLE_ROWS:], mod[:DOUBLE_ROWS])
         txt_x, img_x, attn = self._attend((txt, img), mods, joint)
         ops, end = joint.operators, joint.txt_rows
-        after_txt = Residual(txt_x, self.txt.proj(attn[:, :end]), mods[0][2])
-        after_img = Residual(img_x, self.img.proj(attn[:, end:]), mods[1][2])
+        after_txt = Residual(txt_x, ops.linear(attn[:, :end], self.txt.proj), mods[0][2])
+        after_img = Residual(img_x, ops.linear(attn[:, end:], self.img.proj), mods[1][2])
         return self.txt.mlp(after_txt, mods[0], ops), self.img.mlp(after_img, mods[1], ops)
 
     def _attend(
@@ -147,7 +151,7 @@ class DoubleBlock(nn.Module):
         """
         (txt, img), end, ops = streams, joint.txt_rows, joint.operators
         rows = end + img.x.shape[1]
-        qk, v = new_heads(img.x, rows, 2, self.num_heads), new_heads(img.x, rows, 1, self.num_heads)
+        qk, v = (new_heads(ops, img.x, rows, parts, self.num_heads) for parts in (2, 1))
         settled = []
         for stream, own, weights, first in (
             (txt, mods[0], self.txt, 0),
@@ -172,13 +176,16 @@ class SingleBlock(nn.Module):
 
     def forward(self, stream: Residual, mod: Tensor, joint: Joint) -> Residual:
         """Both streams, text first, after the block; ``mod (3, H)``."""
-        ops = joint.operators
+        ops, rows = joint.operators, stream.x.shape[1]
         x, up = ops.normed_linear(stream, mod[0], mod[1], self.linear1)
         qkv = up[..., : 3 * x.shape[-1]]
-        qk = new_heads(x, x.shape[1], 2, self.num_heads)
-        ops.place_heads(qkv, self.qk_norm.view(2, -1), joint.rope, qk, None, 0)
-        values = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])[:, :, 2]
-        y = ops.single_linear(up, lambda room: room.copy_(joint.attend(qk, values)), self.linear2)
+        qk = new_heads(ops, x, rows, 2, self.num_heads)
+        if ops.by_heads:
+            v = room = new_heads(ops, x, rows, 1, self.num_heads)[:, :, 0]
+        else:  # they stay where they are
+            v, room = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])[:, :, 2], None
+        ops.place_heads(qkv, self.qk_norm.view(2, -1), joint.rope, qk, room, 0)
+        y = ops.single_linear(up, lambda into: joint.attend(qk, v, into), self.linear2)
         return Residual(x, y, mod[2])
 
     def forward_img(self, stream: Residual, mod: Tensor, joint: Joint) -> Residual:
@@ -188,22 +195,22 @@ class SingleBlock(nn.Module):
         without_mlp = slice(0, 3 * stream.x.shape[-1])
         _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self.linear1, without_mlp)
         x, up = ops.normed_linear(img, mod[0], mod[1], self.linear1)
-        qk, v = (
-            new_heads(x, rows, 2, self.num_heads),
-            new_heads(x, rows, 1, self.num_heads)[:, :, 0],
-        )
+        qk, v = (new_heads(ops, x, rows, parts, self.num_heads) for parts in (2, 1))
         for qkv, first in ((txt_qkv, 0), (up[..., : 3 * x.shape[-1]], end)):
             rope = joint.rope.rows(first, first + qkv.shape[1])
-            ops.place_heads(qkv, self.qk_norm.view(2, -1), rope, qk, v, first)
+            ops.place_heads(qkv, self.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
         y = ops.single_linear(
-            up, lambda room: room.copy_(joint.attend(qk, v, first_query=end)), self.linear2
+            up, lambda into: joint.attend(qk, v[:, :, 0], into, first_query=end), self.linear2
         )
         return Residual(x, y, mod[2])
 
 
-def new_heads(x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:
+def new_heads(ops: Operators, x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:
     """Room for heads of ``x (B, n, H)``: ``(B, rows, parts, heads, D)``."""
-    return x.new_empty(len(x), rows, parts, num_heads, x.shape[-1] // num_heads)
+    batch, head_dim = len(x), x.shape[-1] // num_heads
+    if ops.by_heads:
+        return x.new_empty(parts, batch, num_heads, rows, head_dim).permute(1, 3, 0, 2, 4)
+    return x.new_empty(batch, rows, parts, num_heads, head_dim)
 
 
 class Flux(nn.Module):
@@ -252,7 +259,8 @@ class Flux(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, mod: Tensor, joint: Joint) -> Tensor:
         """Velocity of ``img (B, L, C)``.
 
-        ``txt (T, H)`` is embedded by ``txt_in``; ``mod`` is a step of ``ModulationWeights.table``.
+        ``txt (T, H)``, or ``(B, T, H)`` for each image, is embedded by ``txt_in``; ``mod`` is a
+        step of a ``Modulation``.
         """
         x = self.run(self.embed(img, txt), mod, joint, 0, self.num_blocks)
         return self.project_out(x, mod, joint)

@@ -3,23 +3,41 @@
 Imports no torch, so that a server can speak of requests without loading a model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol, get_args
 
 from PIL import Image
 
+from redux_pipelines.errors import ReduxError
+
 Quality = Literal["exact", "balanced", "fast"]
 """What may be approximated: nothing; what is hardly seen; more (``redux_pipelines.quality``)."""
 
+Fit = Literal["squash", "letterbox", "center"]
+"""How a picture of another shape becomes the encoder's square (``redux_pipelines.framing``)."""
+
+EmptyPrompt = Literal["zeros", "encode"]
+"""What an empty prompt is: zero embeddings, or what the text encoders make of it."""
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+"""Kinds of files that images are written as (``redux_pipelines.image_files``)."""
+
 QUALITIES: Final[tuple[Quality, ...]] = get_args(Quality)
+FITS: Final[tuple[Fit, ...]] = get_args(Fit)
+EMPTY_PROMPTS: Final[tuple[EmptyPrompt, ...]] = get_args(EmptyPrompt)
+OUTPUT_FORMATS: Final[tuple[OutputFormat, ...]] = get_args(OutputFormat)
 MIN_SIDE = 512
 MAX_SIDE = 1536
 MAX_STEPS = 50
 MAX_IMAGES = 4
 MIN_GUIDANCE = 1.0
 MAX_GUIDANCE = 20.0
+MAX_PICTURES = 4
+MAX_WEIGHT = 10.0
+MAX_POOLING = 27
+"""Redux tokens along a side of FLUX.1-Redux's grid: pooling to as many, or to more, is none."""
 
 CompileMode = Literal["off", "blocks", "full"]
 """What torch.compile compiles of the transformer: nothing, its kinds of blocks, or a whole step."""
@@ -30,12 +48,16 @@ WARM_UP_SIZES = ((512, 512), (1024, 1024), (1344, 768), (1536, 1536))
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request for variations of ``image``.
+    """One request for variations of ``image``, and of ``images`` at the same time.
 
     Sizes are pixels of the output. ``seed`` is that of the first image; image *i* uses
     ``seed + i``. ``empty_prompt`` says what ``prompt == ""`` means: ``"zeros"`` feeds zero
     embeddings (the Redux model card's way), ``"encode"`` encodes the empty string (BFL's way).
     ``quality`` None is the pipeline's default.
+
+    ``image_weights`` has a number per picture, that of ``image`` first; none is 1 for each. Of
+    each picture's grid of tokens ``redux_pooling`` a side are left. Where ``mask``, stretched over
+    ``image``, is black, that does not count.
     """
 
     image: Image.Image
@@ -46,8 +68,19 @@ class GenerationRequest:
     num_inference_steps: int = 28
     guidance_scale: float = 3.5
     num_images: int = 1
-    empty_prompt: Literal["zeros", "encode"] = "zeros"
+    empty_prompt: EmptyPrompt = "zeros"
     quality: Quality | None = None
+    images: tuple[Image.Image, ...] = ()
+    image_weights: tuple[float, ...] = ()
+    redux_strength: float = 1.0
+    redux_pooling: int = MAX_POOLING
+    fit: Fit = "squash"
+    mask: Image.Image | None = None
+
+    @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """All that is varied."""
+        return (self.image, *self.images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +106,10 @@ class Result:
     quality: Quality = "exact"
     computed_steps: int = 0
     reused_steps: int = 0
+
+
+BatchEvent = tuple[int, Progress | Result | ReduxError]
+"""What happened to which request of a batch, by its place in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +197,21 @@ class Pipeline(Protocol):
         """
         ...
 
-    def generate(self, request: GenerationRequest) -> Iterator[Progress | Result]:
+    def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
         """Yield a ``Progress`` per denoising step, then one ``Result``."""
+        ...
+
+    def generate_batch(
+        self, requests: Sequence[GenerationRequest]
+    ) -> Generator[BatchEvent, None, None]:
+        """Serve several requests of one ``batching.batch_key`` together, a generator as well.
+
+        After each denoising step yields a ``Progress`` for every request that has images in it;
+        for each request, as soon as its images are done, a ``Result``, or the error that spoiled
+        these alone. What is raised instead ends all that have had neither yet: tried in smaller
+        parties, the others may well succeed. Raises ``RequestError`` for the first request that
+        cannot be served, and for requests that cannot be served together.
+        """
         ...
 
 

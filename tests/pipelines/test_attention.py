@@ -63,6 +63,19 @@ def test_n_equal_keys_are_one_with_the_logarithm_of_n(attend):
     assert (unbiased - expected).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("attend", [*ON_CPU, attention_backends.triton, reference], ids=[
+    *(each.name for each in ON_CPU), "triton", "reference"])  # fmt: skip
+@pytest.mark.parametrize("groups", [(KeyGroup(12, 0.0),), (KeyGroup(5, -1.0), KeyGroup(7, 0.0))])
+def test_result_is_written_where_it_is_wanted(attend, groups):
+    q, k, v = _qkv(12, 7, batch=2, dtype=torch.float32)
+    wide = torch.full((2, 7, 5 * 32), math.nan)
+    into = wide[..., 32:64].unflatten(-1, (2, 16)).transpose(1, 2)
+    assert attend(q, k, v, groups, into) is into
+    assert torch.equal(into, attend(q, k, v, groups))
+    assert wide[..., :32].isnan().all()
+    assert wide[..., 64:].isnan().all()
+
+
 @pytest.mark.parametrize("attend", ON_CPU, ids=lambda each: each.name)
 def test_unseen_keys_may_hold_anything(attend):
     q, k, v = _qkv(20, 8)
@@ -178,6 +191,9 @@ def test_a_folded_key_gets_its_copies_after_one_call(hidden, batch):
     torch.testing.assert_close(out, reference(q, k, v, groups), atol=2e-6, rtol=1e-5)
     assert calls == [20]
     assert out.transpose(1, 2).is_contiguous()
+    into = torch.zeros(batch, 9, 5, 2, 16)[:, :, 3].transpose(1, 2)
+    assert attention.folded(partial, (q, k, v), groups, into) is into
+    assert torch.equal(into, out)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,13 +12,23 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, error, noise
+from redux_pipelines import operators
 from redux_pipelines.attention_backends import IMPLEMENTATIONS
-from redux_pipelines.compilation import Compiled, _attend, _table, compiled_graphs, traceable
+from redux_pipelines.compilation import (
+    Compiled,
+    _attend,
+    _attend_into,
+    _table,
+    compiled_graphs,
+    traceable,
+)
+from redux_pipelines.layers import norm_rope_in_reals
 from redux_pipelines.operators import KernelOperators, TorchOperators
-from redux_pipelines.quality import CachePolicy, Tier
+from redux_pipelines.quality import TIERS, CachePolicy, Tier
 from redux_pipelines.sampling import Grid, Schedule
 from redux_pipelines.transformer import DoubleBlock, Flux, SingleBlock
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SLOW_TORCH = pytest.param(TorchOperators, marks=pytest.mark.slow)
 GRIDS = [Grid(8, 8), Grid(8, 12), Grid(16, 16), Grid(24, 10), Grid(21, 12), Grid(14, 18)]
 GRIDS += [Grid(24, 24)]
@@ -40,14 +51,6 @@ inductor = pytest.mark.filterwarnings(
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture(scope="module")
 def model():
     return diffusers_model()
@@ -59,6 +62,11 @@ def given(model, strength=1.0, **fields):
     return replace(plain, redux=redux)
 
 
+def computed_as_compiled():
+    """Eager code turns pairs as complex numbers, compiled code as reals: here as reals, too."""
+    return patch.object(operators, "norm_rope", norm_rope_in_reals)
+
+
 def assert_same(denoiser, request, grid, img):
     """Two steps, as a pipeline makes them: the first noise comes from outside inference mode."""
     with torch.inference_mode():
@@ -66,7 +74,7 @@ def assert_same(denoiser, request, grid, img):
         for step in (0, 2):
             given_img = img.clone()
             out = prepared.predict(img, step)
-            with denoiser.compiled.paused():
+            with denoiser.compiled.paused(), computed_as_compiled():
                 expected = prepared.predict(given_img, step)
             assert torch.equal(img, given_img)  # it is the caller's
             assert torch.equal(out, expected)
@@ -143,23 +151,31 @@ def test_requests_through_the_pipeline_share_a_graph(tiny, load, request_for, fi
         request_for(height=1024, empty_prompt="encode"),
     ]
     for request in requests:
-        ours, theirs = (finish(each.generate(request)) for each in (pipeline, plain))
+        ours = finish(pipeline.generate(request))
+        with computed_as_compiled():
+            theirs = finish(plain.generate(request))
         assert all(difference(*pair) == 0 for pair in zip(ours.images, theirs.images, strict=True))
     assert counter.frame_count == 1
+    assert "complex" not in counter.graphs[0].code  # the compiler could not fuse it
     assert pipeline.info.compiled == "full"
     assert plain.info.compiled == "off"
 
 
-@pytest.mark.parametrize(("mode", "graphs"), [("blocks", 4), ("full", 0)])
-def test_a_step_cache_runs_compiled_blocks_or_nothing_compiled(model, mode, graphs):
-    """It stops after the first of two double blocks: neither has a pending addition."""
-    denoiser, plain = engine(model), engine(model)
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators])
+@pytest.mark.parametrize("mode", ["blocks", "full"])
+def test_a_step_cache_runs_compiled_blocks(model, mode, operators):
+    """It stops after the first of two double blocks: neither has a pending addition.
+
+    Computed steps and reused ones, for every size from the same four graphs; a whole step beside
+    them is the one graph more that it always was, or a block's fifth kind.
+    """
+    denoiser, plain = (engine(model, operators=operators()) for _ in range(2))
     counter = CompileCounterWithBackend("eager")
     denoiser.compiled = Compiled(denoiser.flux, mode, counter)
     schedule = Schedule((1.0, 0.8, 0.6, 0.4, 0.2, 0.0))
     tier = Tier(CachePolicy(math.inf, warm_up=2, max_hits=1))  # compute all but the fourth step
     with torch.inference_mode():
-        for grid in GRIDS[:3]:
+        for grid in GRIDS:
             runs = [
                 each.prepare(given(model), schedule, grid).start(tier) for each in (denoiser, plain)
             ]
@@ -168,7 +184,11 @@ def test_a_step_cache_runs_compiled_blocks_or_nothing_compiled(model, mode, grap
                 ours, theirs = (run.predict(img.clone(), step) for run in runs)
                 assert torch.equal(ours, theirs)
             assert [run.reused for run in runs] == [1, 1]
-    assert counter.frame_count == graphs
+    assert counter.frame_count == 4
+    for grid in GRIDS[:3]:
+        assert_same(denoiser, given(model), grid, noise(model, grid))
+    assert counter.frame_count == 5
+    assert not counters["graph_break"]
     assert denoiser.compiled.is_active
 
 
@@ -176,8 +196,15 @@ def broken_backend(graph, inputs):
     raise RuntimeError("no such compiler\nwith details")
 
 
+@pytest.fixture(scope="module")
+def shallow():
+    """For what the number of blocks does not matter to: each of them takes its time to trace."""
+    return diffusers_model(num_layers=1, num_single_layers=1)
+
+
 @pytest.mark.parametrize("mode", ["blocks", "full"])
-def test_what_cannot_be_compiled_runs_as_before(model, mode, caplog):
+def test_what_cannot_be_compiled_runs_as_before(request, mode, caplog):
+    model = request.getfixturevalue({"blocks": "model", "full": "shallow"}[mode])
     denoiser = engine(model)
     denoiser.compiled = compiled = Compiled(denoiser.flux, mode, broken_backend)
     grid = GRIDS[0]
@@ -194,18 +221,18 @@ def test_what_cannot_be_compiled_runs_as_before(model, mode, caplog):
         assert not {"forward", "forward_img"} & set(vars(module))
 
 
-def test_an_error_while_running_is_not_hidden(model):
+def test_an_error_while_running_is_not_hidden(shallow):
     def out_of_memory(graph, inputs):
         def run(*_):
             raise torch.OutOfMemoryError("too large")
 
         return run
 
-    denoiser = engine(model)
+    denoiser = engine(shallow)
     denoiser.compiled = Compiled(denoiser.flux, "full", out_of_memory)
-    prepared = denoiser.prepare(given(model), SCHEDULE, GRIDS[0])
+    prepared = denoiser.prepare(given(shallow), SCHEDULE, GRIDS[0])
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
-        prepared.predict(noise(model, GRIDS[0]), 0)
+        prepared.predict(noise(shallow, GRIDS[0]), 0)
     assert denoiser.compiled.is_active
 
 
@@ -228,7 +255,7 @@ def test_an_attention_of_the_same_name_is_refused(model):
     prepared = engine(model).prepare(given(model), SCHEDULE, grid)
     (biased,) = (each for each in IMPLEMENTATIONS if each.name == "biased")
     traceable(prepared.joint, biased)
-    other = replace(biased, attend=lambda q, k, v, groups: v)
+    other = replace(biased, attend=lambda q, k, v, *_: v)
     with pytest.raises(ValueError, match="another attention is called 'biased'"):
         traceable(prepared.joint, other)
 
@@ -243,6 +270,10 @@ def test_the_opaque_operator_keeps_its_promises(model, fields):
     torch.library.opcheck(_attend, (q[:, :, 2:], k, v, _table(joint.groups), "biased"))
     out = joint.attention(q, k, v, joint.groups)
     assert torch.equal(out, biased(q, k, v, joint.groups))
+    into = torch.zeros(2, rows, 3, 3, 16)[:, :, 1].transpose(1, 2)
+    torch.library.opcheck(_attend_into, (q, k, v, _table(joint.groups), "biased", into))
+    assert joint.attention(q, k, v, joint.groups, into) is into
+    assert torch.equal(into, out)
 
 
 @inductor
@@ -259,10 +290,13 @@ def test_inductors_code_is_right_to_rounding_at_every_size(mode):
                 img = noise(model, grid)
                 prepared = denoiser.prepare(given(model, **fields), SCHEDULE, grid)
                 out = prepared.predict(img, 1)
+                cut = prepared.start(TIERS["balanced"]).predict(img, 1)
                 with denoiser.compiled.paused():
-                    assert error(out, prepared.predict(img, 1)) <= 1e-6
+                    expected = prepared.predict(img, 1)
+                assert error(out, expected) <= 1e-6
+                assert error(cut, expected) <= 1e-6
     assert denoiser.compiled.is_active
-    assert compiled_graphs() == {"full": 1, "blocks": 3}[mode]  # one block of each kind
+    assert compiled_graphs() == {"full": 1 + 3, "blocks": 3}[mode]  # one block of each kind
 
 
 @inductor

@@ -8,8 +8,9 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from live_bytes import LiveBytes
+from redux_kernels import dispatch, group_norm_silu, reference
 from redux_pipelines.autoencoder import Autoencoder
-from redux_pipelines.decoder import Decoder
+from redux_pipelines.decoder import KERNELS, Decoder
 
 MINI = Path(__file__).resolve().parents[2] / "weights/mini/base/vae"
 RELATIVE = 1e-5
@@ -120,6 +121,81 @@ def test_another_activation_is_refused():
         Decoder(flux_like(channels=(16, 16), act_fn="relu"))
 
 
+# --- which kernels it may run ---------------------------------------------------------------------
+
+
+class Launches:
+    """Stands for the GPU's kernels on a CPU: their references, wrong where ``spoil`` says so."""
+
+    def __init__(self):
+        self.widths = []
+        self.spoil = {}
+
+    def statistics(self, x, groups):
+        self.widths.append(("group_norm_statistics", x.shape[-1]))
+        mean, var = reference.group_norm_statistics(x, groups)
+        return mean, var * self.spoil.get(self.widths[-1], 1.0)
+
+    def silu(self, x, *rest):
+        self.widths.append(("group_norm_silu", x.shape[-1]))
+        y = reference.group_norm_silu(x, *rest)
+        y[:, -1] *= self.spoil.get(self.widths[-1], 1.0)
+        return y
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The CPU passes for a GPU that nothing was tested on yet."""
+    made = Launches()
+    monkeypatch.setattr(dispatch, "_tested", {})
+    monkeypatch.setattr(dispatch, "hardware_refusal", lambda operator, device: None)
+    monkeypatch.setattr(
+        dispatch,
+        "runs_kernel",
+        lambda operator, x: dispatch._tested.get((operator, x.device), "untested") is None,
+    )
+    monkeypatch.setattr(group_norm_silu, "launch_statistics", made.statistics)
+    monkeypatch.setattr(group_norm_silu, "launch", made.silu)
+    return made
+
+
+@torch.inference_mode()
+def test_kernels_are_tested_at_every_width_when_a_decoder_is_made_and_then_run(launches, flux_vae):
+    latents = torch.randn(1, 16, 4, 4)
+    want = diffusers_decode(flux_vae, latents)
+    decoder = Decoder(flux_vae)
+    assert set(launches.widths) == {(name, width) for name in KERNELS for width in (16, 32, 64)}
+    launches.widths.clear()
+    assert error(torch.cat(decoder(latents, 2), dim=2), want) <= RELATIVE
+    assert {name for name, _ in launches.widths} == set(KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("wrong", [1.05, float("nan")])
+@pytest.mark.parametrize("width", [16, 32, 64])
+@torch.inference_mode()
+def test_kernel_that_is_wrong_at_one_width_is_left_to_torch(
+    launches, flux_vae, name, width, wrong, caplog
+):
+    launches.spoil[name, width] = wrong
+    latents = torch.randn(1, 16, 4, 4)
+    with caplog.at_level("DEBUG", logger="redux_pipelines.decoder"):
+        decoder = Decoder(flux_vae)
+    assert f"kernel {name} is not used for {width} channels: differs from its" in caplog.text
+    launches.widths.clear()
+    assert error(torch.cat(decoder(latents, 2), dim=2), diffusers_decode(flux_vae, latents)) < 1e-5
+    assert not launches.widths
+
+
+def test_verdict_of_another_model_does_not_count(launches, flux_vae):
+    """The transformer's self-test passed at its own width, before the decoder was loaded."""
+    for name in KERNELS:
+        dispatch.record(name, torch.device("cpu"), None)
+    launches.spoil["group_norm_silu", 64] = 1.05
+    Decoder(flux_vae)
+    assert "differs" in dispatch.refusal("group_norm_silu", "cpu")
+
+
 # --- why not tiles, and what strips save ----------------------------------------------------------
 
 
@@ -178,13 +254,12 @@ def test_flux_needs_little_more_than_one_and_a_half_activations_at_1536():
 @pytest.mark.parametrize("strips", [1, 5])
 @torch.inference_mode()
 def test_picture_on_a_gpu_is_the_one_on_a_cpu(flux_vae, strips, monkeypatch):
-    from redux_kernels.self_test import self_test
-
     latents = torch.randn(1, 16, 16, 12)
     want = diffusers_decode(flux_vae, latents)
-    verdicts = self_test("cuda", dtype=torch.float32)
-    assert verdicts["group_norm_silu"] is verdicts["group_norm_statistics"] is None
     vae = flux_like().cuda()
+    monkeypatch.setattr(dispatch, "_tested", {})  # whatever tests before this one did
+    Decoder(vae)
+    assert [dispatch.refusal(name, "cuda") for name in KERNELS] == [None, None]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     got = ours(vae, latents.cuda(), strips)
     assert error(got.cpu(), want) <= 1e-4

@@ -1,8 +1,12 @@
 """The fake keeps the contract of the real pipeline."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
+from redux_pipelines import fakes
 from redux_pipelines.errors import RequestError
 from redux_pipelines.fakes import FakePipeline
 from redux_pipelines.types import Progress
@@ -54,3 +58,27 @@ def test_it_fails_on_demand_after_a_step(request_for):
 def test_steps_take_the_time_asked_for(request_for, finish):
     result = finish(FakePipeline(step_s=0.02).generate(request_for()))
     assert result.timings["denoise_s"] >= 0.04
+
+
+def test_requests_together_are_those_alone_in_fewer_rounds(request_for, finish, difference):
+    requests = [request_for(seed=3), request_for(seed=8, num_images=2), request_for(seed=1)]
+    told, results = [], {}
+    for place, event in FakePipeline(max_batch_size=3).generate_batch(requests):
+        if isinstance(event, Progress):
+            told.append((place, event.step, event.total_steps))
+        else:
+            results[place] = event
+    first = [(0, 1, 2), (1, 2, 4), (0, 2, 2), (1, 4, 4)]  # three images in two rounds
+    assert told == [*first, (2, 1, 2), (2, 2, 2)]
+    for place, request in enumerate(requests):
+        alone = finish(FakePipeline().generate(request))
+        assert results[place].seeds == alone.seeds
+        assert list(map(difference, results[place].images, alone.images)) == [0] * len(alone.images)
+
+
+def test_images_of_a_batch_share_the_time_of_a_step(request_for, finish, monkeypatch):
+    slept = []
+    clock = SimpleNamespace(sleep=slept.append, perf_counter=time.perf_counter)
+    monkeypatch.setattr(fakes, "time", clock)
+    finish(FakePipeline(step_s=7.5, max_batch_size=3).generate(request_for(num_images=4)))
+    assert slept == [7.5] * 4  # two rounds of two steps

@@ -185,6 +185,59 @@ def test_where_only_smaller_pictures_fit_the_plan_says_how_small():
     assert plan(FLUX_DEV, made.card, replace(BF16, demand=demand)).fits
 
 
+@pytest.mark.parametrize(("images", "pictures"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 4)])
+def test_what_the_plan_has_no_room_for_is_refused_and_nothing_else(images, pictures):
+    """The border is where a plan for that very demand stops to fit."""
+    demand = replace(largest_demand(FLUX_DEV), batch=4)
+    made = plan(FLUX_DEV, Card("a card", 3_500_000_000), replace(BF16, demand=demand), "offload")
+    side = made.largest_sides[pictures - 1][images - 1]
+    assert 512 <= side < 1536
+
+    def fits(width, height):
+        rows = pictures * demand.redux_rows
+        one = replace(demand, width=width, height=height, batch=images, redux_rows=rows)
+        return plan(FLUX_DEV, made.card, replace(BF16, demand=one), "offload").fits
+
+    assert fits(side, side)
+    assert not fits(side + 64, side + 64)
+
+    def refusal(width, height, multiple=1):
+        return made.refusal(width, height, images, pictures=pictures, multiple=multiple)
+
+    assert refusal(side, side) is None
+    assert refusal(side + 64, side - 80) is None  # fewer pixels
+    assert refusal(side - 1, side - 1, 16) is None
+    reason = refusal(side + 64, side + 64)
+    several = f" from {pictures} pictures" if pictures > 1 else ""
+    assert f"{images} image(s) at once of {side + 64}x{side + 64}{several} need more" in reason
+    assert ("take fewer pictures or a smaller redux_pooling" in reason) is (pictures > 1)
+    assert f"a card has. Its memory plan (offload) has room for up to {side}x{side}" in reason
+    assert ("a lower --max-batch-size" in reason) is (images > 1)
+    assert "--memory offload" not in reason  # it is already
+    assert "--transformer-dtype fp8 or a larger card" in reason
+    assert refusal(side + 1, side, 16)  # it is rendered larger
+
+
+def test_more_images_at_once_and_of_more_pictures_must_be_smaller_ones():
+    demand = replace(largest_demand(FLUX_DEV), batch=4)
+    options = replace(BF16, demand=demand)
+    sides = plan(FLUX_DEV, Card("a card", 3_500_000_000), options, "offload").largest_sides
+    for line in (*sides, *zip(*sides, strict=True)):
+        assert list(line) == sorted(line, reverse=True)
+    assert sides[0][0] > sides[0][3] > 0
+    assert sides[0][1] > sides[3][1] > 0
+    assert plan(FLUX_DEV, sold_as(80), options).largest_sides == ((1536,) * 4,) * 4
+
+
+def test_a_mode_given_by_name_that_has_no_room_at_all_says_which_has():
+    made = plan(FLUX_DEV, sold_as(24), BF16, "resident")
+    reason = made.refusal(512, 512)
+    assert "Its memory plan (resident) has room for none of any size" in reason
+    assert "run the model with --memory offload (with --backend engine) or" in reason
+    fp8 = plan(FLUX_DEV, sold_as(16), FP8, "resident").refusal(512, 512)
+    assert "fp8" not in fp8
+
+
 @pytest.mark.parametrize(
     ("chosen", "says", "never"),
     [(BF16, "use weights in fp8", "with fp8"), (FP8, "bfloat16 with fp8", "use weights in fp8")],

@@ -12,8 +12,11 @@ from PIL import Image
 
 from redux_pipelines.denoiser import ExactRun
 from redux_pipelines.errors import RequestError
-from redux_pipelines.redux import ReduxPipeline, centre_crop
+from redux_pipelines.images import centre_crop
+from redux_pipelines.redux import ReduxPipeline
 from redux_pipelines.types import Progress, Result
+
+PICTURES = (Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue"))
 
 
 class Oracle:
@@ -238,6 +241,10 @@ class _Spy:
         prepared = self._denoiser.prepare(conditioning, schedule, grid)
         return _SpyPrepared(prepared, self.tensors)
 
+    def join(self, prepared):
+        (only,) = prepared
+        return only
+
 
 class _SpyPrepared:
     def __init__(self, prepared, tensors):
@@ -293,6 +300,59 @@ def test_interleaved_generators_do_not_disturb_each_other(
 def test_a_bad_request_is_refused_before_the_first_step(pipeline, request_for):
     with pytest.raises(RequestError, match=r"width is 100: .* from 512 to 1536"):
         pipeline.generate(request_for(width=100))
+
+
+@pytest.fixture
+def planned(pipeline):
+    """A pipeline whose GPU, which is not there, has room for 1024 × 1024, or 768 × 768 twice.
+
+    Of two pictures or more only for 640 × 640.
+    """
+    parts = pipeline._parts
+    plan = replace(parts.plan, mode="resident", largest_sides=((1024, 768), *[(640, 640)] * 3))
+    parts = replace(parts, plan=plan, device=torch.device("cuda", 0))
+    return ReduxPipeline(parts, name="planned", max_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"width": 1024, "height": 1024}, None),
+        ({"width": 1536, "height": 640}, None),
+        ({"width": 1088, "height": 1024}, "1 image(s) at once of 1088x1024"),
+        ({"width": 768, "height": 768, "num_images": 4}, None),
+        ({"width": 768, "height": 832, "num_images": 2}, "2 image(s) at once of 768x832"),
+        ({"width": 768, "height": 832, "num_images": 4}, "2 image(s) at once of 768x832"),
+        ({"width": 640, "height": 640, "images": PICTURES}, None),
+        ({"width": 704, "height": 640, "images": PICTURES}, "704x640 from 3 pictures"),
+        ({"width": 1024, "height": 1024, "images": PICTURES, "redux_pooling": 1}, None),
+        ({"width": 1024, "height": 1024, "images": PICTURES, "image_weights": (1, 0, 0)}, None),
+    ],
+)
+def test_a_request_beyond_the_memory_plan_is_refused_at_once(
+    fields, refused, planned, request_for, monkeypatch
+):
+    def compute(*_):
+        raise AssertionError("nothing may be computed")
+
+    monkeypatch.setattr(type(planned._parts.denoiser), "prepare", compute)
+    monkeypatch.setattr(type(planned._parts.image_encoder), "encode", compute)
+    if refused is None:
+        planned.generate(request_for(**fields)).close()
+        return
+    with pytest.raises(RequestError) as raised:
+        planned.generate(request_for(**fields))
+    text = str(raised.value)
+    assert refused in text
+    assert "run the model with --memory offload" in text
+    side = 640 if "images" in fields else 1024 if fields.get("num_images", 1) == 1 else 768
+    assert f"room for up to {side}x{side} pixels" in text
+
+
+def test_a_cpu_has_no_plan_to_keep(pipeline, request_for):
+    """Its plan is made for a card without memory; only a GPU's says what fits."""
+    parts = replace(pipeline._parts, plan=replace(pipeline._parts.plan, largest_sides=((0,),)))
+    ReduxPipeline(parts, name="cpu").generate(request_for(width=1536, height=1536)).close()
 
 
 def test_max_batch_size_must_be_positive(pipeline):

@@ -4,12 +4,13 @@ import logging
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from pipelines.networks import diffusers_model, engine
 from pipelines.test_cuda_graphs import FakeCapture, FakeReplay
 from redux_pipelines import warm_up as module
+from redux_pipelines.compilation import compiled_graphs
 from redux_pipelines.denoiser import DiffusersDenoiser
+from redux_pipelines.quality import TIERS
 from redux_pipelines.sampling import Grid
 from redux_pipelines.types import CompilePlan
 from redux_pipelines.warm_up import compiled_mode, warm_up
@@ -18,13 +19,9 @@ GRIDS = (Grid(4, 6), Grid(5, 5))
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler(monkeypatch):
-    torch._dynamo.reset()
-    counters.clear()
+def _no_compiler_processes(monkeypatch, fresh_compiler):
     # Inductor, whose processes these are, is loaded by none of the backends here.
     monkeypatch.setattr(module, "_end_compiler_processes", lambda: None)
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +34,23 @@ def denoiser(model):
     return engine(model)
 
 
+@pytest.fixture(scope="module")
+def shallow_model():
+    return diffusers_model(num_layers=1, num_single_layers=1)
+
+
+@pytest.fixture
+def shallow(shallow_model):
+    """For what the number of blocks does not matter to: each of them takes its time to trace."""
+    return engine(shallow_model)
+
+
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_it_compiles_compares_and_says_how_long_it_took(denoiser, mode):
     report = warm_up(denoiser, CompilePlan(mode), GRIDS, (1,), backend="eager")
     assert (report.mode, report.failures) == (mode, ())
-    assert report.graphs == {"full": 1, "blocks": 5}[mode]
+    # in full the step, and of the kinds of blocks those that a cut step needs
+    assert report.graphs == {"full": 1 + 4, "blocks": 5}[mode]
     assert list(report.seconds) == ["4x6 tokens, batch 1", "5x5 tokens, batch 1"]
     assert compiled_mode(denoiser) == mode
 
@@ -74,20 +83,45 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("backend", "reason"), FAILURES.values(), ids=FAILURES)
-def test_what_is_wrong_or_crashes_is_taken_back(denoiser, tmp_path, backend, reason, caplog):
+def test_what_is_wrong_or_crashes_is_taken_back(shallow, tmp_path, backend, reason, caplog):
     plan = CompilePlan("full", cache_dir=tmp_path)
     with caplog.at_level(logging.WARNING):
-        report = warm_up(denoiser, plan, GRIDS, (1,), backend=backend)
+        report = warm_up(shallow, plan, GRIDS, (1,), backend=backend)
     assert report.mode == "off"
-    assert compiled_mode(denoiser) == "off"
+    assert compiled_mode(shallow) == "off"
     (failure,) = report.failures
     assert failure.startswith("not compiled: ")
     assert reason in failure
-    assert "forward" not in vars(denoiser.flux)
+    assert "forward" not in vars(shallow.flux)
     assert list(tmp_path.iterdir()) == []  # nothing wrong is kept
 
 
-def test_a_size_that_does_not_fit_is_passed_over(denoiser, monkeypatch, caplog):
+def test_after_the_warm_up_a_step_cache_compiles_nothing_more(denoiser):
+    warm_up(denoiser, CompilePlan("full"), GRIDS, (1, 2), backend="eager")
+    graphs = compiled_graphs()
+    with torch.inference_mode():
+        for grid in (*GRIDS, Grid(6, 8), Grid(7, 3)):
+            for batch in (1, 2, 3):
+                run = module._prepared(denoiser, grid, batch).start(TIERS["fast"])
+                run.predict(module._noise(denoiser, grid, batch), 0)
+    assert compiled_graphs() == graphs
+
+
+def test_wrong_blocks_are_found_where_the_whole_step_is_right(shallow):
+    """The first graph is the step's."""
+    made = []
+
+    def second_is_wrong(graph, inputs):
+        made.append(graph)
+        return graph if len(made) == 1 else wrong(graph, inputs)
+
+    report = warm_up(shallow, CompilePlan("full"), GRIDS, (1,), backend=second_is_wrong)
+    assert report.mode == "off"
+    assert "a compiled step with a step cache of 4x6 tokens is off by" in report.failures[0]
+    assert not any("forward" in vars(block) for block in shallow.flux.blocks)
+
+
+def test_a_size_that_does_not_fit_is_passed_over(shallow, monkeypatch, caplog):
     predict = module._predict
 
     def fit(denoiser, grid, img):
@@ -97,7 +131,7 @@ def test_a_size_that_does_not_fit_is_passed_over(denoiser, monkeypatch, caplog):
 
     monkeypatch.setattr(module, "_predict", fit)
     with caplog.at_level(logging.WARNING):
-        report = warm_up(denoiser, CompilePlan("full"), GRIDS, (1,), backend="eager")
+        report = warm_up(shallow, CompilePlan("full"), GRIDS, (1,), backend="eager")
     assert (report.mode, report.failures) == ("full", ())
     assert "does not fit" in caplog.text
 
@@ -113,14 +147,14 @@ def test_diffusers_own_network_is_refused(model):
 
 
 @pytest.mark.parametrize("mode", ["off", "full"])
-def test_cuda_graphs_are_tried_before_they_are_used(denoiser, mode):
+def test_cuda_graphs_are_tried_before_they_are_used(shallow, mode):
     capture = FakeCapture()
     plan = CompilePlan(mode, cuda_graphs=3)
-    report = warm_up(denoiser, plan, GRIDS, (1,), backend="eager", capture=capture)
+    report = warm_up(shallow, plan, GRIDS, (1,), backend="eager", capture=capture)
     assert (report.mode, report.cuda_graphs, report.failures) == (mode, 3, ())
     (replay,) = capture.made
     assert replay.replays == 2
-    assert denoiser.graphed.captured == 1
+    assert shallow.graphed.captured == 1
 
 
 class WrongReplay(FakeReplay):
