@@ -30,7 +30,7 @@
 FROM python:3.12-slim-bookworm AS requirements
 WORKDIR /src
 COPY pyproject.toml ./
-RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; open('requirements.txt', 'w').write('\\n'.join(project['dependencies']) + '\\n')"]
+RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; wanted = project['dependencies'] + project['optional-dependencies']['cluster']; open('requirements.txt', 'w').write('\\n'.join(wanted) + '\\n')"]
 
 # --- our own package
 FROM python:3.12-slim-bookworm AS package

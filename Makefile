@@ -12,10 +12,12 @@ DEV      := $(VENV)/.installed-dev
 MAKEFLAGS += --no-print-directory
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+comma := ,
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve demo test test-all check lint format types imports dockerfile \
-        bench bench-server bench-engine bench-attention bench-kernels bench-growth bench-roofline \
-        bench-mini train-mini eval-mini docker clean
+.PHONY: help setup setup-dev serve demo test test-all test-clients chaos soak check lint format types \
+        imports dockerfile bench bench-server bench-engine bench-attention bench-kernels bench-growth bench-roofline \
+        bench-mini train-mini eval-mini eval-controls docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -73,7 +75,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt
-	$(call install,.[dev],the server and the development tools)
+	$(call install,.[dev$(comma)cluster],the server and the development tools)
 	@touch $@ $(RUNTIME)
 
 # --- use ------------------------------------------------------------------------------------------
@@ -89,11 +91,28 @@ docker:  ## build the container image (IMAGE=flux-redux-server)
 
 # --- develop --------------------------------------------------------------------------------------
 
-test: $(DEV)  ## run the quick tests (what lacks hardware or a service is skipped, with its reason)
-	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+# Much of a test's time is waiting, for servers, leases and clocks: so several files at once, in one
+# process more than there are cores, with a thread each where torch computes. In the order that
+# tests/conftest.py gives them: the slowest have few tests, and xdist would begin with those that
+# have many.
+PROCESSES ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((cores < 4 ? cores + 1 : 4)))
+PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test-all: $(DEV)  ## run the slow tests too
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(DEV)  ## run the quick tests (what lacks hardware or a service is skipped, with its reason)
+	@$(PYTEST) -m 'not slow and not clients' $(ARGS)
+
+test-all: $(DEV)  ## run the slow tests too (not those of test-clients)
+	@$(PYTEST) -m 'not clients' $(ARGS)
+
+test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (1.5 GB), and write docs/compatibility.md
+	@$(BIN)/python -m pytest -m clients tests/clients tests/contract --compatibility-report docs/compatibility.md $(ARGS)
+
+# Both start databases and brokers of their own on loopback, and kill them.
+chaos: $(DEV)  ## kill everything at random under load, and see what clients lose (ARGS="--help")
+	@cd tests && ../$(BIN)/python -m chaos.run storm --out ../bench-results $(ARGS)
+
+soak: $(DEV)  ## mix all faults for 10 seeds x 2 minutes, and check what clients saw (ARGS="--help")
+	@cd tests && ../$(BIN)/python -m chaos.run soak --out ../bench-results $(ARGS)
 
 check: lint types imports dockerfile  ## run every static check (make -k check: do not stop at the first)
 
@@ -122,6 +141,9 @@ train-mini: $(DEV)  ## train the embedded model (hours; needs node and npm; ARGS
 eval-mini: $(DEV)  ## measure the embedded model on held-out icons: JSON and contact sheets (needs node and npm)
 	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.evaluate $(ARGS)
 
+eval-controls: $(DEV)  ## measure strength, pooling, weights, fit, mask on photographs, and write docs/controls.md
+	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.controls --document ../docs/controls.md $(ARGS)
+
 bench:  ## list the benchmarks
 	@awk -F ':.*## ' '/^bench-[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
@@ -146,6 +168,6 @@ bench-roofline: $(RUNTIME)  ## print a lower bound on GPU times, from operation 
 bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, memory
 	@$(BIN)/python -W ignore pipelines/benchmarks/bench_mini.py $(ARGS)
 
-clean:  ## delete .venv, caches and build results (never data/ or demo-output/)
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean:  ## delete .venv, installed clients, caches and build results (never data/ or demo-output/)
+	rm -rf $(VENV) .clients dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 Only SHA-256 digests are stored; keys carry 192 random bits, so a slow hash would add nothing.
 """
 
+import asyncio
 import hashlib
 import hmac
 import secrets
@@ -14,10 +15,11 @@ from pathlib import Path
 from sqlalchemy import Engine, insert, select, update
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from redux_server.database import keys, reader
-from redux_server.errors import Unauthorized, error_response
+from redux_server.database import DATABASE_AWAY, keys, reader
+from redux_server.errors import Unauthorized, Unavailable, error_response
 
 KEY_PREFIX = "frs_"
+_MAX_FILE_NAME = 59  # with what we put before it, what the column of a task's key takes
 _CACHE_S = 2.0  # how long a revoked key may still pass
 _CACHE_SIZE = 1024
 
@@ -30,6 +32,7 @@ class ApiKey:
     name: str
     created_at: float
     revoked_at: float | None
+    priority: int = 0
 
 
 class KeyFileError(Exception):
@@ -48,14 +51,18 @@ class KeyRing:
         self._from_file = read_keys_file(Path(file)) if file else {}
         self._cache: dict[str, tuple[float, str | None]] = {}
 
-    def create(self, name: str) -> str:
-        """Make a key and return it; this is the only time it can be read."""
+    def create(self, name: str, *, priority: int = 0) -> str:
+        """Make a key and return it; this is the only time it can be read.
+
+        Tasks of a higher ``priority`` are worked on first; that of keys in a file is 0.
+        """
         key = KEY_PREFIX + secrets.token_urlsafe(24)
         row = {
             "id": secrets.token_hex(4),
             "name": name,
             "digest": _digest(key),
             "created_at": self._clock(),
+            "priority": priority,
         }
         with self._engine.begin() as db:
             db.execute(insert(keys), row)
@@ -63,9 +70,9 @@ class KeyRing:
 
     def list(self) -> list[ApiKey]:
         """All keys of the database, oldest first."""
-        query = select(keys.c.id, keys.c.name, keys.c.created_at, keys.c.revoked_at)
+        query = select(*(keys.c[name] for name in ApiKey.__slots__)).order_by(keys.c.created_at)
         with self._reader.connect() as db:
-            return [ApiKey(*row) for row in db.execute(query.order_by(keys.c.created_at))]
+            return [ApiKey(*row) for row in db.execute(query)]
 
     def revoke(self, key_id: str) -> bool:
         """Make a key useless. False when there is no such key, or it was revoked before."""
@@ -78,6 +85,11 @@ class KeyRing:
     def is_empty(self) -> bool:
         """True when nobody could pass."""
         return not self._from_file and all(key.revoked_at for key in self.list())
+
+    def remembers(self, key: str) -> bool:
+        """Whether ``recognise`` would answer without asking the database."""
+        cached = self._cache.get(_digest(key))
+        return cached is not None and self._clock() - cached[0] < _CACHE_S
 
     def recognise(self, key: str) -> str | None:
         """The id of the owner of ``key``, or None."""
@@ -122,9 +134,10 @@ def read_keys_file(path: Path) -> dict[str, str]:
         if not text or text.startswith("#"):
             continue
         name, colon, key = text.partition(":")
-        if not colon or not name.strip() or len(key.strip()) < 16:
+        if not colon or not 0 < len(name.strip()) <= _MAX_FILE_NAME or len(key.strip()) < 16:
             raise KeyFileError(
-                f"{path}, line {number}: expected name:key with a key of 16 characters or more"
+                f"{path}, line {number}: expected name:key with a key of 16 characters or more "
+                f"and a name of at most {_MAX_FILE_NAME}"
             )
         found[_digest(key.strip())] = f"file:{name.strip()}"
     return found
@@ -133,12 +146,20 @@ def read_keys_file(path: Path) -> dict[str, str]:
 class AuthMiddleware:
     """Lets nothing under ``/api/`` through without a key; puts its id in ``request.state.key_id``.
 
-    Stands before body parsing, so a stranger cannot make us read an upload.
+    Stands before body parsing, so a stranger cannot make us read an upload. ``recognise`` runs on a
+    thread, because a database can take its time, but for keys that it ``remembers``.
     """
 
-    def __init__(self, app: ASGIApp, *, recognise: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        recognise: Callable[[str], str | None],
+        remembers: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         self._app = app
         self._recognise = recognise
+        self._remembers = remembers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -146,16 +167,29 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         key = _bearer(scope)
-        key_id = self._recognise(key) if key else None
-        if key_id is None:
-            error = Unauthorized(_refusal(key))
-            response = error_response(
-                error.status, error.message, error.name, {"WWW-Authenticate": "Bearer"}
-            )
+        try:
+            key_id = await self._owner_of(key)
+        except (Unauthorized, Unavailable) as error:
+            response = error_response(error.status, error.message, error.name, error.headers)
             await response(scope, receive, send)
             return
         scope.setdefault("state", {})["key_id"] = key_id
         await self._app(scope, receive, send)
+
+    async def _owner_of(self, key: str) -> str:
+        try:
+            if not key or self._remembers(key):
+                key_id = self._recognise(key) if key else None
+            else:
+                key_id = await asyncio.to_thread(self._recognise, key)
+        except DATABASE_AWAY:
+            raise Unavailable(
+                "The key cannot be checked: the database does not answer.",
+                headers={"Retry-After": "2"},
+            ) from None
+        if key_id is None:
+            raise Unauthorized(_refusal(key), headers={"WWW-Authenticate": "Bearer"})
+        return key_id
 
 
 def _bearer(scope: Scope) -> str:

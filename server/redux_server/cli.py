@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from redux_pipelines.types import QUALITIES, WARM_UP_SIZES
 from redux_server import __version__
+from redux_server.extension_flags import add_extension_flags
 from redux_server.settings import (
     ClientSettings,
     ModelSettings,
@@ -31,7 +32,7 @@ _LICENCE = (
 )
 _WARM_UP_SIZES = ",".join(f"{width}x{height}" for width, height in WARM_UP_SIZES)
 _LARGEST_CARD_GB = 1000
-_KEY_FIELDS = ("data_dir",)
+_DATABASE_FIELDS = ("data_dir", "database_url")
 _DEMO_FIELDS = (
     "model",
     "base",
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_client(verbs)
     _add_keys(verbs)
+    _add_database(verbs)
     _add_weights(verbs)
     version = verbs.add_parser("version", help="print the version")
     version.set_defaults(verb=_version)
@@ -111,7 +113,7 @@ def _add_serving(verbs: Any) -> None:
     add_flags(serve, ServerSettings)
     serve.set_defaults(verb=_serve)
     worker = verbs.add_parser(
-        "worker", help="run one more worker for a server's data directory", epilog=_LICENCE
+        "worker", help="run one worker, for a server here or on another machine", epilog=_LICENCE
     )
     add_flags(worker, ServerSettings)
     worker.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
@@ -124,10 +126,11 @@ def _add_generate(verbs: Any) -> None:
     )
     generate.add_argument("image", metavar="IMAGE", help="the picture")
     generate.add_argument(
-        "-o", "--out", default="out.png", metavar="OUT.png", help="where to write"
+        "-o", "--out", default="out.png", metavar="OUT.png", help="where to write; or .jpg, .webp"
     )
     add_flags(generate, ModelSettings)
     _add_parameters(generate)
+    add_extension_flags(generate)
     generate.add_argument("--json", action="store_true", help="end with a line of JSON")
     generate.set_defaults(verb=_generate)
     warmup = verbs.add_parser(
@@ -177,9 +180,16 @@ def _add_client(verbs: Any) -> None:
         metavar="{" + ",".join(QUALITIES) + "}",
         help="how much may be approximated (default: as the server was started)",
     )
-    submit.add_argument("--wait", action="store_true", help="wait, and save the images")
+    add_extension_flags(submit)
+    submit.add_argument(
+        "--wait", action="store_true", help="show its progress, and save the images"
+    )
     submit.add_argument("-o", "--out", default=".", metavar="DIR", help="where to save them")
     submit.set_defaults(verb=_submit)
+    cancel = verbs.add_parser("cancel", help="cancel a task that was submitted")
+    cancel.add_argument("id", metavar="ID", help="its id, from `submit`")
+    add_flags(cancel, ClientSettings)
+    cancel.set_defaults(verb=_cancel)
     demo = verbs.add_parser(
         "demo", help="start a server, send it a bundled picture, save the images"
     )
@@ -197,11 +207,30 @@ def _add_keys(verbs: Any) -> None:
     actions = keys.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="make a key and print it, this once")
     create.add_argument("--name", required=True, help="whose key it is")
+    create.add_argument(
+        "--priority",
+        type=int,
+        default=0,
+        metavar="N",
+        help="-10 to 10; while tasks of a higher one wait, no others are begun (default: 0)",
+    )
     revoke = actions.add_parser("revoke", help="make a key useless")
     revoke.add_argument("id", metavar="ID", help="its id, from `keys list`")
     list_ = actions.add_parser("list", help="show all keys, without their secrets")
     for action, verb in ((create, _keys_create), (revoke, _keys_revoke), (list_, _keys_list)):
-        add_flags(action, ServerSettings, only=_KEY_FIELDS)
+        add_flags(action, ServerSettings, only=_DATABASE_FIELDS)
+        action.set_defaults(verb=verb)
+
+
+def _add_database(verbs: Any) -> None:
+    database = verbs.add_parser(
+        "db", help="look at the database's tables, or bring them up to date"
+    )
+    actions = database.add_subparsers(title="actions", metavar="ACTION", required=True)
+    current = actions.add_parser("current", help="print the version of the tables")
+    upgrade = actions.add_parser("upgrade", help="bring the tables up to date, or make them")
+    for action, verb in ((current, _db_current), (upgrade, _db_upgrade)):
+        add_flags(action, ServerSettings, only=_DATABASE_FIELDS)
         action.set_defaults(verb=verb)
 
 
@@ -235,9 +264,11 @@ def _serve(given: argparse.Namespace) -> int:
 def _worker(given: argparse.Namespace) -> int:
     from redux_server import logs
     from redux_server.engine import devices
+    from redux_server.engines import check_engine
     from redux_server.worker_main import run_worker
 
     settings = _server_settings(given)
+    check_engine(settings)
     found = devices(settings.device)
     if len(found) > 1:
         raise UsageError(f"a worker has one device; choose --device from {', '.join(found)}")
@@ -258,9 +289,15 @@ def _warmup(given: argparse.Namespace) -> int:
 
 
 def _submit(given: argparse.Namespace) -> int:
-    from redux_server.client import submit
+    from redux_server.submitting import submit
 
     return submit(given, build(ClientSettings, vars(given), os.environ))
+
+
+def _cancel(given: argparse.Namespace) -> int:
+    from redux_server.submitting import cancel
+
+    return cancel(given.id, build(ClientSettings, vars(given), os.environ))
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -272,7 +309,7 @@ def _demo(given: argparse.Namespace) -> int:
 def _keys_create(given: argparse.Namespace) -> int:
     from redux_server.keys_cli import create
 
-    return create(_server_settings(given), given.name)
+    return create(_server_settings(given), given.name, given.priority)
 
 
 def _keys_list(given: argparse.Namespace) -> int:
@@ -285,6 +322,18 @@ def _keys_revoke(given: argparse.Namespace) -> int:
     from redux_server.keys_cli import revoke
 
     return revoke(_server_settings(given), given.id)
+
+
+def _db_current(given: argparse.Namespace) -> int:
+    from redux_server.db_cli import current
+
+    return current(_server_settings(given))
+
+
+def _db_upgrade(given: argparse.Namespace) -> int:
+    from redux_server.db_cli import upgrade
+
+    return upgrade(_server_settings(given))
 
 
 def _weights_quantize(given: argparse.Namespace) -> int:

@@ -1,38 +1,31 @@
-"""``flux-redux submit``: a client of the server's API, and how a task's progress is shown.
+"""A client of the server's API for one task: submit, follow or poll, cancel, download.
 
-Knows the API of one task (submit, poll, download). Knows no pipeline and no storage.
+Knows no command line, no pipeline and no storage.
 """
 
-import argparse
-import base64
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import ValidationError
 
-from redux_pipelines.loading import caveat
+from redux_pipelines.types import OUTPUT_FORMATS
 from redux_server.cli import UsageError
-from redux_server.inline_image import MAX_BYTES, media_type
-from redux_server.progress import ProgressReport
-from redux_server.schemas import MODELS, PredictionRequest, complaint, parse_request
-from redux_server.settings import LOOPBACK_HOSTS, ClientSettings
+from redux_server.following import Json, follow
+from redux_server.schemas import MODELS, PredictionRequest
+from redux_server.settings import LOOPBACK_HOSTS
 
 TRIES = 5
 MAX_PAUSE_S = 60.0
 _FIRST_POLL_S, _LAST_POLL_S = 0.2, 1.0
 _BUSY = frozenset({429, 502, 503, 504})
-_PARAMETERS = frozenset(PredictionRequest.model_fields) - {"image"}
 _TASK_ID = re.compile(r"\w[\w.:-]{0,127}", re.ASCII)
-
-Json = dict[str, Any]
 
 
 class ClientError(Exception):
@@ -74,32 +67,69 @@ class Client:
         )
         return self._task(response)
 
-    def wait(self, task: Json, show: Callable[[str, int, int], None]) -> Json:
-        """Poll until ``task`` has ended; returns it completed.
+    def wait(self, task: Json, show: Callable[[Json], None]) -> Json:
+        """Wait until ``task`` has ended; returns it completed.
 
-        ``show`` is called with state, step and total steps at each poll.
+        Follows the server's stream of it. What a stream does not tell is polled: where there is
+        none, where it was cut off, and where something in between keeps it back.
+
+        ``show`` is called with the task at each change or poll.
 
         Raises:
             ClientError: the task failed, or the server stopped answering.
         """
         pause_s = _FIRST_POLL_S
-        while task["status"] in ("created", "processing"):
-            show(*_state(task))
-            self._sleep(pause_s)
-            pause_s = min(_LAST_POLL_S, pause_s * 1.5)
-            task = self.poll(task)
+        is_followed = True
+        show(task)
+        while _is_open(task):
+            if is_followed:
+                told = self._follow(task, show)
+                is_followed = told is not None
+                task = told or task
+            if _is_open(task):
+                self._sleep(pause_s)
+                pause_s = min(_LAST_POLL_S, pause_s * 1.5)
+                task = self.poll(task)
+                show(task)
         if task["status"] != "completed":
             reason = task.get("error") or "the server gave no reason"
             raise ClientError(f"task {task['id']} {task['status']}: {reason}")
         return task
+
+    def _follow(self, task: Json, show: Callable[[Json], None]) -> Json | None:
+        """``task`` as a stream told of it last; None if no stream did."""
+        url = f"{self._url}/api/v3/predictions/{task['id']}/stream"
+        last = None
+        with closing(follow(self._http, url, self._authorization)) as events:
+            for data in events:
+                if not _is_task(data) or data["id"] != task["id"]:
+                    break
+                last = data
+                show(last)
+                if not _is_open(last):
+                    break
+        return last
 
     def poll(self, task: Json) -> Json:
         """``task`` as it is now."""
         url = self._reachable(task["urls"]["get"])
         return self._task(self._send("GET", url, repeatable=True, headers=self._authorization))
 
+    def cancel(self, task_id: str) -> Json:
+        """Say that a task is not wanted any more; returns it as it is then.
+
+        Raises:
+            ClientError: the server knows no such task, or cannot be reached.
+        """
+        if not _TASK_ID.fullmatch(task_id):
+            raise ClientError(f"{task_id!r} is no task's id; `flux-redux submit` prints it")
+        url = f"{self._url}/api/v3/predictions/{task_id}/cancel"
+        return self._task(self._send("POST", url, repeatable=True, headers=self._authorization))
+
     def download(self, task: Json, folder: Path, *, stem: str = "") -> list[Path]:
         """Save the images of a completed task as ``{stem}-{i}.png`` (stem: its id).
+
+        The extension is that of the output's URL.
 
         Output URLs carry their own permission, so the API key is not sent with them.
 
@@ -111,7 +141,7 @@ class Client:
             response = self._send("GET", self._reachable(url), repeatable=True)
             if response.status_code != 200:
                 raise ClientError(f"image {i} of task {task['id']}: {_message(response)}")
-            path = folder / f"{stem or task['id']}-{i}.png"
+            path = folder / f"{stem or task['id']}-{i}{_suffix(url)}"
             save(path, response.content)
             paths.append(path)
         return paths
@@ -141,12 +171,9 @@ class Client:
             raise ClientError(_message(response))
         try:
             task: Json = response.json()["data"]
-            is_ours = (
-                bool(_TASK_ID.fullmatch(task["id"])) and task["urls"]["get"] and task["status"]
-            )
         except (ValueError, KeyError, TypeError):
-            is_ours = False
-        if not is_ours:
+            task = {}
+        if not _is_task(task):
             raise ClientError(f"what answers at {response.url} is not a FLUX Redux Server")
         return task
 
@@ -158,81 +185,9 @@ class Client:
         return theirs.geturl()
 
 
-def submit(given: argparse.Namespace, settings: ClientSettings) -> int:
-    """Send one picture; with ``--wait``, save the images when they are done."""
-    request = read_parameters(given)
-    folder = Path(given.out)
-    try:
-        with closing(Client(settings.url, settings.key)) as client:
-            if given.wait:
-                make_folder(folder)
-            task = client.submit(request.model_copy(update={"image": picture(given.image)}))
-            if not given.wait:
-                print(task["id"], task["urls"]["get"], sep="\n")
-                return 0
-            note(f"task {task['id']}")
-            done = _wait(client, task)
-            report(done, client.download(done, folder))
-    except ClientError as error:
-        note(str(error))
-        return 1
-    return 0
-
-
-def read_parameters(given: argparse.Namespace) -> PredictionRequest:
-    """The request that the flags describe, its image left to fill in; complains in the API's words.
-
-    Raises:
-        UsageError: a value that the API would refuse.
-    """
-    flags = {name: value for name, value in vars(given).items() if name in _PARAMETERS}
-    try:
-        return parse_request({**flags, "image": "-"})
-    except ValidationError as error:
-        raise UsageError(complaint(error.errors(include_url=False))) from None
-
-
-def picture(source: str) -> str:
-    """``source`` as the API takes it: a URL as it is, a file as a data URI of its true type.
-
-    Raises:
-        ClientError: a file that cannot be read or is too large.
-    """
-    if re.match(r"https?://", source, re.IGNORECASE):
-        return source
-    path = Path(source)
-    try:
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_BYTES:
-            raise ClientError(
-                f"{source} has {size_bytes / 2**20:.1f} MiB; allowed are {MAX_BYTES >> 20} MiB"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise ClientError(f"cannot read {source}: {error.strerror}; give a file or a URL") from None
-    return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
-
-
-def report(task: Json, paths: list[Path]) -> None:
-    """Print the files of a completed task; say its seeds and what was withheld."""
-    if task.get("seeds"):
-        note("seed " + ", ".join(str(seed) for seed in task["seeds"]))
-    for path, is_flagged in zip(paths, task.get("has_nsfw_contents") or (), strict=False):
-        if is_flagged:
-            note(f"{path} is black: the safety checker withheld the image")
-    for path in paths:
-        print(path)
-
-
 def note(text: str) -> None:
     """Tell the user something on standard error."""
     print(f"flux-redux: {text}", file=sys.stderr, flush=True)
-
-
-def note_caveat(model: str) -> None:
-    """Say what to expect of the pictures of ``model``, where they cannot be FLUX's."""
-    if text := caveat(model):
-        note(text)
 
 
 def make_folder(folder: Path) -> None:
@@ -263,24 +218,23 @@ def save(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _wait(client: Client, task: Json) -> Json:
+def _is_open(task: Json) -> bool:
+    return task["status"] in ("created", "processing")
+
+
+def _is_task(data: Any) -> bool:
+    """Whether this is a task as the API has them, which other servers' answers are not."""
     try:
-        with closing(ProgressReport()) as progress:
-            return client.wait(task, progress.show)
-    except KeyboardInterrupt:
-        note(
-            "no longer waiting; the task goes on. Fetch its result with:\n"
-            f'  curl -H "Authorization: Bearer $FLUX_REDUX_KEY" {task["urls"]["get"]}'
-        )
-        raise
+        is_ours = _TASK_ID.fullmatch(data["id"]) and data["urls"]["get"] and data["status"]
+    except (KeyError, TypeError):
+        return False
+    return bool(is_ours)
 
 
-def _state(task: Json) -> tuple[str, int, int]:
-    if task["status"] == "created":
-        return "queued", 0, 0
-    progress = task.get("progress") or {}
-    step = progress.get("step", 0)
-    return ("step", step, progress.get("total_steps", 0)) if step else ("preparing", 0, 0)
+def _suffix(url: str) -> str:
+    """The extension in a URL; none but those of pictures are taken over."""
+    suffix = PurePosixPath(urlsplit(url).path).suffix
+    return suffix if suffix.removeprefix(".") in OUTPUT_FORMATS else ".png"
 
 
 def _checked_url(url: str) -> str:

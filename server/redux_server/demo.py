@@ -24,21 +24,19 @@ from typing import Any, NoReturn
 import httpx
 
 from redux_server.auth import KeyRing
-from redux_server.client import (
-    Client,
-    ClientError,
-    make_folder,
-    note,
-    note_caveat,
-    picture,
-    read_parameters,
-    report,
-)
+from redux_server.client import Client, ClientError, make_folder, note
 from redux_server.database import open_database
 from redux_server.progress import ProgressReport
 from redux_server.sample import sample
 from redux_server.schemas import PredictionRequest
 from redux_server.settings import ServerSettings, to_environment
+from redux_server.submitting import (
+    note_caveat,
+    picture,
+    read_parameters,
+    report,
+    wait_shown,
+)
 
 _POLL_S = 0.5
 _DRAIN_S = 5.0
@@ -77,7 +75,7 @@ def demo(given: argparse.Namespace, settings: ServerSettings) -> int:
 
 def _run(request: PredictionRequest, settings: ServerSettings, folder: Path) -> None:
     """One task from an empty data directory to images in ``folder``."""
-    database = open_database(settings.database_url)
+    database = open_database(settings.database)
     key = KeyRing(database).create("demo")
     database.dispose()
     url = f"http://{settings.host}:{settings.port}"
@@ -96,8 +94,7 @@ def _run(request: PredictionRequest, settings: ServerSettings, folder: Path) -> 
 
 def _vary(client: Client, request: PredictionRequest, folder: Path) -> None:
     started = time.monotonic()
-    with closing(ProgressReport()) as progress:
-        task = client.wait(client.submit(request), progress.show)
+    task = wait_shown(client, client.submit(request))
     paths = client.download(task, folder, stem="variation")
     took_s = time.monotonic() - started
     report(task, paths)
@@ -112,6 +109,8 @@ def _private(settings: ServerSettings, scratch: Path) -> ServerSettings:
         port=_free_port(),
         public_url="",
         data_dir=scratch,
+        database_url="",
+        engine="local",
         api_keys_file="",
         drain_timeout_s=_DRAIN_S,
         log_format="text",

@@ -10,7 +10,6 @@ import platform
 import re
 import shutil
 import socket
-import sysconfig
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -22,7 +21,10 @@ from redux_pipelines.errors import ReduxError
 from redux_server import __version__
 from redux_server.attention_check import check_attention, dtype_name
 from redux_server.auth import KeyFileError, KeyRing, read_keys_file
-from redux_server.database import open_database
+from redux_server.blob_findings import check_floor, check_pictures
+from redux_server.cluster_findings import check_cluster
+from redux_server.compile_findings import check_compile, check_compiler
+from redux_server.database import DatabaseUnusable, open_database
 from redux_server.findings import Finding, Level, check_space, existing, gigabytes
 from redux_server.fp8_findings import check_fp8
 from redux_server.memory_findings import check_card, check_memory
@@ -146,21 +148,6 @@ def _driver_version() -> str:
     return path.read_text().splitlines()[0].strip() if path.exists() else "unknown version"
 
 
-def check_compiler(_settings: ServerSettings) -> Iterator[Finding]:
-    """What triton and torch.compile need to build code for a GPU."""
-    names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    found = next(filter(None, map(shutil.which, filter(None, names))), None)
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if found is None:
-        text = "none found: on a GPU, triton and torch.compile need one (apt install gcc)"
-        yield Finding(Level.NOTE, "C compiler", text)
-    elif not header.exists():
-        text = f"{found}, but {header} is not there: triton needs it (apt install python3-dev)"
-        yield Finding(Level.NOTE, "C compiler", text)
-    else:
-        yield Finding(Level.OK, "C compiler", found)
-
-
 def check_safety_checker(settings: ServerSettings) -> Iterator[Finding]:
     """Its model file, by hash, and that it can be loaded."""
     from redux_pipelines.safety import OpenNsfwChecker
@@ -192,6 +179,7 @@ def check_data_dir(settings: ServerSettings) -> Iterator[Finding]:
         text = f"{kind} is a network file system, where SQLite's locks fail; use a local disk"
         yield Finding(Level.NOTE, "data dir", text)
     yield from check_space("disk space", folder, _LITTLE_SPACE_BYTES)
+    yield from check_floor(settings, shutil.disk_usage(place).free)
 
 
 def filesystem_of(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str:
@@ -243,8 +231,12 @@ def check_api_keys(settings: ServerSettings) -> Iterator[Finding]:
         except KeyFileError as error:
             yield Finding(Level.MISSING, "API keys", str(error))
             return
-    if (settings.data_dir / "tasks.db").exists():
-        database = open_database(settings.database_url)
+    if settings.database_url or (settings.data_dir / "tasks.db").exists():
+        try:
+            database = open_database(settings.database)
+        except DatabaseUnusable:
+            yield Finding(Level.NOTE, "API keys", "cannot be counted: see the database")
+            return
         count += sum(not key.revoked_at for key in KeyRing(database).list())
         database.dispose()
     if count:
@@ -267,9 +259,12 @@ CHECKS: tuple[Check, ...] = (
     check_attention,
     check_fp8,
     check_compiler,
+    check_compile,
     check_model,
     check_safety_checker,
     check_data_dir,
+    check_pictures,
+    check_cluster,
     check_port,
     check_api_keys,
 )

@@ -14,9 +14,15 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from redux_server.device_lock import is_free, lock_path
-from redux_server.presence import EXIT_CANNOT_LOAD, Presence, WorkerState, worker_id
+from redux_server.presence import (
+    EXIT_CANNOT_LOAD,
+    EXIT_DEVICE_FAILED,
+    Presence,
+    WorkerState,
+)
 from redux_server.settings import ServerSettings, to_environment
 from redux_server.store import TaskStore
+from redux_server.worker_identity import worker_id
 
 _MAX_PAUSE_S = 30.0
 _HEALTHY_S = 60.0  # a worker that lived this long is restarted at once
@@ -103,21 +109,25 @@ class LocalEngine:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
         with contextlib.suppress(SQLAlchemyError):
-            await asyncio.to_thread(self._presence.leave, worker_id(device))
+            await asyncio.to_thread(self._presence.leave, self._name(device))
 
     def _take_back(self, device: str, code: int) -> int:
         # A server that was killed leaves its worker to finish. Ours then only waited for the
         # device, under the same name, and what is leased under it is still being worked on.
         if not is_free(lock_path(self._settings, device)):
             return 0
-        name = worker_id(device)
+        name = self._name(device)
         has_crashed = not self._stopping.is_set()
-        if has_crashed and code != EXIT_CANNOT_LOAD:  # which would have said more than we know
+        if has_crashed and code not in (EXIT_CANNOT_LOAD, EXIT_DEVICE_FAILED):
+            # those would have said more than we know
             self._say(device, f"ended with code {code}, is being restarted")
         return self._store.release(name, has_crashed=has_crashed)
 
     def _say(self, device: str, detail: str) -> None:
-        self._presence.announce(worker_id(device), device, WorkerState.LOADING, detail)
+        self._presence.announce(self._name(device), device, WorkerState.LOADING, detail)
+
+    def _name(self, device: str) -> str:
+        return worker_id(self._settings.data_dir, device)
 
     async def _run_one(self, device: str) -> int:
         process = await asyncio.create_subprocess_exec(

@@ -5,14 +5,18 @@ ApiError             status and message, in the contract's shape
 ├── BadRequest       400  a parameter that cannot be used
 ├── Unauthorized     401  no key, or a wrong one
 ├── NotFound         404  unknown path, model, task or file
+├── TooSlow          408  a body that does not come
+├── Conflict         409  an idempotency key that was used for something else
 ├── Gone             410  a file that was deleted after its time
 ├── TooLarge         413  a body over the limit
-├── QueueFull        429  try again later
-└── Unavailable      503  the database cannot be used right now
+├── QueueFull        429  no room for another task, of this key or of anyone
+├── TooManyRequests  429  a key that submits faster than it may
+└── Unavailable      503  something we need is away, or the disk nearly full
 ```
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import JSONResponse
 
@@ -47,6 +51,18 @@ class NotFound(ApiError):
     status, name = 404, "not_found"
 
 
+class TooSlow(ApiError):
+    """A request whose body does not arrive."""
+
+    status, name = 408, "too_slow"
+
+
+class Conflict(ApiError):
+    """An idempotency key that stands for another request."""
+
+    status, name = 409, "idempotency_conflict"
+
+
 class Gone(ApiError):
     """It was here, and its time is over."""
 
@@ -65,15 +81,31 @@ class QueueFull(ApiError):
     status, name = 429, "queue_full"
 
 
+class TooManyRequests(ApiError):
+    """A key has used up its submits for now."""
+
+    status, name = 429, "rate_limited"
+
+
 class Unavailable(ApiError):
-    """Something we depend on does not answer."""
+    """Something we depend on does not answer, or has no room."""
 
     status, name = 503, "unavailable"
+
+
+def no_database() -> Unavailable:
+    """What to raise when a read, or a change that may be repeated, got no answer."""
+    return Unavailable("The database does not answer.", headers={"Retry-After": "2"})
+
+
+def error_body(status: int, message: str, name: str) -> dict[str, Any]:
+    """The body every client can read: some look at ``message``, some at ``error``."""
+    return {"code": status, "message": message, "error": message, "error_code": name, "data": None}
 
 
 def error_response(
     status: int, message: str, name: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """The body every client can read: some look at ``message``, some at ``error``."""
-    body = {"code": status, "message": message, "error": message, "error_code": name, "data": None}
+    """An answer with ``error_body``."""
+    body = error_body(status, message, name)
     return JSONResponse(body, status_code=status, headers=dict(headers or {}))

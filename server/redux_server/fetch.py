@@ -2,35 +2,28 @@
 
 Holds ``ImageFetcher``: redirects, limits and what an answer must look like. Synchronous; knows
 nothing of pictures, tasks or the HTTP API. The rules on hosts and addresses are in
-``redux_server.netguard``, the sockets behind them in ``redux_server.netbackend``.
+``redux_server.netguard``, the exchange under them in ``redux_server.netrequest``.
 """
 
-import ssl
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from urllib.parse import urljoin
 
 import httpcore
 
 from redux_server import __version__
-from redux_server.netbackend import (
-    BoundedLookup,
-    Clock,
-    Connector,
-    Deadline,
-    GuardedBackend,
-    Resolver,
-    connect,
-    resolve,
-)
+from redux_server.netbackend import Clock, Connector, Deadline, Resolver, connect, resolve
 from redux_server.netguard import AddressPolicy, FetchError, Reason, Target, parse_url, quoted
+from redux_server.netrequest import GuardedClient
 
 SPOOL_BYTES = 512 * 1024
 USER_AGENT = f"flux-redux-server/{__version__}"
 
+_HEADERS = {
+    "User-Agent": USER_AGENT,
+    "Accept": "image/*, */*;q=0.5",
+    "Accept-Encoding": "identity",
+}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _ANOTHER_WAY = "send the picture as a data URI or upload it"
 _USUAL_ADVICE = f"Check the URL, or {_ANOTHER_WAY}."
@@ -58,17 +51,11 @@ class ImageFetcher:
         connector: Connector = connect,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._policy = policy
         self._deadline_s = deadline_s
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
-        self._lookup = BoundedLookup(resolver)
-        self._connector = connector
+        self._client = GuardedClient(policy, resolver=resolver, connector=connector)
         self._clock = clock
-
-    @cached_property
-    def _ssl_context(self) -> ssl.SSLContext:
-        return ssl.create_default_context()
 
     def fetch(self, url: str) -> bytes:
         """Return the body that ``url`` leads to.
@@ -86,35 +73,20 @@ class ImageFetcher:
     def _follow(self, url: str, deadline: Deadline) -> bytes:
         for _ in range(self._max_redirects + 1):
             target = parse_url(url)
-            with self._request(target, deadline) as response:
+            exchange = self._client.request(
+                "GET",
+                target,
+                headers=_HEADERS,
+                deadline=deadline,
+                max_wire_bytes=2 * self._max_bytes + 2**18,  # room for headers and chunk framing
+            )
+            with exchange as response:
                 if response.status not in _REDIRECTS:
                     return self._body(response, target, deadline)
                 url = _redirect_url(response, target)
         raise FetchError(
             "redirect", f"The URL redirects more than {self._max_redirects} times (or in a circle)."
         )
-
-    @contextmanager
-    def _request(self, target: Target, deadline: Deadline) -> Iterator[httpcore.Response]:
-        backend = GuardedBackend(
-            policy=self._policy,
-            lookup=self._lookup,
-            connector=self._connector,
-            deadline=deadline,
-            max_wire_bytes=2 * self._max_bytes + 2**18,  # room for headers and chunk framing
-        )
-        pool = httpcore.ConnectionPool(
-            ssl_context=self._ssl_context if target.scheme == "https" else None,
-            max_connections=1,
-            max_keepalive_connections=0,
-            network_backend=backend,
-        )
-        with (
-            _public_errors(target, deadline),
-            pool,
-            pool.stream("GET", _wire_url(target), headers=_headers(target)) as response,
-        ):
-            yield response
 
     def _body(self, response: httpcore.Response, target: Target, deadline: Deadline) -> bytes:
         _check_answer(response, target)
@@ -138,25 +110,6 @@ class ImageFetcher:
             f"The file at host {quoted(target.host)} has more than {self._max_bytes:,} bytes, the "
             "largest that is fetched.",
         )
-
-
-def _wire_url(target: Target) -> httpcore.URL:
-    return httpcore.URL(
-        scheme=target.scheme.encode(),
-        host=target.host.encode(),
-        port=target.port,
-        target=target.path_and_query.encode(),
-    )
-
-
-def _headers(target: Target) -> list[tuple[bytes | str, bytes | str]]:
-    return [
-        ("Host", target.host_header),
-        ("User-Agent", USER_AGENT),
-        ("Accept", "image/*, */*;q=0.5"),
-        ("Accept-Encoding", "identity"),
-        ("Connection", "close"),
-    ]
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:
@@ -191,17 +144,3 @@ def _check_answer(response: httpcore.Response, target: Target) -> None:
         raise FetchError(
             "encoding", f"The host {host} compressed its answer though asked for it as it is."
         )
-
-
-@contextmanager
-def _public_errors(target: Target, deadline: Deadline) -> Iterator[None]:
-    """Turn what httpcore raises into ``FetchError``."""
-    try:
-        yield
-    except httpcore.TimeoutException as error:
-        raise deadline.error() from error
-    except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-        raise FetchError(
-            "connect",
-            f"The host {quoted(target.host)} broke off, or did not answer as a web server should.",
-        ) from error

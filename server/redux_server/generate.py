@@ -15,30 +15,32 @@ from pathlib import Path
 from PIL import Image
 
 from redux_pipelines.errors import ImageError, ReduxError
-from redux_pipelines.images import encode_png, to_rgb
+from redux_pipelines.image_files import encode
+from redux_pipelines.images import to_rgb
 from redux_pipelines.types import (
     GenerationRequest,
     ModelInfo,
+    OutputFormat,
     Pipeline,
     Quality,
     Result,
     SafetyChecker,
 )
 from redux_server.cli import UsageError
-from redux_server.client import (
-    ClientError,
-    make_folder,
-    note,
-    note_caveat,
-    read_parameters,
-    save,
-)
+from redux_server.client import ClientError, make_folder, note, save
 from redux_server.compile_plan import check_compile, compile_plan, wants_compile
+from redux_server.generation import Pictures, generation_request
 from redux_server.progress import ProgressReport
 from redux_server.provenance import provenance
-from redux_server.schemas import parse_size
 from redux_server.settings import ModelSettings
+from redux_server.submitting import note_caveat, read_parameters
 
+_FORMATS: dict[str, OutputFormat] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+}
 _STAGES = ("load_s", "encode_s", "denoise_s", "decode_s", "safety_s")
 
 
@@ -62,26 +64,16 @@ def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
         UsageError: a parameter or path that cannot be used; nothing slow was done.
     """
     check_compile(settings)
-    wanted = read_parameters(given).parameters()
-    paths = _output_paths(Path(given.out), wanted["num_images"])
+    asked = read_parameters(given, output_format=_format_of(Path(given.out)))
+    wanted = asked.parameters()
+    paths = _output_paths(Path(given.out), wanted["num_images"], asked.output_format)
     try:
-        width, height = parse_size(wanted["size"])
-        request = GenerationRequest(
-            _open_picture(given.image),
-            prompt=wanted["prompt"],
-            width=width,
-            height=height,
-            seed=wanted["seed"],
-            num_inference_steps=wanted["num_inference_steps"],
-            guidance_scale=wanted["guidance_scale"],
-            num_images=wanted["num_images"],
-            quality=wanted.get("quality"),
-        )
+        request = generation_request(wanted, _open_pictures(given))
         make_folder(paths[0].parent)
         made = _make(request, settings, is_checked=given.enable_safety_checker)
         for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
             chunks = provenance(made.info, request, seed=seed, quality=made.quality)
-            save(path, encode_png(image, chunks))
+            save(path, encode(image, chunks, asked.output_format))
     except (ReduxError, ClientError) as error:
         note(str(error))
         return 1
@@ -89,13 +81,26 @@ def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
     return 0
 
 
-def _output_paths(out: Path, count: int) -> list[Path]:
+def _format_of(out: Path) -> OutputFormat | None:
+    """The kind of file that a name stands for."""
+    return _FORMATS.get(out.suffix.lower())
+
+
+def _output_paths(out: Path, count: int, kind: OutputFormat) -> list[Path]:
     """``OUT.png``, or ``OUT-0.png``, ``OUT-1.png``... for several images."""
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UsageError(f"--out must be the name of a .png file, got {str(out)!r}")
+    if _format_of(out) != kind or out.is_dir():
+        names = " or ".join(suffix for suffix, each in _FORMATS.items() if each == kind)
+        raise UsageError(
+            f"--out must be the name of a {names} file (--output-format {kind}), got {str(out)!r}"
+        )
     if count == 1:
         return [out]
     return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+
+
+def _open_pictures(given: argparse.Namespace) -> Pictures:
+    mask = _open_picture(given.mask) if given.mask else None
+    return Pictures(_open_picture(given.image), tuple(map(_open_picture, given.images)), mask)
 
 
 def _open_picture(source: str) -> Image.Image:
@@ -143,12 +148,16 @@ def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bo
 
 def load(settings: ModelSettings) -> Pipeline:
     """The pipeline of ``settings``. Raises ``UsageError`` for what this machine lacks."""
+    from redux_pipelines.host_memory import keep_freed_memory
     from redux_pipelines.loading import load_pipeline
 
     try:
-        return load_pipeline(**settings.pipeline_options())
+        pipeline = load_pipeline(**settings.pipeline_options())
     except ValueError as error:  # an option this machine cannot serve, such as --device cuda
         raise UsageError(str(error)) from error
+    if pipeline.info.device == "cpu":
+        keep_freed_memory()
+    return pipeline
 
 
 def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:

@@ -1,7 +1,6 @@
-"""What the API process does on its own: deletes old tasks, reads gauges."""
+"""What the API process does on its own: deletes what is old, reads gauges."""
 
 import asyncio
-import shutil
 import time
 
 import structlog
@@ -12,17 +11,27 @@ from redux_server.services import Services
 from redux_server.tasks import TASK_ID
 
 SWEEP_EVERY_S = 300.0
+FORGET_WORKERS_S = 3600.0
 STRAY_AFTER_S = 3600.0
+IDEMPOTENCY_KEYS_KEPT_S = 24 * 3600.0
+BALLAST_EVERY_S = 15.0
 _log = structlog.get_logger("redux_server.housekeeping")
 
 
 def start(services: Services) -> "asyncio.Task[None]":
-    """Sweep now and every few minutes, until cancelled."""
-    return asyncio.create_task(_sweep_forever(services))
+    """Sweep now and every few minutes, and keep the ballast on board, until cancelled."""
+
+    async def both() -> None:
+        await asyncio.gather(_sweep_forever(services), _hold_ballast(services))
+
+    return asyncio.create_task(both())
 
 
 def sweep(services: Services) -> int:
-    """Delete tasks that ended longer ago than they are kept, with their files; returns how many."""
+    """Delete tasks that ended longer ago than they are kept, with their files; returns how many.
+
+    One whose webhook is still to be delivered waits for that.
+    """
     oldest = time.time() - services.settings.retention_hours * 3600
     deleted = 0
     while ids := services.store.ended_before(oldest):
@@ -50,17 +59,37 @@ def sweep_strays(services: Services) -> int:
     return len(strays)
 
 
+def sweep_uploads(services: Services) -> int:
+    """Delete uploads that are older than they are kept, and an hour; returns how many."""
+    return services.uploads.sweep()
+
+
+def sweep_idempotency_keys(services: Services) -> int:
+    """Free the idempotency keys that are a day old; returns how many."""
+    return services.store.forget_idempotency_keys(time.time() - IDEMPOTENCY_KEYS_KEPT_S)
+
+
 def gauges(services: Services) -> Gauges:
-    """The values that are read, not counted."""
+    """The values that are read from the database, not counted."""
     queue = services.store.queue_state()
     alive = sum(w.state is WorkerState.READY for w in services.presence.all())
-    free = shutil.disk_usage(services.settings.data_dir).free
     return {
         ("num_tasks_waiting", "Tasks that wait for a worker."): queue.waiting,
         ("num_tasks_running", "Tasks that a worker holds."): queue.running,
         ("oldest_waiting_seconds", "Age of the oldest waiting task."): queue.oldest_waiting_s,
+        (
+            "num_webhooks_waiting",
+            "Webhooks not delivered yet.",
+        ): services.webhooks.outbox.count_open(),
         ("workers_alive", "Workers that take tasks."): alive,
-        ("disk_free_bytes", "Free space where the data is."): free,
+    }
+
+
+def own_gauges(services: Services, *, is_database_up: bool) -> Gauges:
+    """The values that need no database."""
+    return {
+        ("database_up", "Whether the database answers."): float(is_database_up),
+        ("disk_free_bytes", "Free space where the data is."): services.disk.free_bytes(),
     }
 
 
@@ -69,8 +98,17 @@ async def _sweep_forever(services: Services) -> None:
         try:
             deleted = await asyncio.to_thread(sweep, services)
             strays = await asyncio.to_thread(sweep_strays, services)
-            if deleted or strays:
-                _log.info("deleted old tasks", count=deleted, strays=strays)
+            await asyncio.to_thread(sweep_idempotency_keys, services)
+            await asyncio.to_thread(services.presence.forget_gone, FORGET_WORKERS_S)
+            uploads = await asyncio.to_thread(sweep_uploads, services)
+            if deleted or strays or uploads:
+                _log.info("deleted old tasks", count=deleted, strays=strays, uploads=uploads)
         except Exception as error:  # a full disk today must not end the sweeps of tomorrow
             _log.error("sweep failed", exc_info=error)
         await asyncio.sleep(SWEEP_EVERY_S)
+
+
+async def _hold_ballast(services: Services) -> None:
+    while True:
+        await asyncio.to_thread(services.ballast.hold)
+        await asyncio.sleep(BALLAST_EVERY_S)

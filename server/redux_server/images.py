@@ -2,7 +2,7 @@
 
 from PIL.Image import Image
 
-from redux_server.blobs import Blobs, Signer
+from redux_server.blobs import BlobStore, Signer
 from redux_server.decode import decode_image
 from redux_server.fetch import ImageFetcher
 
@@ -16,7 +16,7 @@ class ImageGone(Exception):
 class ImageLoader:
     """Loads input pictures. Our own file URLs are read from the store, never over the network."""
 
-    def __init__(self, blobs: Blobs, signer: Signer, fetcher: ImageFetcher) -> None:
+    def __init__(self, blobs: BlobStore, signer: Signer, fetcher: ImageFetcher) -> None:
         self._blobs = blobs
         self._signer = signer
         self._fetcher = fetcher
@@ -28,6 +28,7 @@ class ImageLoader:
             ImageGone: a blob or file URL of ours that was deleted.
             redux_server.fetch.FetchError: the URL was refused or could not be fetched.
             redux_server.decode.DecodeError: the bytes are no usable picture.
+            redux_server.blobs.StorageError: our own store does not answer.
         """
         return decode_image(self._read(reference))
 
@@ -39,4 +40,6 @@ class ImageLoader:
         try:
             return self._blobs.get(key)
         except FileNotFoundError:
-            raise ImageGone("The input image is no longer kept by this server.") from None
+            raise ImageGone(
+                "The input image is no longer kept by this server, or its upload was not completed."
+            ) from None

@@ -1,16 +1,24 @@
-"""What surrounds every request: an id, a log line, a size limit. Plain ASGI, nothing buffered."""
+"""What surrounds every request: an id, a log line, a limit on its body. Plain ASGI, unbuffered."""
 
+import asyncio
 import re
 import secrets
 import time
+from collections.abc import Callable
+from urllib.parse import quote
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redux_server import metrics
-from redux_server.errors import TooLarge, error_response
+from redux_server.errors import TooLarge, TooSlow, error_response
+from redux_server.security_headers import security_headers
 
+PATIENCE_S = 20.0
+SLOWEST_BYTES_PER_S = 32 * 2**10
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+_LOGGED_PATH = 512
+_SIGNED = ("/files/", "/uploads/")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 _log = structlog.get_logger("redux_server.http")
 
@@ -39,7 +47,7 @@ class RequestContext:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
-                    (b"x-content-type-options", b"nosniff"),
+                    *security_headers(scope["path"], message["headers"]),
                 ]
             await send(message)
 
@@ -53,36 +61,67 @@ class RequestContext:
 class BodyLimit:
     """Refuses bodies over ``limit`` bytes, by their declared length or as they arrive.
 
-    Starlette's own limit would answer in plain text, even in place of a refusal for want of a key.
+    And those that do not arrive: a body has ``PATIENCE_S`` and as long again as it would take at
+    ``SLOWEST_BYTES_PER_S``. Starlette's own limit on the size would answer in plain text, even in
+    place of a refusal for want of a key. ``own_limit`` gives the limit of a path that has its own.
     """
 
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limit: int,
+        patience_s: float = PATIENCE_S,
+        own_limit: Callable[[str], int | None] = lambda _: None,
+    ) -> None:
         self._app = app
         self._limit = limit
+        self._patience_s = patience_s
+        self._own_limit = own_limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._own_limit(scope["path"]) or self._limit
         error = TooLarge(
-            f"The request is larger than the {self._limit >> 20} MiB allowed; "
+            f"The request is larger than the {limit >> 20} MiB allowed; "
             "send a smaller picture, or its URL."
         )
-        if _declared_length(scope) > self._limit:
+        if _declared_length(scope) > limit:
             await error_response(error.status, error.message, error.name)(scope, receive, send)
             return
         received = 0
+        waited_s = 0.0
+        has_ended = False
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+        async def bounded() -> Message:
+            nonlocal received, waited_s, has_ended
+            if has_ended:  # what comes now is the end of the connection, whenever that is
+                return await receive()
+            started = time.monotonic()
+            allowed_s = self._patience_s + received / SLOWEST_BYTES_PER_S
+            try:
+                async with asyncio.timeout(max(0.0, allowed_s - waited_s)):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow(received) from None
+            waited_s += time.monotonic() - started
             received += len(message.get("body", b""))
-            if received > self._limit:
+            has_ended = not message.get("more_body", False)
+            if received > limit:
                 raise error
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, bounded, send)
+
+    def _too_slow(self, received: int) -> TooSlow:
+        return TooSlow(
+            f"Only {received:,} bytes of the request's body came in time; allowed are "
+            f"{self._patience_s:g} s and another second for each {SLOWEST_BYTES_PER_S:,} bytes.",
+            headers={"Connection": "close"},
+        )
 
 
 def _given_id(scope: Scope) -> str | None:
@@ -105,12 +144,22 @@ def _record(scope: Scope, status: int, seconds: float) -> None:
     route = route or getattr(scope.get("endpoint"), "__name__", "unmatched")
     method = scope["method"] if scope["method"] in _METHODS else "other"  # a stranger's choice
     metrics.HTTP.labels(method, route, str(status)).observe(seconds)
-    # Polls are many and say nothing; the query string is never logged, it may hold a secret.
-    report = _log.debug if scope["method"] == "GET" and status < 400 else _log.info
+    # Polls and preflights are many and say nothing; the query string is never logged, it may hold a
+    # secret.
+    is_dull = scope["method"] in ("GET", "OPTIONS") and status < 400
+    report = _log.debug if is_dull else _log.info
     report(
         "request",
         method=scope["method"],
-        path=scope["path"] if not scope["path"].startswith("/files/") else "/files/...",
+        path=loggable(scope["path"]),
         status=status,
         duration_ms=round(seconds * 1000, 1),
     )
+
+
+def loggable(path: str) -> str:
+    """A path without signatures, and without what would forge lines or move a terminal's cursor."""
+    for prefix in _SIGNED:
+        if path.startswith(prefix):
+            return f"{prefix}..."
+    return quote(path[:_LOGGED_PATH], safe="/:")

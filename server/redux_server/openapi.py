@@ -17,12 +17,25 @@ RESULT_PATHS = (
     "/api/v2/wavespeed-ai/flux/{task_id}/result",
 )
 _ID = "45b392b22c3b449fa935bd4dc2219dfe"
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    "description": "Any text of your own, such as a UUID. A second request with it is answered "
+    "with the task that the first one made (and the header `Idempotent-Replayed: true`); with "
+    "other parameters it is refused. Kept for a day.",
+}
 _ERRORS = {
     400: "A parameter cannot be used",
     401: "No API key, or not one of ours",
-    404: "No such task for this key",
+    404: "No such task for this key, or no such upload",
+    408: "The body did not come in time",
+    409: "The Idempotency-Key was used for another request, or its task was deleted; or another "
+    "file was sent to this upload URL before",
+    410: "Its time is over, or it was deleted",
     413: "The body is too large",
-    429: "The queue is full; see Retry-After",
+    429: "The queue is full, or this key has used up its share; see Retry-After",
     503: "The database cannot be used right now",
 }
 
@@ -41,6 +54,11 @@ class Progress(BaseModel):
 
     step: int = Field(description="Denoising steps done, over all images")
     total_steps: int = Field(description="Denoising steps in all")
+    queue_position: int | None = Field(
+        None,
+        description="Only while the task waits: about how many tasks will be begun before it, if "
+        "none ends or comes meanwhile; 0 is next. Beyond 1,000 tasks of one key, at least so many",
+    )
 
 
 class Prediction(BaseModel):
@@ -50,7 +68,8 @@ class Prediction(BaseModel):
     model: str = Field(description="Model ID used for the prediction")
     input: dict[str, Any] = Field(description="The parameters, defaults filled in")
     outputs: list[str] = Field(
-        description="URLs of the generated images (empty when status is not completed)",
+        description="URLs of the generated images (empty when status is not completed), or the "
+        "images in base64 if that was asked for",
         examples=[["http://127.0.0.1:8000/files/052f1b9e.../1796577541/45b392b2.../1/0.png"]],
     )
     urls: Urls
@@ -74,7 +93,10 @@ class Prediction(BaseModel):
         examples=["2026-04-01T12:34:56.789Z"],
     )
     error: str = Field(description="Error message (empty if no error occurred)")
-    code: int = Field(description="0, or why the task failed: 1402 image not usable, 5000 internal")
+    code: int = Field(
+        description="0, or why the task failed: 1402 image not usable, 5000 internal; "
+        "5004 while it goes on: sync mode timed out"
+    )
     executionTime: int = Field(description="Inference time in milliseconds")  # noqa: N815
     timings: dict[str, int] = Field(
         description="Milliseconds by stage; `inference` is the time on the device",
@@ -82,12 +104,45 @@ class Prediction(BaseModel):
     )
 
 
-class Envelope(BaseModel):
-    """What every answer with status 200 looks like."""
+class Success(BaseModel):
+    """What every good answer has around its ``data``."""
 
     code: int = Field(200, description="HTTP status code (e.g., 200 for success)")
     message: str = Field("success", description="Status message (e.g., “success”)")
+
+
+class Envelope(Success):
+    """What every answer with status 200 looks like."""
+
     data: Prediction
+
+
+class Secret(BaseModel):
+    """What signs webhooks."""
+
+    secret: str = Field(
+        description="The key of the HMAC is the text after `whsec_`, not decoded (signatures v3); "
+        "decoded from base64 for Standard Webhooks (v1)",
+        examples=["whsec_5WbX5kEWLlfzsGNjH64I8lOOqUB6e8FH"],
+    )
+
+
+class SecretEnvelope(Success):
+    """What the answer with the secret looks like."""
+
+    data: Secret
+
+
+class Deleted(BaseModel):
+    """What came of deleting."""
+
+    deleted_count: int = Field(description="How many of the tasks there were, and are no more")
+
+
+class DeletedEnvelope(Success):
+    """The answer to a delete."""
+
+    data: Deleted
 
 
 class ErrorBody(BaseModel):
@@ -100,10 +155,37 @@ class ErrorBody(BaseModel):
     data: None = None
 
 
-def responses(*errors: int) -> dict[int | str, dict[str, Any]]:
-    """The documented answers of a task path: 200 and these ``errors``."""
+WEBHOOK_PARAMETER = {
+    "name": "webhook",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "string", "format": "uri"},
+    "description": "An https URL that is told when the task has ended: completed or failed. It is "
+    "sent the prediction object by POST, signed, and up to 11 times until it answers 2xx.",
+}
+
+
+class WorkerReport(BaseModel):
+    """One worker."""
+
+    device: str = Field(examples=["cuda:0"])
+    state: str = Field(description="loading, ready, failed or gone", examples=["ready"])
+    detail: str = Field(description="What it runs, or why it does not")
+
+
+class Readiness(BaseModel):
+    """Whether tasks are being worked on."""
+
+    status: str = Field(description="ready or not ready", examples=["ready"])
+    workers: list[WorkerReport]
+
+
+def responses(
+    *errors: int, model: type[BaseModel] = Envelope, description: str = "The task"
+) -> dict[int | str, dict[str, Any]]:
+    """The documented answers of a path: 200 with ``model``, and these ``errors``."""
     documented: dict[int | str, dict[str, Any]] = {
-        200: {"model": Envelope, "description": "The task"}
+        200: {"model": model, "description": description}
     }
     for status in errors:
         documented[status] = {"model": ErrorBody, "description": _ERRORS[status]}
@@ -126,7 +208,7 @@ def _result_operation(path: str) -> dict[str, Any]:
         "parameters": [task_id],
         "responses": {
             "200": answer("Envelope", "The task"),
-            **{str(code): answer("ErrorBody", _ERRORS[code]) for code in (401, 404, 503)},
+            **{str(code): answer("ErrorBody", _ERRORS[code]) for code in (401, 404, 410, 503)},
         },
     }
 
@@ -144,6 +226,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
         schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
         schemes["key"] = {"type": "http", "scheme": "bearer"}
         results = {path: {"get": _result_operation(path)} for path in RESULT_PATHS}
+        for path, operations in results.items():
+            operations.update(document["paths"].pop(path, {}))
         document["paths"] = {**results, **document["paths"]}
         for path, operations in document["paths"].items():
             for operation in operations.values():

@@ -1,6 +1,5 @@
 """Which workers there are and how they are, so that any API process can answer `/readyz`."""
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from redux_server.database import reader, workers
 
-EXIT_CANNOT_LOAD = 3  # a worker process that has said why it failed
+# Exit codes of worker processes that have said why they ended.
+EXIT_CANNOT_LOAD = 3
+EXIT_DEVICE_FAILED = 4
 _log = structlog.get_logger("redux_server.presence")
 
 
@@ -35,11 +36,6 @@ class WorkerStatus:
     device: str
     state: WorkerState
     detail: str
-
-
-def worker_id(device: str) -> str:
-    """The name under which the worker of ``device`` on this machine holds tasks."""
-    return f"{socket.gethostname()}/{device}"
 
 
 class Presence:
@@ -97,6 +93,15 @@ class Presence:
         """Forget a worker."""
         with self._engine.begin() as db:
             db.execute(delete(workers).where(workers.c.id == worker_id))
+
+    def forget_gone(self, silent_s: float) -> int:
+        """Forget workers that have not been heard of for ``silent_s``; returns how many.
+
+        A machine that is switched off, or a container that is replaced, does not say goodbye.
+        """
+        with self._engine.begin() as db:
+            oldest = self._clock() - silent_s
+            return int(db.execute(delete(workers).where(workers.c.heartbeat_at < oldest)).rowcount)
 
     def all(self) -> list[WorkerStatus]:
         """Every worker known; a silent one counts as gone."""

@@ -28,12 +28,15 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, state: str, step: int = 0, total_steps: int = 0) -> None:
-        """Show ``state`` (such as "queued") and, where there are steps, how many are done."""
+    def show(self, state: str, step: int = 0, total_steps: int = 0, *, detail: str = "") -> None:
+        """Show ``state`` (such as "queued") and, where there are steps, how many are done.
+
+        A ``detail`` is shown after the state, of which it is no other.
+        """
         if self._stream.isatty():
-            self._draw(state, step, total_steps)
+            self._draw(state + detail, step, total_steps)
         else:
-            self._say(state, step, total_steps)
+            self._say(state, detail, step, total_steps)
 
     def _draw(self, state: str, step: int, total_steps: int) -> None:
         if self._bar is None or bool(self._bar.total) != bool(total_steps):
@@ -54,10 +57,10 @@ class ProgressReport:
         self._bar.n = step
         self._bar.refresh()
 
-    def _say(self, state: str, step: int, total_steps: int) -> None:
+    def _say(self, state: str, detail: str, step: int, total_steps: int) -> None:
         now = self._clock()
         if state == self._state and now - self._said_at < _LINE_EVERY_S:
             return
         self._state, self._said_at = state, now
-        text = f"{state} {step}/{total_steps}" if total_steps else state
+        text = f"{state} {step}/{total_steps}" if total_steps else state + detail
         print(text, file=self._stream, flush=True)

@@ -3,18 +3,21 @@
 Parameter names, defaults, ranges and descriptions are those of the hosted service's documentation.
 """
 
+import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
+from redux_pipelines.batching import has_text, is_solitary, weights_of
 from redux_pipelines.types import (
     MAX_GUIDANCE,
     MAX_IMAGES,
+    MAX_POOLING,
     MAX_SIDE,
     MAX_STEPS,
     MIN_GUIDANCE,
@@ -22,6 +25,10 @@ from redux_pipelines.types import (
     QUALITIES,
     Quality,
 )
+from redux_server.extensions import (
+    ALLOWED as EXTENSIONS_ALLOWED,
+)
+from redux_server.extensions import IMAGE_FORMS, Extensions, Whole, one_of, with_first_image
 from redux_server.tasks import Outcome, Status, Task
 
 MAX_SEED = 9_999_999_999
@@ -39,7 +46,7 @@ _EXAMPLE_IMAGE = (
 
 # What each parameter takes, in the words of an error message.
 ALLOWED: Final = {
-    "image": "an http(s) URL, a data URI (data:image/png;base64,...) or base64 of a picture",
+    "image": IMAGE_FORMS,
     "prompt": f"a text of at most {MAX_PROMPT} characters",
     "size": f'"WIDTH*HEIGHT", each from {MIN_SIDE} to {MAX_SIDE}, such as "1024*1024"',
     "seed": f"an integer from -1 (random) to {MAX_SEED}",
@@ -47,7 +54,12 @@ ALLOWED: Final = {
     "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
     "num_images": f"an integer from 1 to {MAX_IMAGES}",
     "enable_safety_checker": "true or false",
-    "quality": "one of " + ", ".join(f'"{name}"' for name in QUALITIES),
+    "enable_sync_mode": "true or false",
+    "enable_base64_output": "true or false",
+    "webhook_url": "an https URL",
+    "webhook": "an https URL",
+    "quality": one_of(QUALITIES),
+    **EXTENSIONS_ALLOWED,
 }
 
 
@@ -71,17 +83,7 @@ def _check_size(text: str) -> str:
     return f"{width}*{height}"
 
 
-def _whole(value: Any) -> Any:
-    """Let 28.0 pass as 28 (JavaScript and JSON know one kind of number); never true as 1."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-
-
-class PredictionRequest(BaseModel):
+class PredictionRequest(Extensions):
     """Parameters of one task. Unknown fields are ignored; null means absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -123,20 +125,67 @@ class PredictionRequest(BaseModel):
         True, description="If set to true, the safety checker will be enabled."
     )
 
+    enable_sync_mode: bool = Field(
+        False,
+        description="If set to true, the answer comes when the task has ended, or after "
+        "`--sync-timeout-s` as `processing` with the code 5004, to be polled.",
+    )
+    enable_base64_output: bool = Field(
+        False,
+        description="If set to true, outputs are the images as base64 instead of their URLs. Not "
+        "possible with a webhook.",
+    )
     quality: Quality | None = Field(
         None,
         description="An extension of this server. exact computes every step; balanced and fast "
         "reuse work between steps. Left out, it is what the server was started with.",
     )
 
+    webhook_url: str | None = Field(
+        None,
+        description="An https URL that is told when the task has ended, with the prediction "
+        "object as its body. The query parameter webhook says the same.",
+        examples=["https://example.com/hooks/redux"],
+    )
+    webhook: str | None = Field(None, description="Another name of webhook_url.")
+
     def parameters(self) -> dict[str, Any]:
-        """All parameters but the image, the seed picked; no quality unless one was asked for."""
+        """What the answer depends on, but pictures; with a seed, extras only if asked for."""
         values = self.model_dump(
-            exclude={"image"} | ({"quality"} if self.quality is None else set())
+            exclude={
+                *("image", "webhook", "webhook_url", "enable_sync_mode"),
+                *Extensions.model_fields,
+            }
+            | ({"quality"} if self.quality is None else set())
+            | (set() if self.enable_base64_output else {"enable_base64_output"})
         )
         if self.seed == -1:
             values["seed"] = secrets.randbelow(2**31)
-        return values
+        return values | self.steering()
+
+    @property
+    def shape(self) -> str:
+        """What has to be equal for tasks to be denoised together: see ``batching.BatchKey``.
+
+        Empty for a task that shares a batch with none.
+        """
+        if is_solitary(self):
+            return ""
+        text = "prompt" if has_text(self) else ""
+        shape = f"{self.size}/{self.num_inference_steps}/{self.quality or ''}/{text}"
+        counting = (weights_of(self), self.redux_pooling)
+        if counting == ((1.0,), MAX_POOLING):
+            return shape
+        return f"{shape}/{hashlib.sha256(repr(counting).encode()).hexdigest()[:16]}"
+
+    def digest(self, *more: str) -> str:
+        """SHA-256 of the request, before a seed is picked, and of what ``more`` makes the task.
+
+        Defaults are left out: it stays the same when a later version has more parameters. Whether
+        to wait is no part of what is wanted: who waited in vain may ask again without.
+        """
+        text = self.model_dump_json(exclude_defaults=True, exclude={"enable_sync_mode"})
+        return hashlib.sha256(json.dumps([text, *more]).encode()).hexdigest()
 
 
 def parse_request(body: Any) -> PredictionRequest:
@@ -146,28 +195,28 @@ def parse_request(body: Any) -> PredictionRequest:
         pydantic.ValidationError: see ``complaint`` for its text.
     """
     if isinstance(body, dict):
-        body = {name: value for name, value in body.items() if value is not None}
+        body = with_first_image({name: each for name, each in body.items() if each is not None})
     return PredictionRequest.model_validate(body)
 
 
-def complaint(errors: Sequence[Any]) -> str:
+def complaint(errors: Sequence[Any], allowed: Mapping[str, str] = ALLOWED) -> str:
     """One sentence per wrong parameter: its name, what is allowed, what was given."""
-    return " ".join(_complain(error) for error in errors)
+    return " ".join(_complain(error, allowed) for error in errors)
 
 
-def _complain(error: Any) -> str:
+def _complain(error: Any, allowed: Mapping[str, str]) -> str:
     if not error["loc"]:
         return f"The body must be a JSON object, got {_shown(error['input'])}."
     name = str(error["loc"][0])
     if error["type"] == "missing":
-        return f"{name} is required: {ALLOWED[name]}."
-    return f"{name} must be {ALLOWED[name]}; got {_shown(error['input'])}."
+        return f"{name} is required: {allowed[name]}."
+    return f"{name} must be {allowed[name]}; got {_shown(error['input'])}."
 
 
 def _shown(value: Any) -> str:
     """A caller's value in JSON's words and in ASCII: it may be nested or no valid Unicode."""
     if isinstance(value, list | dict):
-        return "an array" if isinstance(value, list) else "an object"
+        return f"an array of {len(value)}" if isinstance(value, list) else "an object"
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
@@ -201,12 +250,18 @@ def prediction(task: Task, *, base_url: str, sign: Callable[[str, float], str]) 
 
 
 def public_input(task: Task) -> dict[str, Any]:
-    """The task's parameters; a picture that was sent inline is left out."""
-    return {
-        name: value
-        for name, value in task.input.items()
-        if name != "image" or not value.startswith("blob:")
-    }
+    """The task's parameters; pictures that were sent inline are left out."""
+    shown = dict(task.input)
+    for name in ("image", "mask"):
+        if _is_inline(shown.get(name, "")):
+            del shown[name]
+    if "images" in shown:
+        shown["images"] = [each for each in shown["images"] if not _is_inline(each)]
+    return shown
+
+
+def _is_inline(picture: str) -> bool:
+    return picture.startswith("blob:")
 
 
 def _progress(task: Task) -> dict[str, int]:

@@ -5,6 +5,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -14,18 +16,32 @@ from redux_pipelines.loading import caveat
 from redux_server import __version__, logs
 from redux_server.app import build_app
 from redux_server.auth import KeyFileError, KeyRing
-from redux_server.blobs import Blobs, Signer, signing_secret
+from redux_server.blobs import Signer, StorageError, signing_secret
+from redux_server.buckets import BlobUrlError, local_folder
 from redux_server.cli import UsageError
 from redux_server.coalescer import Coalescer
 from redux_server.compile_plan import check_compile
 from redux_server.database import open_database
-from redux_server.engine import LocalEngine
+from redux_server.database_clock import clock_of
+from redux_server.draining import DrainingServer
+from redux_server.engines import build_engine, check_engine
+from redux_server.http_limits import BoundedHttpProtocol
+from redux_server.listing import History
 from redux_server.netguard import AddressPolicy
+from redux_server.places import Places
 from redux_server.presence import Presence
+from redux_server.presenting import Presenter
+from redux_server.queue_position import QueuePositions
+from redux_server.rate_limit import RateLimit
 from redux_server.sample import sample
 from redux_server.services import Services
 from redux_server.settings import ServerSettings
+from redux_server.storage import disk_space, open_ballast, open_pictures
 from redux_server.store import TaskStore
+from redux_server.streams import Streams
+from redux_server.sync_mode import SyncMode
+from redux_server.uploads import Uploads
+from redux_server.webhook_parts import build_webhooks
 from redux_weights.layout import find_missing
 
 _SAMPLE_EXPIRES = 2**33
@@ -46,6 +62,8 @@ def serve(settings: ServerSettings) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            http=BoundedHttpProtocol,
+            ws="none",
             timeout_graceful_shutdown=10,
         )
         # uvicorn ends by raising the signal once more, which would kill us before `atexit` runs.
@@ -53,10 +71,17 @@ def serve(settings: ServerSettings) -> int:
         # What start-up made stays; not walking it at each collection halves the p99 of a busy API.
         gc.collect()
         gc.freeze()
-        uvicorn.Server(config).run(sockets=[listener])
+        DrainingServer(config, services.draining, lambda: _drain(services)).run(sockets=[listener])
     finally:
         listener.close()
     return 0
+
+
+async def _drain(services: Services) -> None:
+    """Let go of those who wait for an end; what is on the devices is finished."""
+    services.sync_mode.close()
+    services.streams.close()
+    await services.engine.stop()
 
 
 def check(settings: ServerSettings) -> None:
@@ -69,36 +94,74 @@ def check(settings: ServerSettings) -> None:
             f"{settings.backend} has only exact"
         )
     check_compile(settings)
+    check_engine(settings)
     base, redux = Path(settings.base), Path(settings.redux)
     if settings.base and base.is_dir() and redux.is_dir():
         missing = find_missing(base, redux)
         if missing:
             raise UsageError("the weights are incomplete:\n  " + "\n  ".join(missing))
     try:
-        AddressPolicy.from_entries(settings.fetch_allow_entries)
+        local_folder(settings.blob_url, settings.blobs_dir)
+    except BlobUrlError as error:
+        raise UsageError(f"--blob-url {error}") from None
+    _check_hosts("--fetch-allow", settings.fetch_allow_entries)
+    _check_hosts("--webhook-allow", settings.webhook_allow_entries)
+
+
+def _check_hosts(flag: str, entries: Iterable[str]) -> None:
+    try:
+        AddressPolicy.from_entries(entries)
     except ValueError as error:
-        raise UsageError(f"--fetch-allow: {error}") from None
+        raise UsageError(f"{flag}: {error}") from None
 
 
 def build_services(settings: ServerSettings) -> Services:
     """The API process's parts over the data directory of ``settings``."""
-    engine = open_database(settings.database_url)
-    presence = Presence(engine)
-    store = TaskStore(engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+    try:
+        blobs = open_pictures(settings)
+        blobs.check()
+    except (BlobUrlError, StorageError) as error:
+        raise UsageError(f"--blob-url {error}") from None
+    engine = open_database(settings.database)
+    clock = clock_of(engine)
+    presence = Presence(engine, clock=clock)
+    store = TaskStore(
+        engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
+    )
     try:
         keys = KeyRing(engine, file=settings.api_keys_file)
     except KeyFileError as error:
         raise UsageError(str(error)) from None
+    signer = Signer(signing_secret(engine), clock=time.time)
+    present = Presenter(settings, signer)
+    disk = disk_space(settings)
+    find = Coalescer(store.get, name="find")
+
+    of_all, of_a_key = settings.max_queue, settings.max_open_per_key
+    accept = partial(store.accept, max_open=of_all, max_open_per_key=of_a_key)
+    vacancies = partial(store.vacancies, max_open=of_all, max_open_per_key=of_a_key)
+
     return Services(
         settings=settings,
         store=store,
-        accept=Coalescer(lambda new: store.accept(new, max_open=settings.max_queue), name="accept"),
-        find=Coalescer(store.get, name="find"),
+        accept=Coalescer(accept, name="accept"),
+        find=find,
+        places=Places(vacancies),
         keys=keys,
+        rate=RateLimit(settings.rate_limit),
         presence=presence,
-        blobs=Blobs(settings.blobs_dir),
-        signer=Signer(signing_secret(engine), clock=time.time),
-        engine=LocalEngine(settings, store, presence),
+        blobs=blobs,
+        signer=signer,
+        present=present,
+        webhooks=build_webhooks(settings, engine, store, present, clock=clock),
+        history=History(engine),
+        queue=QueuePositions(engine),
+        streams=Streams(store.glance),
+        disk=disk,
+        ballast=open_ballast(settings),
+        uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),
+        sync_mode=SyncMode(find, limit_s=settings.sync_timeout_s),
+        engine=build_engine(settings, engine, store, presence),
     )
 
 

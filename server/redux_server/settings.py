@@ -7,7 +7,6 @@ module reads the environment.
 """
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from redux_pipelines.options import LoadOptions
 from redux_pipelines.types import QUALITIES
+from redux_server.setting_values import parse_value
 
 PREFIX = "FLUX_REDUX_"
 _ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton", "efficient")
@@ -42,6 +42,11 @@ def option(default: Any, help_: str, **limits: Any) -> Any:
     whole text has to match.
     """
     return field(default=default, metadata={"help": help_, **limits})
+
+
+def secret_option(help_: str) -> Any:
+    """Declare a text that may hold a password: empty by default, and never shown."""
+    return field(default="", repr=False, metadata={"help": help_})
 
 
 def default_data_dir() -> Path:
@@ -90,7 +95,10 @@ class ModelSettings:
         choices=("auto", "same", "fp8"),
     )
     max_batch_size: int = option(
-        1, "images denoised together; 1 keeps results bitwise independent of batching", minimum=1
+        1,
+        "images denoised together, of one task or of several of one size, steps and quality, all "
+        "with a prompt or all without; 1 keeps results bitwise independent of batching",
+        minimum=1,
     )
     memory: str = option(
         "auto",
@@ -114,8 +122,8 @@ class ModelSettings:
     compile: str = option(
         "off",
         "what torch.compile compiles at the start of a worker: blocks (the kinds of blocks), full "
-        "(the whole step), off; needs a C++ compiler; kept in $XDG_CACHE_HOME/flux-redux/compile "
-        "for the next start",
+        "(the whole step; for balanced and fast the kinds of blocks too), off; needs a C++ "
+        "compiler; kept in $XDG_CACHE_HOME/flux-redux/compile for the next start",
         choices=("off", "blocks", "full"),
     )
     cuda_graphs: int = option(
@@ -141,13 +149,66 @@ class ServerSettings(ModelSettings):
 
     host: str = option("127.0.0.1", "address to listen on; others than loopback need an API key")
     port: int = option(8000, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
+    cors_origins: str = option(
+        "*",
+        "origins whose web pages may call the API, separated by commas, such as "
+        "https://app.example.com; * is any (each needs an API key all the same), none is none",
+        pattern=r"\*|none|https?://[^/,\s]+(\s*,\s*https?://[^/,\s]+)*",
+    )
     public_url: str = option("", "base of the URLs we hand out (default: as the client called us)")
     data_dir: Path = field(
         default=_COMPUTED, metadata={"help": "where tasks, keys and images are kept"}
     )
+    blob_url: str = option(
+        "",
+        "where pictures are kept: s3://bucket/prefix (with AWS_* variables), gs://, az:// or "
+        "file:///folder (default: blobs in the data directory)",
+    )
+    min_free_disk: int = option(
+        512, "free MiB on the disk below which a submit is answered 503; 0 is no limit", minimum=0
+    )
+    max_upload: int = option(
+        20, "MiB of an uploaded file beyond which it is answered 413", minimum=1, maximum=200
+    )
+    upload_retention_hours: float = option(168.0, "how long uploaded files stay", minimum=0)
+    database_url: str = secret_option(
+        "sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME (default: a SQLite file in "
+        "--data-dir)"
+    )
+    engine: str = option(
+        "local",
+        "what brings tasks to workers: local (this process runs them), sql (they poll the "
+        "database), celery (they are told by a broker too); the latter two need PostgreSQL and "
+        "`flux-redux worker` on each machine",
+        choices=("local", "sql", "celery"),
+    )
+    broker_url: str = secret_option(
+        "Celery's broker for --engine celery: amqp://USER:PASSWORD@HOST:PORT/VHOST, redis:// or "
+        "sqs://"
+    )
     api_keys_file: str = option("", "file with one `name:key` per line, beside the stored keys")
     max_queue: int = option(1000, "open tasks beyond which a submit is answered 429", minimum=1)
+    max_open_per_key: int = option(
+        0,
+        "open tasks of one API key beyond which its submits are answered 429; 0: no limit",
+        minimum=0,
+    )
+    rate_limit: int = option(
+        0,
+        "submits a minute that each API process takes of one key, the rest is answered 429; "
+        "0: no limit",
+        minimum=0,
+    )
+    sync_timeout_s: float = option(
+        110.0, "seconds a submit in sync mode is held at most", minimum=0, maximum=3600
+    )
     max_attempts: int = option(3, "workers a task may cost before it is given up", minimum=1)
+    batch_timeout: int = option(
+        0,
+        "milliseconds a task waits for others of its shape, if --max-batch-size allows company",
+        minimum=0,
+        maximum=10_000,
+    )
     lease_s: float = option(30.0, "seconds after which a silent worker loses its task", minimum=1)
     drain_timeout_s: float = option(
         60.0, "seconds a stopping worker may finish its task", minimum=0
@@ -157,23 +218,53 @@ class ServerSettings(ModelSettings):
     fetch_allow: str = option(
         "", "private hosts or networks that `image` may point to, separated by commas"
     )
+    webhook_allow: str = option(
+        "",
+        "private hosts or networks that a webhook may call, separated by commas; those named here "
+        "may be called over http too",
+    )
+    webhook_signature: str = option(
+        "wavespeed",
+        "how webhooks are signed: as the hosted service does (v3), as Standard Webhooks (v1), or "
+        "both in one header",
+        choices=("wavespeed", "standard", "both"),
+    )
+    webhook_timeout_s: float = option(
+        30.0, "seconds a webhook's receiver may take to answer", minimum=1, maximum=1200
+    )
+    metrics_port: int = option(
+        0,
+        "port on --host where `flux-redux worker` shows its own metrics; 0 is none",
+        minimum=0,
+        maximum=65535,
+    )
     log_format: str = option("json", "shape of the log lines", choices=("json", "text"))
     log_level: str = option("info", "least severe line", choices=("debug", "info", "warning"))
 
     @property
-    def database_url(self) -> str:
+    def database(self) -> str:
         """Where tasks and keys are kept, as a SQLAlchemy URL."""
-        return f"sqlite:///{self.data_dir / 'tasks.db'}"
+        return self.database_url or f"sqlite:///{self.data_dir / 'tasks.db'}"
 
     @property
     def fetch_allow_entries(self) -> tuple[str, ...]:
         """The hosts and networks of ``--fetch-allow``."""
-        return tuple(part.strip() for part in self.fetch_allow.split(",") if part.strip())
+        return _entries(self.fetch_allow)
+
+    @property
+    def webhook_allow_entries(self) -> tuple[str, ...]:
+        """The hosts and networks of ``--webhook-allow``."""
+        return _entries(self.webhook_allow)
 
     @property
     def blobs_dir(self) -> Path:
-        """Where pictures are kept."""
+        """Where pictures are kept unless ``--blob-url`` says otherwise."""
         return self.data_dir / "blobs"
+
+    @property
+    def ballast_path(self) -> Path:
+        """A file that is there to be deleted when the disk is full."""
+        return self.data_dir / "ballast"
 
     @property
     def is_loopback(self) -> bool:
@@ -187,6 +278,10 @@ class ClientSettings:
 
     url: str = option("http://127.0.0.1:8000", "base URL of the server")
     key: str = option("", "API key (better in FLUX_REDUX_KEY than on the command line)")
+
+
+def _entries(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 SETTINGS_CLASSES = (ServerSettings, ClientSettings)
@@ -293,46 +388,6 @@ def _is_service_link(variable: str, environ: Mapping[str, str]) -> bool:
 
 def _convert(source: str, raw: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
     try:
-        value = _parse(raw, kind)
-    except (ValueError, RuntimeError):  # RuntimeError: ~name of a user that does not exist
-        raise SettingsError(f"{source} must be {_KINDS[kind]}, got {raw!r}") from None
-    _check_limits(source, value, metadata)
-    return value
-
-
-def _check_limits(source: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    if "choices" in metadata and value not in metadata["choices"]:
-        allowed = ", ".join(metadata["choices"])
-        raise SettingsError(f"{source} must be one of {allowed}, got {value!r}")
-    if "pattern" in metadata and not re.fullmatch(metadata["pattern"], value):
-        raise SettingsError(f"{source} must be {metadata['help']}; got {value!r}")
-    if "minimum" in metadata and value < metadata["minimum"]:
-        raise SettingsError(f"{source} must be at least {metadata['minimum']}, got {value!r}")
-    if "maximum" in metadata and value > metadata["maximum"]:
-        raise SettingsError(f"{source} must be at most {metadata['maximum']}, got {value!r}")
-
-
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    Path: "a path",
-}
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
-_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
-
-
-def _parse(raw: Any, kind: Any) -> Any:
-    if kind is bool and not isinstance(raw, bool):
-        if str(raw).lower() not in _BOOLEANS:
-            raise ValueError
-        return _BOOLEANS[str(raw).lower()]
-    if kind is Path:
-        if not str(raw):
-            raise ValueError
-        return Path(raw).expanduser().absolute()
-    value = kind(raw)
-    if kind is float and not math.isfinite(value):
-        raise ValueError
-    return value
+        return parse_value(raw, kind, metadata)
+    except ValueError as error:
+        raise SettingsError(f"{source} {error}") from None

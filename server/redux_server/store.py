@@ -7,38 +7,54 @@ successor's result. Knows no HTTP, no images and no processes.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     Connection,
     Engine,
-    Row,
     ScalarSelect,
     bindparam,
     delete,
+    exists,
     func,
-    insert,
+    or_,
     select,
     update,
 )
 
-from redux_server.database import reader, tasks
-from redux_server.tasks import Code, NewTask, Outcome, Status, Task
+from redux_server import accepting, claiming
+from redux_server.database import reader, take_turns, tasks, webhooks
+from redux_server.task_rows import COLUMNS, IS_DELAYED, IS_LEASED, IS_QUEUED, count, end, task_of
+from redux_server.tasks import Acceptance, Code, NewTask, Outcome, Status, Task, Vacancy
 
-_COLUMNS = tuple(tasks.c[name] for name in Task.__slots__)
-# Not IS NOT NULL, for which SQLite reads the whole table instead of the index.
-_IS_QUEUED = tasks.c.queued_at >= 0
-_IS_LEASED = tasks.c.lease_until >= 0
-_GET = select(*_COLUMNS).where(tasks.c.id.in_(bindparam("ids", expanding=True)))
+Glance = tuple[str, int, int]  # status, attempt, denoising steps done
+
+_GLANCE = select(tasks.c.id, tasks.c.status, tasks.c.attempt, tasks.c.progress_step).where(
+    tasks.c.id.in_(bindparam("ids", expanding=True))
+)
+_GET = select(*COLUMNS).where(tasks.c.id.in_(bindparam("ids", expanding=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The answer to a heartbeat: which of the tasks a worker thinks it holds it has lost."""
+    """The answer to a heartbeat: what became of the tasks a worker thinks it holds.
+
+    It must stop working on all in either set; those in ``cancelled`` are still its to finish.
+    """
 
     lost: frozenset[str]
+    cancelled: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    """A task after a cancel, and whether it was the cancel that ended it."""
+
+    task: Task
+    has_ended_it: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,59 +86,101 @@ class TaskStore:
         self._max_attempts = max_attempts
         self._clock = clock
 
-    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Task | None]:
+    # --- the owner's side ---------------------------------------------------------------------
+
+    def accept(
+        self, new: Sequence[NewTask], *, max_open: int, max_open_per_key: int = 0
+    ) -> list[Acceptance]:
         """Store as many of ``new`` as fit under ``max_open`` open tasks, durably, in one commit.
 
-        Returns the stored task, or None where the queue was full, in the order given.
+        Returns what became of each, in the order given. A task whose idempotency key is known is
+        answered from the first with it, whether or not there is room. No API key gets more than
+        ``max_open_per_key`` open tasks (0: as many as fit).
         """
         with self._engine.begin() as db:
-            room = max(0, max_open - _count_open(db))
-            now = self._clock()
-            rows = [_new_row(task, now) for task in new[:room]]
-            if rows:
-                db.execute(insert(tasks), rows)
-        accepted: list[Task | None] = [_task_from(row) for row in rows]
-        return accepted + [None] * (len(new) - len(rows))
+            take_turns(db, "accept")
+            bounds = accepting.Bounds(max_open, max_open_per_key)
+            return accepting.accept(db, new, bounds=bounds, now=self._clock())
+
+    def vacancies(
+        self, key_ids: Sequence[str], *, max_open: int, max_open_per_key: int = 0
+    ) -> list[Vacancy]:
+        """How many tasks more ``accept`` would take of these API keys now, in the order given."""
+        with self._reader.connect() as db:
+            bounds = accepting.Bounds(max_open, max_open_per_key)
+            return accepting.vacancies(db, key_ids, bounds=bounds)
+
+    def knows(self, key_id: str, idempotency_key: str) -> bool:
+        """Whether an API key has sent this idempotency key before."""
+        with self._reader.connect() as db:
+            return accepting.knows(db, key_id, idempotency_key)
+
+    def recall(self, new: NewTask) -> Acceptance | None:
+        """The answer that ``accept`` has for ``new`` already; None if its key is new to us."""
+        with self._reader.connect() as db:
+            return accepting.recall(db, new)
 
     def get(self, ids: Sequence[str]) -> list[Task | None]:
         """The tasks with these ids, in the order given; None for an unknown one."""
         with self._reader.connect() as db:
-            found = {row.id: _task(row) for row in db.execute(_GET, {"ids": list(set(ids))})}
+            found = {row.id: task_of(row) for row in db.execute(_GET, {"ids": list(set(ids))})}
         return [found.get(task_id) for task_id in ids]
 
-    def claim(self, owner: str) -> Task | None:
-        """Lease the longest-waiting task to ``owner``, or None when nothing waits.
+    def glance(self, ids: Sequence[str]) -> dict[str, Glance]:
+        """Of those of the tasks that there are, by id: what changes while one is worked on."""
+        with self._reader.connect() as db:
+            found = db.execute(_GLANCE, {"ids": list(ids)})
+            return {row.id: (row.status, row.attempt, row.progress_step) for row in found}
 
-        Leases that ran out go back to the queue first.
+    def cancel(self, task_id: str, key_id: str) -> Cancellation | None:
+        """End a task of this key if it waits; have its worker end it if one holds it.
+
+        One that has ended is left as it is. None if the key has no such task.
         """
-        if not self._has_work():
-            return None
+        mine = tasks.c.id == task_id, tasks.c.key_id == key_id
         with self._engine.begin() as db:
             now = self._clock()
-            self._take_back(db, tasks.c.lease_until < now, now)
-            oldest = (
-                select(tasks.c.id)
-                .where(_IS_QUEUED)
-                .order_by(tasks.c.queued_at)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-                .scalar_subquery()
-            )
-            row = db.execute(
+            row = db.execute(select(tasks.c.lease_until).where(*mine).with_for_update()).first()
+            if row is None:
+                return None
+            waits = or_(IS_QUEUED, IS_DELAYED)
+            ended = end(db, *mine, waits, outcome=Outcome.cancellation(), now=now)
+            db.execute(
                 update(tasks)
-                .where(tasks.c.id == oldest)
-                .values(
-                    status=Status.PROCESSING,
-                    owner=owner,
-                    attempt=tasks.c.attempt + 1,
-                    queued_at=None,
-                    lease_until=now + self._lease_s,
-                    started_at=now,
-                    progress_step=0,
-                )
-                .returning(*_COLUMNS)
-            ).one_or_none()
-        return None if row is None else _task(row)
+                .where(*mine, IS_LEASED, tasks.c.cancel_requested_at.is_(None))
+                .values(cancel_requested_at=now)
+            )
+            task = task_of(db.execute(select(*COLUMNS).where(*mine)).one())
+        return Cancellation(task, has_ended_it=bool(ended))
+
+    def delete(self, ids: Sequence[str], *, key_id: str | None = None) -> list[str]:
+        """Forget these tasks, whatever they are doing; returns the ids that there were.
+
+        With a ``key_id``, those of that key only. A worker that holds one loses it. What was to be
+        told of a task is not told any more.
+        """
+        mine = [tasks.c.id.in_(ids)] + ([tasks.c.key_id == key_id] if key_id is not None else [])
+        with self._engine.begin() as db:
+            gone = list(db.scalars(delete(tasks).where(*mine).returning(tasks.c.id)))
+            db.execute(delete(webhooks).where(webhooks.c.task_id.in_(gone)))
+        return gone
+
+    # --- the worker's side --------------------------------------------------------------------
+
+    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
+        """Lease to ``owner`` the next task, and up to ``n - 1`` more of its shape and priority.
+
+        The first is the fairest (see ``redux_server.claiming``); with ``like``, the fairest of that
+        shape. None of the others has ever cost a worker, and neither has a first that has company.
+        Leases that ran out, and tasks whose delay is over, go back to the queue first.
+        """
+        if not self._has_work(like):
+            return []
+        with self._engine.begin() as db:
+            now = self._clock()
+            self._back_to_the_queue(db, now)
+            lease = claiming.lease_values(owner, now, self._lease_s)
+            return claiming.claim(db, count=n, shape=like, lease=lease)
 
     def renew(self, owner: str, held: Mapping[str, tuple[int, int]]) -> Lease:
         """Extend ``owner``'s leases and record progress.
@@ -132,34 +190,51 @@ class TaskStore:
             held: ``(attempt, denoising steps done)`` by task id.
 
         Returns:
-            The ids in ``held`` that ``owner`` no longer holds; it must stop working on them.
+            Which of those in ``held`` it no longer holds, and which of the others are cancelled.
         """
-        kept: set[str] = set()
+        wanted: dict[str, bool] = {}
         with self._engine.begin() as db:
             for task_id, (attempt, step) in held.items():
-                changed = db.execute(
+                row = db.execute(
                     update(tasks)
                     .where(tasks.c.id == task_id, tasks.c.attempt == attempt)
-                    .where(tasks.c.owner == owner, _IS_LEASED)
-                    .values(
-                        lease_until=self._clock() + self._lease_s,
-                        progress_step=step,
-                    )
-                )
-                if changed.rowcount:
-                    kept.add(task_id)
-        return Lease(lost=frozenset(held) - kept)
+                    .where(tasks.c.owner == owner, IS_LEASED)
+                    .values(lease_until=self._clock() + self._lease_s, progress_step=step)
+                    .returning(tasks.c.cancel_requested_at)
+                ).one_or_none()
+                if row is not None:
+                    wanted[task_id] = row.cancel_requested_at is None
+        cancelled = frozenset(task_id for task_id, is_wanted in wanted.items() if not is_wanted)
+        return Lease(lost=frozenset(held) - wanted.keys(), cancelled=cancelled)
 
     def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
         """Record how ``attempt`` ended. False: a later attempt or an end was there first."""
+        is_current = tasks.c.id == task_id, tasks.c.attempt == attempt
+        is_running = tasks.c.status == Status.PROCESSING
         with self._engine.begin() as db:
-            changed = db.execute(
-                update(tasks)
-                .where(tasks.c.id == task_id, tasks.c.attempt == attempt)
-                .where(tasks.c.status == Status.PROCESSING)
-                .values(_ended(outcome, self._clock()))
+            return bool(end(db, *is_current, is_running, outcome=outcome, now=self._clock()))
+
+    def give_back(
+        self,
+        task_id: str,
+        attempt: int,
+        *,
+        delay_s: float = 0.0,
+        error: str = "",
+        has_crashed: bool = False,
+    ) -> bool:
+        """Return one task to its place in the queue, to be claimed in ``delay_s`` seconds.
+
+        With ``has_crashed`` that was one of its ``max_attempts``; after the last it has failed, for
+        the reason ``error``. False: it was no longer held under ``attempt``.
+        """
+        held = (tasks.c.id == task_id) & (tasks.c.attempt == attempt)
+        with self._engine.begin() as db:
+            now = self._clock()
+            taken = self._take_back(
+                db, held, now, has_crashed=has_crashed, delay_s=delay_s, error=error
             )
-        return bool(changed.rowcount)
+        return bool(taken)
 
     def release(self, owner: str, *, has_crashed: bool = True) -> int:
         """Take back every task of a worker that is known to be gone; returns how many.
@@ -170,113 +245,109 @@ class TaskStore:
             held_by = tasks.c.owner == owner
             return self._take_back(db, held_by, self._clock(), has_crashed=has_crashed)
 
+    # --- looking after all --------------------------------------------------------------------
+
     def queue_state(self) -> QueueState:
         """Counts for metrics and for `Retry-After`."""
         oldest_queued = select(func.min(tasks.c.queued_at)).scalar_subquery()
-        query = select(_count(_IS_QUEUED), _count(_IS_LEASED), oldest_queued)
+        waiting = count(IS_QUEUED) + count(IS_DELAYED)
+        query = select(waiting, count(IS_LEASED), oldest_queued)
         with self._reader.connect() as db:
-            waiting, running, oldest = db.execute(query).one()
+            queued, running, oldest = db.execute(query).one()
         age = 0.0 if oldest is None else max(0.0, self._clock() - oldest)
-        return QueueState(waiting, running, age)
+        return QueueState(queued, running, age)
+
+    def due(self, *, waiting_s: float, limit: int) -> int:
+        """How many tasks, counted up to ``limit``, a worker should have claimed by now.
+
+        They wait for ``waiting_s`` seconds already, or their delay is over, or their lease.
+        """
+        now = self._clock()
+        kinds = (
+            tasks.c.queued_at <= now - waiting_s,
+            tasks.c.not_before <= now - waiting_s,
+            tasks.c.lease_until < now,
+        )
+        found = 0
+        with self._reader.connect() as db:
+            for kind in kinds:
+                some = select(tasks.c.id).where(kind).limit(limit).subquery()
+                found += int(db.scalar(select(func.count()).select_from(some)) or 0)
+        return min(found, limit)
 
     def ended_before(self, when: float, *, limit: int = 100) -> list[str]:
-        """Ids of at most ``limit`` tasks that ended before ``when``, oldest first."""
+        """Ids of at most ``limit`` tasks that ended before ``when``, oldest first.
+
+        Those whose webhook is still to be delivered are left out: it tells of their state.
+        """
+        is_to_be_told = exists().where(webhooks.c.task_id == tasks.c.id, webhooks.c.next_at >= 0)
         query = (
             select(tasks.c.id)
-            .where(tasks.c.finished_at < when)
+            .where(tasks.c.finished_at < when, ~is_to_be_told)
             .order_by(tasks.c.finished_at)
             .limit(limit)
         )
         with self._reader.connect() as db:
             return list(db.scalars(query))
 
-    def delete(self, ids: Sequence[str]) -> None:
-        """Forget these tasks."""
+    def forget_idempotency_keys(self, when: float) -> int:
+        """Free the idempotency keys that came before ``when``; returns how many."""
         with self._engine.begin() as db:
-            db.execute(delete(tasks).where(tasks.c.id.in_(ids)))
+            return accepting.forget(db, when)
 
-    def _has_work(self) -> bool:
-        queued = select(tasks.c.id).where(_IS_QUEUED).limit(1)
-        expired = select(tasks.c.id).where(tasks.c.lease_until < self._clock()).limit(1)
+    def _has_work(self, shape: str) -> bool:
+        is_alike = (tasks.c.shape == shape,) if shape else ()
+        # The least of each, not any: PostgreSQL would look for any in the table, not in the index.
+        priority = select(func.max(tasks.c.priority)).where(IS_QUEUED, *is_alike)
+        query = select(
+            priority.scalar_subquery(), _least(tasks.c.lease_until), _least(tasks.c.not_before)
+        )
         with self._reader.connect() as db:
-            return db.scalar(queued) is not None or db.scalar(expired) is not None
+            ready, expiry, due = db.execute(query).one()
+        now = self._clock()
+        is_expired = expiry is not None and expiry < now
+        return ready is not None or is_expired or (due is not None and due <= now)
+
+    def _back_to_the_queue(self, db: Connection, now: float) -> None:
+        """Leases that ran out, and tasks whose delay is over."""
+        self._take_back(db, tasks.c.lease_until < now, now)
+        due = select(tasks.c.id).where(tasks.c.not_before <= now).with_for_update(skip_locked=True)
+        back = {"queued_at": tasks.c.created_at, "not_before": None}
+        db.execute(update(tasks).where(tasks.c.id.in_(due)).values(back))
 
     def _take_back(
-        self, db: Connection, condition: Any, now: float, *, has_crashed: bool = True
+        self,
+        db: Connection,
+        condition: ColumnElement[bool],
+        now: float,
+        *,
+        has_crashed: bool = True,
+        delay_s: float = 0.0,
+        error: str = "",
     ) -> int:
-        held = [_IS_LEASED, condition]
-        poisoned = self._give_up(db, held, now) if has_crashed else 0
+        """End the held tasks that are cancelled or have cost too much; queue the others again."""
+        held = select(tasks.c.id).where(IS_LEASED, condition).with_for_update(skip_locked=True)
+        ids = list(db.scalars(held))
+        if not ids:
+            return 0
+        is_taken = tasks.c.id.in_(ids), IS_LEASED
+        is_unwanted = tasks.c.cancel_requested_at >= 0
+        taken = end(db, *is_taken, is_unwanted, outcome=Outcome.cancellation(), now=now)
+        if has_crashed:
+            is_poison = tasks.c.crashes + 1 >= self._max_attempts
+            taken += end(db, *is_taken, is_poison, outcome=self._poisoned(error), now=now)
         # Back to its old place in the queue, not to its end.
+        back = {"queued_at": tasks.c.created_at} if delay_s <= 0 else {"not_before": now + delay_s}
+        suspect = {"crashes": tasks.c.crashes + 1, "shape": ""} if has_crashed else {}
         returned = db.execute(
-            update(tasks)
-            .where(*held)
-            .values(
-                queued_at=tasks.c.created_at,
-                lease_until=None,
-                owner=None,
-                crashes=tasks.c.crashes + int(has_crashed),
-            )
+            update(tasks).where(*is_taken).values(lease_until=None, owner=None, **back, **suspect)
         )
-        return poisoned + int(returned.rowcount)
+        return taken + int(returned.rowcount)
 
-    def _give_up(self, db: Connection, held: list[Any], now: float) -> int:
+    def _poisoned(self, error: str) -> Outcome:
         reason = f"The worker stopped unexpectedly {self._max_attempts} times during this task."
-        poisoned = db.execute(
-            update(tasks)
-            .where(*held, tasks.c.crashes + 1 >= self._max_attempts)
-            .values(_ended(Outcome.failure(Code.INTERNAL, reason), now))
-        )
-        return int(poisoned.rowcount)
+        return Outcome.failure(Code.INTERNAL, error or reason)
 
 
-def _count_open(db: Connection) -> int:
-    return int(db.scalar(select(_count(_IS_QUEUED) + _count(_IS_LEASED))) or 0)
-
-
-def _count(condition: ColumnElement[bool]) -> ScalarSelect[int]:
-    return select(func.count()).where(condition).select_from(tasks).scalar_subquery()
-
-
-def _new_row(new: NewTask, now: float) -> dict[str, Any]:
-    return {
-        "id": new.id,
-        "key_id": new.key_id,
-        "model": new.model,
-        "status": Status.CREATED,
-        "input": new.input,
-        "request_id": new.request_id,
-        "created_at": now,
-        "queued_at": now,
-    }
-
-
-def _ended(outcome: Outcome, now: float) -> dict[str, Any]:
-    return {
-        "status": outcome.status,
-        "outcome": asdict(outcome),
-        "finished_at": now,
-        "queued_at": None,
-        "lease_until": None,
-    }
-
-
-def _task_from(row: Mapping[str, Any]) -> Task:
-    given = {name: row[name] for name in Task.__slots__ if name in row}
-    defaults: dict[str, Any] = {
-        "started_at": None,
-        "finished_at": None,
-        "attempt": 0,
-        "crashes": 0,
-        "progress_step": 0,
-        "outcome": None,
-    }
-    return Task(**{**defaults, **given})
-
-
-def _task(row: Row[Any]) -> Task:
-    values = dict(row._mapping)
-    values["status"] = Status(values["status"])
-    if values["outcome"] is not None:
-        outcome = values["outcome"]
-        values["outcome"] = Outcome(**{**outcome, "status": Status(outcome["status"])})
-    return Task(**values)
+def _least(column: Column[Any]) -> ScalarSelect[float]:
+    return select(func.min(column)).where(column >= 0).scalar_subquery()

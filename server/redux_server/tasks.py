@@ -31,6 +31,7 @@ class Code:
     MEDIA_ACCESS_FAILED = 1402
     TASK_FAILED = 1403
     INTERNAL = 5000
+    SYNC_TIMED_OUT = 5004
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,12 @@ class Outcome:
     error: str = ""
 
     @classmethod
+    def cancellation(cls) -> "Outcome":
+        """A task that its owner did not want any more."""
+        text = "The task was cancelled at its owner's request."
+        return cls(status=Status.CANCELLED, code=Code.TASK_FAILED, error=text)
+
+    @classmethod
     def failure(cls, code: int, error: str) -> "Outcome":
         """A failed task, with the reason its owner will read."""
         return cls(status=Status.FAILED, code=code, error=error)
@@ -58,12 +65,21 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """A task about to be accepted. ``input`` holds the request's parameters, all filled in."""
+    """A task about to be accepted. ``input`` holds the request's parameters, all filled in.
+
+    Tasks of one ``shape`` may be denoised together; none has to be. ``idempotency_key``, if any,
+    makes a second task with it an answer from the first, provided that ``digest`` is the same.
+    ``webhook_url`` is whom to tell of its end, as ``redux_server.webhook_url`` writes it.
+    """
 
     key_id: str
     model: str
     input: dict[str, Any]
     request_id: str = ""
+    shape: str = ""
+    webhook_url: str | None = None
+    idempotency_key: str = ""
+    digest: str = ""
     id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -72,6 +88,7 @@ class Task:
     """A stored task. Times are Unix seconds.
 
     ``attempt`` counts how often it was started, ``crashes`` how often its worker was lost then.
+    ``shape`` is empty once there was a crash: what may kill a worker is not put into company.
     """
 
     id: str
@@ -87,3 +104,53 @@ class Task:
     crashes: int
     progress_step: int
     outcome: Outcome | None
+    priority: int = 0
+    shape: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """Accepted: the task is stored and waits."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """Its idempotency key came before, with the same request: the task of then."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Its idempotency key came before, with another request or for a task that is gone."""
+
+    is_gone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFull:
+    """There is no room for another open task."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFull:
+    """Not accepted: its API key has as many open tasks as it may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vacancy:
+    """How many tasks more would be accepted of anyone, and of one API key."""
+
+    of_all: int
+    of_key: int
+
+    def refusal(self) -> QueueFull | KeyFull | None:
+        """What the next task of the key would be told; None if it would be accepted."""
+        if self.of_key <= 0:
+            return KeyFull()
+        return QueueFull() if self.of_all <= 0 else None
+
+
+Acceptance = Created | Replayed | Conflict | QueueFull | KeyFull

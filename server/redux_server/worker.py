@@ -1,73 +1,46 @@
-"""The worker: takes a task, makes its images, records how it ended.
+"""The worker: takes tasks, has their images made, records how they ended.
 
-``step`` is one task from claim to finish, in plain order. A few identical lanes run it side by
-side, so that while one task is on the device the next one's picture is being fetched and the last
-one's images are being checked, encoded and stored. Knows no HTTP and no torch: the pipeline, the
-checker and the store are given to it.
+``step`` is one group of tasks from claim to finish, in plain order; a group is one task unless
+several are denoised together. A few identical lanes run it side by side, so that while one group is
+on the device the next one's pictures are being fetched and the last one's images are being checked,
+encoded and stored. Knows no HTTP and no torch, and neither pictures nor pipelines (``making``).
 """
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import copy_context
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from redux_pipelines.errors import ReduxError
-from redux_pipelines.images import encode_png
-from redux_pipelines.safety import black_out
-from redux_pipelines.types import GenerationRequest, Pipeline, Result, SafetyChecker
+from redux_pipelines.errors import DeviceError
 from redux_server import metrics
-from redux_server.blobs import Blobs
-from redux_server.decode import DecodeError
-from redux_server.images import ImageGone, ImageLoader
-from redux_server.netguard import FetchError
-from redux_server.provenance import provenance
-from redux_server.schemas import parse_size
+from redux_server.disk import Ballast
+from redux_server.held import Held
+from redux_server.making import Maker
+from redux_server.recording import Recorder
 from redux_server.store import TaskStore
-from redux_server.tasks import Code, Outcome, Status, Task
+from redux_server.storing import Postponed
+from redux_server.tasks import Task
 
 LANES = 3
 POLL_S = 0.5
+FAREWELL_S = 3.0
+"""How long the other lanes of a worker that lost its device may go on with what is off it."""
 _log = structlog.get_logger("redux_server.worker")
 
 
-class Abandoned(Exception):
-    """Work on a task stops without an end: it was lost to another worker, or we are stopping."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """A task this worker has leased. Written by its lane and by the heartbeat thread."""
-
-    attempt: int
-    step: int = 0
-    is_lost: bool = False
-    timings: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Note how long a stage took, in whole milliseconds."""
-        started = time.perf_counter()
-        yield
-        self.note(stage, time.perf_counter() - started)
-
-    def note(self, stage: str, seconds: float) -> None:
-        """Note a stage's time."""
-        self.timings[stage] = round(seconds * 1000)
-        metrics.STAGES.labels(stage).observe(seconds)
-
-
 class Worker:
-    """Works off tasks on one device until stopped.
+    """Works off tasks on one device until stopped, or until the device is lost.
 
-    ``device`` has one thread, on which alone the pipeline runs: what torch compiles and captures
-    belongs to the thread that made it.
+    It looks for work every ``poll_s`` seconds and whenever it is woken. While a group is on its
+    device, it leaves what waits to idle workers for ``defer_s`` seconds before it takes a task that
+    can only wait for the device.
+
+    Up to ``max_batch_size`` images of tasks of one shape are denoised together; for the first of
+    them, the others have ``batch_timeout_s`` seconds to come.
     """
 
     def __init__(
@@ -75,73 +48,115 @@ class Worker:
         worker_id: str,
         *,
         store: TaskStore,
-        blobs: Blobs,
-        images: ImageLoader,
-        pipeline: Pipeline,
-        safety: SafetyChecker,
-        device: Executor | None = None,
-        force_safety: bool = False,
+        maker: Maker,
+        ballast: Ballast | None = None,
+        max_batch_size: int = 1,
+        batch_timeout_s: float = 0.0,
         heartbeat_s: float = 0.5,
+        poll_s: float = POLL_S,
+        defer_s: float = 0.0,
     ) -> None:
         self._id = worker_id
         self._store = store
-        self._blobs = blobs
-        self._images = images
-        self._pipeline = pipeline
-        self._safety = safety
-        self._force_safety = force_safety
+        self._maker = maker
+        self._ballast = ballast or Ballast(Path(), size_bytes=0)
+        self._recorder = Recorder(store, self._ballast)
+        self._max_batch_size = max_batch_size
+        self._batch_timeout_s = batch_timeout_s
         self._heartbeat_s = heartbeat_s
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._stopping = threading.Event()
+        self._poll_s = poll_s
+        self._defer_s = defer_s
         self._work_arrived = threading.Event()
+        self._has_looked = threading.Event()
+        self._is_claiming = False
         self._has_ended = threading.Event()
-        # One task at most waits for the device; more would keep it from other workers.
+        # One group at most waits for the device; more would keep it from other workers.
         self._next_up = threading.Semaphore(1)
-        self._caches = metrics.CacheMeter()
-        self._device = device or ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._lanes_end_at = math.inf
+        self.device_failure: DeviceError | None = None
 
     def wake(self) -> None:
         """There may be work: look now instead of at the next poll."""
         self._work_arrived.set()
 
+    def look(self, timeout_s: float) -> bool:
+        """Wake, and wait until the store was asked for work; False if that takes too long.
+
+        False at once while there is a group on the device, or images have nowhere to go: an idle
+        worker is to have the next task, and we look by ourselves as soon as there is room.
+        """
+        if not self._is_claiming or not self._maker.device_is_idle.is_set():
+            return False
+        self._has_looked.clear()
+        self.wake()
+        return self._has_looked.wait(timeout_s) and not self.is_stopping
+
+    @property
+    def is_stopping(self) -> bool:
+        """True once nothing more is claimed."""
+        return self._stopping.is_set()
+
     def stop(self) -> None:
         """Claim nothing more; what is on the device is finished. Callable from a signal handler."""
         self._stopping.set()
+        self._maker.stop()
         self._work_arrived.set()
+        self._has_looked.set()
 
     def run(self) -> None:
-        """Work until ``stop``; then return what was claimed but not begun."""
-        lanes = [threading.Thread(target=self._lane, name=f"lane-{i}") for i in range(LANES)]
+        """Work until ``stop``; then return what was claimed but not begun.
+
+        Also ends when the device is lost, and sets ``device_failure``: nothing in this process can
+        use it again. A lane that still waits for something else is then left behind.
+        """
+        lanes = [
+            threading.Thread(target=self._lane, name=f"lane-{i}", daemon=True) for i in range(LANES)
+        ]
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         for thread in (*lanes, heart):
             thread.start()
         for lane in lanes:
-            lane.join()
+            while lane.is_alive() and time.monotonic() < self._lanes_end_at:
+                lane.join(0.1)
         self._has_ended.set()
         heart.join()
         self._store.release(self._id, has_crashed=False)
 
     def step(self) -> bool:
-        """Work off one task. False when none came before ``stop`` (or, once stopped, at once)."""
+        """Work off one group. False when none came before ``stop`` (or, once stopped, at once)."""
         self._next_up.acquire()
         waits = _Once(self._next_up.release)
         try:
-            task = self._claim()
-            if task is None:
-                return False
-            held = self._hold(task)
-            with structlog.contextvars.bound_contextvars(
-                task_id=task.id, attempt=task.attempt, request_id=task.request_id
-            ):
-                try:
-                    self._finish(task, self._outcome(task, held, waits))
-                except Abandoned as reason:
-                    _log.warning("task abandoned", reason=str(reason))
-                finally:
-                    self._let_go(task, held)
-            return True
+            group = self._claim()
+            try:
+                self._work(group, waits)
+            finally:
+                for held in group:
+                    self._let_go(held)
+            return bool(group)
         finally:
             waits()
+
+    def _work(self, group: Sequence[Held], waits: Callable[[], None]) -> None:
+        try:
+            for held, outcome in self._maker.work(group, waits, has_left=self.wake):
+                if isinstance(outcome, Postponed):
+                    with held.logged():
+                        self._recorder.postpone(held, str(outcome))
+                elif outcome is not None:
+                    with held.logged():
+                        self._recorder.finish(held, outcome)
+                self._let_go(held)
+        except DeviceError as error:
+            self.stop()
+            for held in group:
+                if self._held.get(held.task.id) is held:
+                    self._recorder.give_back(held, str(error))
+            _log.error("the device failed, so this worker ends", exc_info=error)
+            self.device_failure = error
+            self._lanes_end_at = time.monotonic() + FAREWELL_S
 
     def _lane(self) -> None:
         while not self._stopping.is_set():
@@ -151,154 +166,69 @@ class Worker:
                 _log.error("worker step failed", exc_info=error)
                 self._stopping.wait(1.0)
 
-    def _claim(self) -> Task | None:
+    def _claim(self) -> list[Held]:
         while not self._stopping.is_set():
-            self._work_arrived.clear()
-            task = self._store.claim(self._id)
-            if task is not None:
-                if task.crashes:
-                    metrics.REDELIVERIES.inc()
-                return task
-            self._work_arrived.wait(POLL_S)
-        return None
+            self._maker.wait_until_usable()
+            claimed = self._look_for_work()
+            if claimed:
+                metrics.REDELIVERIES.inc(sum(task.crashes > 0 for task in claimed))
+                group = [self._hold(task) for task in claimed]
+                self._add_company(group)
+                return group
+        return []
 
-    def _hold(self, task: Task) -> _Held:
+    def _look_for_work(self) -> list[Task]:
+        """Ask the store once, when others had their turn; if in vain, wait for the next time."""
+        self._is_claiming = True
+        try:
+            self._maker.device_is_idle.wait(self._defer_s)
+            self._work_arrived.clear()
+            claimed = self._store.claim(self._id)
+            self._has_looked.set()
+            if not claimed:
+                self._work_arrived.wait(self._poll_s)
+            return claimed
+        finally:
+            self._is_claiming = False
+
+    def _add_company(self, group: list[Held]) -> None:
+        """Claim more tasks of the first one's shape, as far as there is room for their images.
+
+        They are taken one by one, for each may want several images: the last may bring more than
+        there is room for, and these are then made after the others. What was ever given back by a
+        dead worker has no shape, and so no company.
+        """
+        shape, ends_at = group[0].task.shape, time.monotonic() + self._batch_timeout_s
+        while shape and not group[0].is_suspect and self._room(group) > 0:
+            if self._stopping.is_set():
+                return
+            self._work_arrived.clear()
+            try:
+                mates = self._store.claim(self._id, like=shape)
+            except SQLAlchemyError as error:  # those that are here need not suffer for it
+                _log.error("cannot look for company", exc_info=error)
+                return
+            group += [self._hold(task) for task in mates]
+            remaining_s = ends_at - time.monotonic()
+            if not mates and remaining_s <= 0:
+                return
+            if not mates:
+                self._work_arrived.wait(min(POLL_S, remaining_s))
+
+    def _room(self, group: Sequence[Held]) -> int:
+        images = sum(int(held.task.input["num_images"]) for held in group)
+        return self._max_batch_size - images
+
+    def _hold(self, task: Task) -> Held:
         former = self._held.get(task.id)
         if former is not None:  # a lane lost it while this process was frozen, another has it now
             former.is_lost = True
-        held = self._held[task.id] = _Held(task.attempt)
+        held = self._held[task.id] = Held(task)
         return held
 
-    def _let_go(self, task: Task, held: _Held) -> None:
-        if self._held.get(task.id) is held:
-            del self._held[task.id]
-
-    def _outcome(self, task: Task, held: _Held, waits: Callable[[], None]) -> Outcome:
-        try:
-            return self._work(task, held, waits)
-        except (FetchError, DecodeError, ImageGone) as error:
-            if isinstance(error, FetchError):
-                metrics.FETCH_BLOCKED.labels(error.reason).inc()
-            return Outcome.failure(Code.MEDIA_ACCESS_FAILED, str(error))
-        except ReduxError as error:
-            return Outcome.failure(Code.TASK_FAILED, str(error))
-        except Abandoned:
-            raise
-        except Exception as error:
-            _log.error("task failed", exc_info=error)
-            return Outcome.failure(
-                Code.INTERNAL, "The worker could not make this image; its log says why."
-            )
-
-    def _work(self, task: Task, held: _Held, waits: Callable[[], None]) -> Outcome:
-        with held.timed("fetch"):
-            image = self._images.load(task.input["image"])
-        width, height = parse_size(task.input["size"])
-        request = GenerationRequest(
-            image=image,
-            prompt=task.input["prompt"],
-            width=width,
-            height=height,
-            seed=task.input["seed"],
-            num_inference_steps=task.input["num_inference_steps"],
-            guidance_scale=task.input["guidance_scale"],
-            num_images=task.input["num_images"],
-            quality=task.input.get("quality"),
-        )
-        context = copy_context()  # for the log's task id
-        on_device = self._device.submit(context.run, self._on_device, task, request, held, waits)
-        result = on_device.result()
-        for stage, seconds in result.timings.items():
-            held.note(stage.removesuffix("_s"), seconds)
-        metrics.STEPS.labels(result.quality, "computed").inc(result.computed_steps)
-        metrics.STEPS.labels(result.quality, "reused").inc(result.reused_steps)
-        return self._store_images(task, request, held, result)
-
-    def _on_device(
-        self, task: Task, request: GenerationRequest, held: _Held, waits: Callable[[], None]
-    ) -> Result:
-        # A task that was given back may have killed its worker. It is worked on alone, so that it
-        # cannot take the next one down with it, again and again.
-        if task.crashes == 0:
-            waits()
-        try:
-            with held.timed("inference"):
-                return self._generate(request, held)
-        finally:
-            self._caches.update(self._pipeline.cache_stats())
-
-    def _generate(self, request: GenerationRequest, held: _Held) -> Result:
-        self._check_still_wanted(held)
-        for event in self._pipeline.generate(request):
-            if isinstance(event, Result):
-                return event
-            held.step = event.step
-            self._check_lease(held)
-        raise RuntimeError("the pipeline ended without a result")
-
-    def _store_images(
-        self, task: Task, request: GenerationRequest, held: _Held, result: Result
-    ) -> Outcome:
-        flags = (False,) * len(result.images)
-        if self._force_safety or task.input["enable_safety_checker"]:
-            with held.timed("safety"):
-                flags = self._safety.check(result.images)
-        keys = []
-        with held.timed("store"):
-            for i, image in enumerate(black_out(result.images, flags)):
-                self._check_lease(held)
-                key = f"{task.id}/{task.attempt}/{i}.png"
-                made = provenance(
-                    self._pipeline.info, request, seed=result.seeds[i], quality=result.quality
-                )
-                self._blobs.put(key, encode_png(image, made))
-                keys.append(key)
-        return Outcome(
-            status=Status.COMPLETED,
-            outputs=keys,
-            has_nsfw_contents=list(flags),
-            seeds=list(result.seeds),
-            timings=held.timings,
-            quality=result.quality,
-            reused_steps=result.reused_steps,
-        )
-
-    def _finish(self, task: Task, outcome: Outcome) -> None:
-        for pause_s in (0.2, 1.0, 5.0, None):
-            try:
-                recorded = self._store.finish(task.id, task.attempt, outcome)
-                break
-            except SQLAlchemyError as error:
-                # Unrecorded, the lease runs out and the task is done again: late, but not lost.
-                _log.error("could not record the end of a task", exc_info=error)
-                if pause_s is None:
-                    return
-                time.sleep(pause_s)
-        if not recorded:
-            metrics.FENCED.inc()
-            raise Abandoned("another worker has taken it over")
-        self._report(task, outcome)
-
-    def _report(self, task: Task, outcome: Outcome) -> None:
-        now = time.time()
-        reason = "" if outcome.status is Status.COMPLETED else str(outcome.code)
-        metrics.TASKS.labels(outcome.status.value, reason).inc()
-        metrics.E2E.observe(max(0.0, now - task.created_at))
-        metrics.QUEUED.observe(max(0.0, (task.started_at or now) - task.created_at))
-        metrics.INFERENCE.observe(outcome.timings.get("inference", 0) / 1000)
-        details: dict[str, Any] = {"status": outcome.status.value, "timings_ms": outcome.timings}
-        if outcome.error:
-            details["error"] = outcome.error
-        _log.info("task ended", **details)
-
-    def _check_lease(self, held: _Held) -> None:
-        if held.is_lost:
-            raise Abandoned("its lease ran out")
-
-    def _check_still_wanted(self, held: _Held) -> None:
-        self._check_lease(held)
-        if self._stopping.is_set():
-            raise Abandoned("the worker is stopping")
+    def _let_go(self, held: Held) -> None:
+        if self._held.get(held.task.id) is held:
+            del self._held[held.task.id]
 
     def _beat(self) -> None:
         """Renew leases while ``run`` does, draining included."""
@@ -312,9 +242,12 @@ class Worker:
         held = dict(self._held)
         if not held:
             return
-        progress = {key: (h.attempt, h.step) for key, h in held.items()}
-        for task_id in self._store.renew(self._id, progress).lost:
+        progress = {key: (each.task.attempt, each.step) for key, each in held.items()}
+        lease = self._ballast.make_room_for(lambda: self._store.renew(self._id, progress))
+        for task_id in lease.lost:
             held[task_id].is_lost = True
+        for task_id in lease.cancelled:
+            held[task_id].is_cancelled = True
 
 
 class _Once:

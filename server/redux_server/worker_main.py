@@ -3,37 +3,57 @@
 The one module of the server that loads torch (through the pipeline).
 """
 
+import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from typing import NoReturn
 
 import structlog
 from PIL import Image
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from redux_pipelines.errors import ReduxError
 from redux_pipelines.types import GenerationRequest, Pipeline, SafetyChecker
 from redux_server import device_lock, metrics
-from redux_server.blobs import Blobs, Signer, signing_secret
+from redux_server.blobs import BlobStore, Signer, StorageError, signing_secret
 from redux_server.compile_plan import compile_plan, wants_compile
 from redux_server.database import open_database
+from redux_server.database_clock import clock_of
 from redux_server.fetch import ImageFetcher
 from redux_server.images import ImageLoader
+from redux_server.making import Maker
 from redux_server.netguard import AddressPolicy
-from redux_server.presence import EXIT_CANNOT_LOAD, Presence, WorkerState, worker_id
-from redux_server.settings import ServerSettings
+from redux_server.presence import (
+    EXIT_CANNOT_LOAD,
+    EXIT_DEVICE_FAILED,
+    Presence,
+    WorkerState,
+)
+from redux_server.settings import ServerSettings, SettingsError
+from redux_server.storage import open_ballast, open_pictures
 from redux_server.store import TaskStore
-from redux_server.worker import Worker
+from redux_server.worker import POLL_S, Worker
+from redux_server.worker_identity import worker_id
 
 _WAITING = "waiting for the previous worker of this device to end"
+_SLOW_POLL_S = 3.0  # of a worker that gets tickets, of which some may be lost
+_DEFER_S = 1.2 * POLL_S  # every idle worker has looked by then
 _log = structlog.get_logger("redux_server.worker_main")
 
 
 def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) -> int:
     """Run the worker of one device until a signal; returns an exit code.
+
+    A device that is lost ends the process from here, with ``EXIT_DEVICE_FAILED``.
 
     With ``is_supervised``, each line on standard input means "there is work", and its end means
     "your supervisor is gone: finish and leave".
@@ -41,10 +61,14 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     supervisor = _Supervisor()
     if is_supervised:
         supervisor.listen()
-    engine = open_database(settings.database_url)
-    presence = Presence(engine)
-    name = worker_id(device)
-    store = TaskStore(engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+    else:
+        _show_metrics(settings)
+    has_tickets = settings.engine == "celery" and not is_supervised
+    engine = open_database(settings.database)
+    clock = clock_of(engine)
+    presence = Presence(engine, clock=clock)
+    name = worker_id(settings.data_dir, device)
+    store = _open_store(settings, engine, clock)
 
     def announce(state: WorkerState, detail: str = "") -> None:
         presence.announce(name, device, state, detail)
@@ -59,46 +83,89 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
         announce(WorkerState.LOADING)
         with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
             try:
+                blobs = open_pictures(settings)
+                blobs.check()
                 pipeline, safety = device_thread.submit(_load, settings, device).result()
             except Exception as error:
                 announce(WorkerState.FAILED, _reason(error))
-                _log.error("cannot load the model", reason=str(error), exc_info=error)
+                _log.error("cannot start", reason=str(error), exc_info=error)
                 return EXIT_CANNOT_LOAD
-            blobs = Blobs(settings.blobs_dir)
             signer = Signer(signing_secret(engine), clock=time.time)
             worker = Worker(
                 name,
                 store=store,
-                blobs=blobs,
-                images=_image_loader(settings, blobs, signer),
-                pipeline=pipeline,
-                safety=safety,
-                device=device_thread,
-                force_safety=settings.force_safety_checker,
+                maker=_maker(settings, name, (blobs, signer), (pipeline, safety), device_thread),
+                ballast=open_ballast(settings),
+                max_batch_size=settings.max_batch_size,
+                batch_timeout_s=settings.batch_timeout / 1000,
+                poll_s=_SLOW_POLL_S if has_tickets else POLL_S,
+                defer_s=0.0 if is_supervised else _DEFER_S,
             )
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: worker.stop())
+            _stop_at_signals(worker)
             supervisor.attach(worker)
             announce(WorkerState.READY, _describe(pipeline, settings))
             _log.info("worker ready", device=device, model=pipeline.info.name)
-            worker.run()
+            with _tickets(settings, engine, worker, wanted=has_tickets):
+                worker.run()
+                _end_if_lost(worker, announce)
         presence.leave(name)
     return 0
 
 
+def _stop_at_signals(worker: Worker) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+
+
+def _end_if_lost(worker: Worker, announce: Callable[[WorkerState, str], None]) -> None:
+    """End the process, at once, if ``worker`` lost its device."""
+    if worker.device_failure is not None:
+        with contextlib.suppress(SQLAlchemyError):  # whoever starts us again says so too
+            announce(WorkerState.FAILED, f"{worker.device_failure}; the worker has ended")
+        _end_process(EXIT_DEVICE_FAILED)
+
+
+def _end_process(code: int) -> NoReturn:
+    """End now: a lane may wait for something, and to tidy up a lost device may wait for ever."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _show_metrics(settings: ServerSettings) -> None:
+    if settings.metrics_port:
+        try:
+            metrics.serve(settings.host, settings.metrics_port)
+        except OSError as error:
+            raise SettingsError(
+                f"cannot show metrics on {settings.host}:{settings.metrics_port}: "
+                f"{error.strerror}; choose another --metrics-port or --host"
+            ) from None
+
+
+def _open_store(settings: ServerSettings, engine: Engine, clock: Callable[[], float]) -> TaskStore:
+    return TaskStore(
+        engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
+    )
+
+
 def _reason(error: Exception) -> str:
-    """Why the model cannot be loaded, for whoever asks ``/readyz``."""
-    if isinstance(error, (ReduxError, ValueError)):  # both say what to do
+    """Why no work can be done, for whoever asks ``/readyz``."""
+    if isinstance(error, (ReduxError, ValueError, StorageError)):  # they say what to do
         return str(error)
     return f"{type(error).__name__} while loading the model; the worker's log says more"
 
 
 def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
+    from redux_pipelines.host_memory import keep_freed_memory
     from redux_pipelines.loading import load_pipeline
     from redux_pipelines.safety import OpenNsfwChecker
 
     started = time.perf_counter()
     pipeline = load_pipeline(**{**settings.pipeline_options(), "device": device})
+    if pipeline.info.device == "cpu":
+        keep_freed_memory()
     safety = OpenNsfwChecker(threshold=settings.safety_threshold)
     if wants_compile(settings):
         _compile(pipeline, settings)
@@ -126,6 +193,18 @@ def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
     safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
 
 
+def _tickets(
+    settings: ServerSettings, engine: Engine, worker: Worker, *, wanted: bool
+) -> AbstractContextManager[None]:
+    """Take what the broker has for us meanwhile, if that is ``wanted``."""
+    if not wanted:
+        return nullcontext()
+    from redux_server.ticket_consumer import receiving
+    from redux_server.tickets import queue_name, ticket_app
+
+    return receiving(ticket_app(settings.broker_url, queue_name(signing_secret(engine))), worker)
+
+
 def _describe(pipeline: Pipeline, settings: ServerSettings) -> str:
     info = pipeline.info
     attention = f" with {info.attention} attention" if info.attention else ""
@@ -135,9 +214,25 @@ def _describe(pipeline: Pipeline, settings: ServerSettings) -> str:
     return text if settings.compile == "off" else f"{text}, not compiled: its log says why"
 
 
-def _image_loader(settings: ServerSettings, blobs: Blobs, signer: Signer) -> ImageLoader:
+def _maker(
+    settings: ServerSettings,
+    worker_id: str,
+    pictures: tuple[BlobStore, Signer],
+    model: tuple[Pipeline, SafetyChecker],
+    device: Executor,
+) -> Maker:
+    blobs, signer = pictures
+    pipeline, safety = model
     policy = AddressPolicy.from_entries(settings.fetch_allow_entries)
-    return ImageLoader(blobs, signer, ImageFetcher(policy))
+    return Maker(
+        images=ImageLoader(blobs, signer, ImageFetcher(policy)),
+        pipeline=pipeline,
+        safety=safety,
+        blobs=blobs,
+        worker_id=worker_id,
+        device=device,
+        force_safety=settings.force_safety_checker,
+    )
 
 
 class _Supervisor:

@@ -1,7 +1,7 @@
 """What clients saw of their tasks, and what must never be among it.
 
-A client logs every accepted task, every poll and every download in a ``TaskHistory``; ``check``
-reads the logs and knows nothing of the server's inside.
+A client logs every accepted task, every poll, every webhook and every download in a
+``TaskHistory``; ``check`` reads the logs and knows nothing of the server's inside.
 """
 
 import io
@@ -32,6 +32,11 @@ class Poll:
     def rank(self) -> int:
         return RANKS.get(str((self.prediction or {}).get("status")), -1)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it said that the task had not ended."""
+        return 0 <= self.rank < LAST
+
 
 @dataclass(frozen=True)
 class Download:
@@ -44,16 +49,30 @@ class Download:
 
 @dataclass
 class TaskHistory:
-    """All that its client ever learned of one task."""
+    """All that its client ever learned of one task.
+
+    ``cancelled_at`` is when the client asked for that, ``deleted_at`` when its delete was answered,
+    both in monotonic seconds. ``ends_as`` is the end that its request must have, if not cancelled.
+    ``told`` holds the predictions that its webhook brought, if it ``has_webhook``.
+    """
 
     id: str
     num_images: int
+    idempotency_key: str = ""
+    ends_as: str = ""
+    has_webhook: bool = False
+    cancelled_at: float | None = None
+    deleted_at: float | None = None
     accepted_at: float = field(default_factory=time.monotonic)
     polls: list[Poll] = field(default_factory=list)
     downloads: list[Download] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, http_status: int, prediction: dict[str, Any] | None) -> None:
         self.polls.append(Poll(time.monotonic(), http_status, prediction))
+
+    def is_deleted(self, at: float) -> bool:
+        return self.deleted_at is not None and at > self.deleted_at
 
     @property
     def ends(self) -> list[Poll]:
@@ -78,7 +97,14 @@ def check(histories: Iterable[TaskHistory], *, bound_s: float) -> list[Anomaly]:
     """Every broken promise in ``histories``; tasks must end within ``bound_s`` seconds."""
     found: list[Anomaly] = []
     seen: set[str] = set()
+    made: dict[str, str] = {}
     for history in histories:
+        if history.idempotency_key:
+            first = made.setdefault(history.idempotency_key, history.id)
+            if first != history.id:
+                found.append(Anomaly("two tasks of one idempotency key", history.id, first))
+            elif history.id in seen:  # its client asked twice, and was told of one task
+                continue
         if history.id in seen:
             found.append(Anomaly("id given twice", history.id))
         seen.add(history.id)
@@ -90,6 +116,8 @@ def check(histories: Iterable[TaskHistory], *, bound_s: float) -> list[Anomaly]:
 def _problems(history: TaskHistory, bound_s: float) -> Iterable[tuple[str, str]]:
     yield from _bad_answers(history)
     yield from _steps_back(history)
+    if history.deleted_at is not None and not history.ends:
+        return
     if not history.ends:
         yield "never ended", f"{len(history.polls)} polls"
         return
@@ -97,11 +125,15 @@ def _problems(history: TaskHistory, bound_s: float) -> Iterable[tuple[str, str]]
         yield "late", f"{history.took_s:.1f} s"
     yield from _changes(history)
     yield from _bad_ends(history)
+    yield from _bad_webhooks(history)
 
 
 def _bad_answers(history: TaskHistory) -> Iterable[tuple[str, str]]:
     for poll in history.polls:
-        if poll.http_status == 404:
+        if history.is_deleted(poll.at):
+            if poll.http_status == 200:
+                yield "came back after its deletion", _state(poll)
+        elif poll.http_status == 404:
             yield "lost", "unknown to the server"
         elif poll.http_status >= 400:
             yield "error answer", str(poll.http_status)
@@ -129,6 +161,10 @@ def _changes(history: TaskHistory) -> Iterable[tuple[str, str]]:
 def _bad_ends(history: TaskHistory) -> Iterable[tuple[str, str]]:
     ended = history.ends[-1].prediction or {}
     outputs = ended["outputs"]
+    if ended["status"] == "cancelled" and history.cancelled_at is None:
+        yield "cancelled unasked", str(ended)
+    elif history.ends_as and ended["status"] not in (history.ends_as, "cancelled"):
+        yield "ended otherwise", f"{ended['status']} ({ended['error']})"
     if ended["status"] != "completed":
         if outputs:
             yield "failed task with outputs", str(outputs)
@@ -145,6 +181,19 @@ def _bad_ends(history: TaskHistory) -> Iterable[tuple[str, str]]:
         problem = _download_problem(fetched.get(url))
         if problem:
             yield "output unusable", f"{url}: {problem}"
+
+
+def _bad_webhooks(history: TaskHistory) -> Iterable[tuple[str, str]]:
+    """At least one, unless the task was deleted before; all of them say what polls say."""
+    ended = history.ends[-1].prediction or {}
+    if history.told and not history.has_webhook:
+        yield "told unasked", str(history.told[0])
+    is_due = history.has_webhook and history.deleted_at is None and ended["status"] != "cancelled"
+    if is_due and not history.told:
+        yield "never told", str(ended["status"])
+    for said in history.told:
+        if said != ended:
+            yield "told another end", f"{said} is not {ended}"
 
 
 def _download_problem(download: Download | None) -> str:

@@ -91,13 +91,8 @@ class LiveServer:
     def stop(self, *, timeout_s: float = 30.0) -> int:
         """SIGTERM, then SIGKILL to whatever is left, by process id; returns the exit code."""
         workers = self.worker_pids()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+            return terminate(self.process, timeout_s)
         finally:
             for pid in workers:
                 wait_until(lambda pid=pid: not is_running(pid), 10.0, must=False)
@@ -133,6 +128,11 @@ class LiveServer:
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def log_with(self, text: str, *, timeout_s: float = 10.0) -> str:
+        """The log once ``text`` is in it: a line may come a moment after the answer it is of."""
+        wait_until(lambda: text in self.log, timeout_s, what=lambda: f"no {text!r} in\n{self.log}")
+        return self.log
 
     @property
     def database_url(self) -> str:
@@ -258,6 +258,17 @@ def wait_until(
         time.sleep(every_s)
     assert is_met or not must, f"after {timeout_s:g} s: {what()}"
     return is_met
+
+
+def terminate(process: "subprocess.Popen[bytes]", timeout_s: float) -> int:
+    """SIGTERM, then SIGKILL if that is not enough in time; returns the exit code."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def free_port() -> int:

@@ -11,7 +11,15 @@ import pytest
 import wavespeed
 from wavespeed import Client
 
-from e2e.live import LiveServer, a_picture, data_uri, download, free_port, plain_client
+from e2e.live import (
+    LiveServer,
+    a_picture,
+    data_uri,
+    download,
+    free_port,
+    plain_client,
+    wait_until,
+)
 
 MODEL = "wavespeed-ai/flux-pro-redux"
 FAST = {"size": "512*512", "num_inference_steps": 2}
@@ -148,7 +156,9 @@ def test_dead_image_url_fails_the_task_with_its_reason_and_is_not_repeated(
     tiny: LiveServer,
 ) -> None:
     patient = Client(api_key=tiny.key, base_url=tiny.base_url, max_retries=3, retry_interval=0.1)
-    before = tiny.log.count('"task ended"')
+    ended = '"task ended"'
+    before = tiny.log.count(ended)
     with pytest.raises(RuntimeError, match=r"failed \(task_id: \w{32}\): .*127\.0\.0\.1"):
         run(patient, image=f"http://127.0.0.1:{free_port()}/gone.png")
-    assert tiny.log.count('"task ended"') == before + 1
+    wait_until(lambda: tiny.log.count(ended) > before, 10, what=lambda: tiny.log)
+    assert tiny.log.count(ended) == before + 1

@@ -2,23 +2,37 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from e2e.live import LiveServer
 from redux_server.auth import KeyRing
-from redux_server.blobs import Blobs, Signer
+from redux_server.blobs import Signer
 from redux_server.coalescer import Coalescer
-from redux_server.database import open_database
+from redux_server.database import metadata, open_database
+from redux_server.listing import History
+from redux_server.places import Places
 from redux_server.presence import Presence
+from redux_server.presenting import Presenter
+from redux_server.queue_position import QueuePositions
+from redux_server.rate_limit import RateLimit
 from redux_server.services import Services
 from redux_server.settings import ServerSettings
+from redux_server.storage import disk_space, open_ballast, open_pictures
 from redux_server.store import TaskStore
+from redux_server.streams import Streams
+from redux_server.sync_mode import SyncMode
+from redux_server.uploads import Uploads
+from redux_server.webhook_parts import build_webhooks
+from server.api_stub import Stub
 from server.in_process import Api, Clock, IdleEngine
+from server.worker_bench import Bench
+from threaded import answering
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,22 +60,60 @@ def database(tmp_path: Path) -> Iterator[Engine]:
     engine.dispose()
 
 
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.cluster)])
+def either_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """An empty database of each kind by turns."""
+    if request.param == "sqlite":
+        engine = open_database(f"sqlite:///{tmp_path / 'tasks.db'}")
+    else:
+        engine = open_database(request.getfixturevalue("postgres_url"))
+        names = ", ".join(metadata.tables)
+        with engine.begin() as db:
+            db.execute(text(f"TRUNCATE {names}"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def bench(database: Engine, tmp_path: Path, clock: Clock) -> Bench:
+    """Where workers can be put to work."""
+    return Bench(database, tmp_path / "blobs", clock)
+
+
 @pytest.fixture
 def build_services(tmp_path: Path, database: Engine) -> Callable[..., Services]:
     """Parts over a temporary folder; keywords are settings."""
 
     def build(**settings: Any) -> Services:
-        given = ServerSettings(data_dir=tmp_path / "data", model="fake", **settings)
+        # No floor, hence no ballast: hundreds of tests would keep one each.
+        settings = {"min_free_disk": 0, "model": "fake", **settings}
+        given = ServerSettings(data_dir=tmp_path / "data", **settings)
         store = TaskStore(database, lease_s=given.lease_s, max_attempts=given.max_attempts)
+        signer = Signer(b"secret", clock=time.time)
+        present = Presenter(given, signer)
+        find = Coalescer(store.get, name="find")
+        bounds = {"max_open": given.max_queue, "max_open_per_key": given.max_open_per_key}
+        blobs, disk = open_pictures(given), disk_space(given)
         return Services(
             settings=given,
             store=store,
-            accept=Coalescer(lambda new: store.accept(new, max_open=given.max_queue), name="in"),
-            find=Coalescer(store.get, name="find"),
+            accept=Coalescer(partial(store.accept, **bounds), name="in"),
+            find=find,
+            places=Places(partial(store.vacancies, **bounds)),
             keys=KeyRing(database),
+            rate=RateLimit(given.rate_limit),
             presence=Presence(database),
-            blobs=Blobs(given.blobs_dir),
-            signer=Signer(b"secret", clock=time.time),
+            blobs=blobs,
+            signer=signer,
+            present=present,
+            webhooks=build_webhooks(given, database, store, present),
+            history=History(database),
+            queue=QueuePositions(database),
+            streams=Streams(store.glance),
+            disk=disk,
+            ballast=open_ballast(given),
+            uploads=Uploads(given, blobs=blobs, signer=signer, disk=disk, folder=given.data_dir),
+            sync_mode=SyncMode(find, limit_s=given.sync_timeout_s, poll_s=0.01),
             engine=IdleEngine(),
         )
 
@@ -93,3 +145,27 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     data_dir = tmp_path_factory.mktemp("live") / "data"
     with LiveServer(data_dir, "--fetch-allow", "127.0.0.1", "--log-level", "debug") as server:
         yield server
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    """What a client meets instead of the server."""
+    with answering(Stub()) as server:
+        try:
+            yield server
+        finally:
+            server.is_over.set()
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch, api: Api) -> list[str]:
+    """The keys of all pictures that were stored, for however short a time."""
+    keys: list[str] = []
+    put = type(api.services.blobs).put
+
+    def noting(blobs: Any, key: str, data: bytes) -> None:
+        keys.append(key)
+        put(blobs, key, data)
+
+    monkeypatch.setattr(type(api.services.blobs), "put", noting)
+    return keys

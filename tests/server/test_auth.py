@@ -1,9 +1,11 @@
 """Keys: how they are stored, recognised, revoked; and what the middleware lets through."""
 
-import asyncio
 import hashlib
 import json
-from collections.abc import Callable
+import random
+import string
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,17 @@ def test_list_shows_no_secret_and_is_in_order(ring: KeyRing, clock: Clock) -> No
     assert not [secret for secret in secrets if secret in repr(ring.list())]
 
 
+def test_key_has_the_priority_it_was_made_with(ring: KeyRing) -> None:
+    ring.create("usual")
+    ring.create("urgent", priority=7)
+    ring.create("patient", priority=-3)
+    assert {key.name: key.priority for key in ring.list()} == {
+        "usual": 0,
+        "urgent": 7,
+        "patient": -3,
+    }
+
+
 def test_ring_is_empty_until_there_is_a_valid_key(ring: KeyRing) -> None:
     assert ring.is_empty()
     ring.create("me")
@@ -190,12 +203,19 @@ def test_unreadable_file_is_told(tmp_path: Path, content: bytes | None) -> None:
 # --- the middleware -------------------------------------------------------------------------------
 
 
+def _run(call: Coroutine[Any, Any, None]) -> None:
+    """Run to the end what never waits: an event loop for each would take most of the time."""
+    with pytest.raises(StopIteration):
+        call.send(None)
+
+
 class Door:
     """The middleware before an app that notes who came through."""
 
-    def __init__(self) -> None:
+    def __init__(self, recognise: Callable[[str], str | None] | None = None) -> None:
         self.passed: list[Any] = []
-        self.app = AuthMiddleware(self._inner, recognise={"right": "owner-1"}.get)
+        known = {"right": "owner-1"}
+        self.app = AuthMiddleware(self._inner, recognise=recognise or known.get)
 
     async def _inner(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.passed.append(scope.get("state", {}).get("key_id"))
@@ -212,7 +232,7 @@ class Door:
             sent.append(message)
 
         scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
-        asyncio.run(self.app(scope, receive, send))
+        _run(self.app(scope, receive, send))
         return sent[0]["status"], sent[1]["body"]
 
 
@@ -247,6 +267,90 @@ def test_other_authorizations_do_not_pass(header: bytes) -> None:
     door = Door()
     assert door.knock("/api/v3/x", (b"authorization", header))[0] == 401
     assert not door.passed
+
+
+def wrong_headers(key: str, count: int, seed: int) -> Iterator[bytes]:
+    """Values of Authorization that are near to the right one, or far from it; never the same."""
+    rng = random.Random(seed)
+    right = f"Bearer {key}".encode()
+    text = string.ascii_letters + string.digits + "-_"
+
+    def another() -> bytes:
+        return ("Bearer frs_" + "".join(rng.choices(text, k=32))).encode()
+
+    def near() -> bytes:
+        at, changed = rng.randrange(7, len(right)), bytearray(right)
+        changed[at : at + rng.randrange(2)] = rng.choice(text).encode()
+        return bytes(changed)
+
+    def mangled() -> bytes:
+        ways = (bytes.upper, bytes.swapcase, bytes.lower, lambda b: b[:-1], lambda b: b[8:])
+        return bytes(rng.choice(ways)(right)) + rng.choice((b"", b"x", b",", b"\0", b" ", b"=")) * 2
+
+    def digest() -> bytes:
+        return b"Bearer " + hashlib.sha256(key.encode()).hexdigest().encode()[: rng.randrange(65)]
+
+    def scheme() -> bytes:
+        name = rng.choice((b"Basic", b"Token", b"Bearer:", b"Bearer\t", b"", b"Bear", b"ApiKey"))
+        return name + rng.choice((b" ", b"", b"  ")) + key.encode() + rng.choice((b"", b" x"))
+
+    def noise() -> bytes:
+        return rng.choice((b"Bearer ", b"")) + rng.randbytes(rng.randrange(200))
+
+    def injected() -> bytes:
+        return rng.choice(
+            (b"Bearer ' OR '1'='1", b"Bearer %", b"Bearer *", b"Bearer null", b"Bearer [object]",
+             b"Bearer frs_%" , b"Bearer " + key.encode() + b"'--", b"Bearer \xc0\xae")
+        ) + rng.randbytes(rng.randrange(3)).hex().encode()  # fmt: skip
+
+    made = 0
+    while made < count:
+        value = rng.choice((another, near, mangled, digest, scheme, noise, injected))()
+        parts = value.split(b" ", 1)
+        is_right = parts[0].lower() == b"bearer" and parts[-1].strip() == key.encode()
+        if not is_right:
+            made += 1
+            yield value
+
+
+def test_none_of_ten_thousand_wrong_headers_passes(database: Engine) -> None:
+    ring = KeyRing(database)
+    key = ring.create("me")
+    door = Door(ring.recognise)
+    assert door.knock("/api/v3/x", (b"authorization", f"Bearer {key}".encode()))[0] == 200
+    door.passed.clear()
+    answers = Counter(
+        door.knock("/api/v3/x", (b"authorization", value))[0]
+        for value in wrong_headers(key, 10_000, seed=1)
+    )
+    assert answers == {401: 10_000}
+    assert door.passed == []
+
+
+def test_first_of_two_headers_counts_and_a_second_changes_nothing() -> None:
+    wrong, right = (b"authorization", b"Bearer wrong"), (b"authorization", b"Bearer right")
+    assert Door().knock("/api/v3/x", wrong, right)[0] == 401
+    assert Door().knock("/api/v3/x", right, wrong)[0] == 200
+
+
+def test_keys_are_compared_in_constant_time(
+    database: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their digests, which tell nothing of the key, and by ``compare_digest`` alone."""
+    path = tmp_path / "keys"
+    path.write_text(f"me:{FILE_KEY}\n")
+    ring = KeyRing(database, file=str(path))
+    stored = ring.create("me")
+    compared = []
+
+    def compare(a: str, b: str) -> bool:
+        compared.append((a, b))
+        return False
+
+    monkeypatch.setattr("redux_server.auth.hmac.compare_digest", compare)
+    assert ring.recognise(FILE_KEY) is None and ring.recognise(stored) is None
+    assert len(compared) == 3
+    assert all(len(a) == len(b) == 64 for a, b in compared), "digests, never keys"
 
 
 def test_key_in_another_header_does_not_pass_but_is_told_where_to_put_it() -> None:

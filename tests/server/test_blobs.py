@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from redux_server.blobs import Blobs, Signer, signing_secret
+from redux_server.blobs import Blobs, Signer, StorageError, signing_secret
 from redux_server.database import open_database
 from redux_server.errors import Gone, NotFound
 from server.in_process import Clock
@@ -87,6 +87,36 @@ def test_key_cannot_leave_the_folder(blobs: Blobs, tmp_path: Path, key: str) -> 
     with pytest.raises(Exception) as caught:
         blobs.get(key)
     assert not isinstance(caught.value, AssertionError)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["..", "../x", "a/../../x", "/etc/passwd", "//etc/passwd", "./../x", "a/./../../x", "a/../..",
+     "%2e%2e/x", "..%2fx", "%2e%2e%2fx", "..\\x", "a\0/../../x", "\0", "a/1/0.png\0.txt",
+     "a" * 5000,
+     "~/../../x", "a/\u2024\u2024/x", "．．/x", "C:\\x", "file:///../../etc/passwd", "/"],
+)  # fmt: skip
+def test_no_key_reads_outside_the_folder(blobs: Blobs, tmp_path: Path, key: str) -> None:
+    """Even with a right signature, which only we can make."""
+    for name in ("x", "etc/passwd"):
+        target = tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(b"outside")
+    with pytest.raises((FileNotFoundError, StorageError)):
+        blobs.get(key)
+
+
+def test_link_out_of_the_folder_is_not_followed(blobs: Blobs, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "0.png").write_bytes(b"outside")
+    (tmp_path / "blobs" / "a").symlink_to(tmp_path / "secret")
+    (tmp_path / "blobs" / "b").mkdir()
+    (tmp_path / "blobs" / "b" / "0.png").symlink_to(tmp_path / "secret" / "0.png")
+    blobs.put("c/0.png", b"inside")
+    for key in ("a/0.png", "b/0.png"):
+        with pytest.raises(FileNotFoundError):
+            blobs.get(key)
+    assert blobs.get("c/0.png") == b"inside"
 
 
 # --- signatures -----------------------------------------------------------------------------------

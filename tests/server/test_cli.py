@@ -18,6 +18,7 @@ VERBS = (
     ["generate"],
     ["warmup"],
     ["submit"],
+    ["cancel"],
     ["demo"],
     ["keys"],
     ["keys", "create"],
@@ -70,6 +71,11 @@ def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> Non
         ),
         (["serve", "--transformer-dtype", "int4"], "must be one of auto, same, fp8, got 'int4'"),
         (["keys", "create"], "the following arguments are required: --name"),
+        (
+            ["keys", "create", "--name", "me", "--priority", "11"],
+            "--priority must be -10 to 10, got 11",
+        ),
+        (["cancel"], "the following arguments are required: ID; see `flux-redux cancel --help`"),
         (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0, cuda:1"),
         (["generate", "a.png", "--size", "9x9"], "size must be"),
         (["submit", "a.png", "--quality", "best"], 'quality must be one of "exact", "balanced"'),
@@ -131,12 +137,12 @@ def test_serve_refuses_a_tier_that_its_backend_lacks(tmp_path: Path) -> None:
 
 
 def test_request_flags_have_the_defaults_of_the_api() -> None:
-    from redux_server.client import read_parameters
     from redux_server.schemas import PredictionRequest
+    from redux_server.submitting import read_parameters
 
     for verb in ("submit", "generate"):
         given = build_parser().parse_args([verb, "a.png"])
-        assert read_parameters(given) == PredictionRequest(image="-")
+        assert read_parameters(given) == PredictionRequest(image="picture")
 
 
 def test_negative_seeds_are_values_not_flags() -> None:

@@ -4,106 +4,19 @@ import argparse
 import io
 import json
 import socket
-import threading
-from collections.abc import Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from redux_server import cli, client
+from redux_server import cli, client, submitting
 from redux_server.cli import UsageError
 from redux_server.client import Client, ClientError
 from redux_server.inline_image import decode
 from redux_server.progress import ProgressReport
-from redux_server.schemas import PredictionRequest
 from redux_server.settings import ClientSettings
-
-TASK = "45b392b22c3b449fa935bd4dc2219dfe"
-KEY = "frs_of-the-test"
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
-REQUEST = PredictionRequest(image="http://example.com/a.png")
-
-
-class Stub(ThreadingHTTPServer):
-    """Answers with ``script[path]``, one entry per call (the last one again and again)."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.script: dict[str, list[tuple[int, Any, dict[str, str]]]] = {}
-        self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
-
-    def answers(self, path: str, *entries: Any, status: int = 200, **headers: str) -> None:
-        fields = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.script.setdefault(path, []).extend((status, entry, fields) for entry in entries)
-
-    def task(self, status: str, **more: Any) -> dict[str, Any]:
-        data = {
-            "id": TASK,
-            "model": "wavespeed-ai/flux-pro-redux",
-            "outputs": [],
-            "urls": {"get": f"{self.url}/api/v3/predictions/{TASK}/result"},
-            "has_nsfw_contents": [],
-            "status": status,
-            "error": "",
-            "progress": {"step": 0, "total_steps": 28},
-            **more,
-        }
-        return {"code": 200, "message": "success", "data": data}
-
-    def completed(self, *, flags: tuple[bool, ...] = (False, False)) -> dict[str, Any]:
-        outputs = [f"{self.url}/files/{i}.png" for i in range(len(flags))]
-        for i in range(len(flags)):
-            self.answers(f"/files/{i}.png", PNG + bytes([i]))
-        seeds = list(range(7, 7 + len(flags)))
-        return self.task("completed", outputs=outputs, has_nsfw_contents=list(flags), seeds=seeds)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Stub
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.seen.append((self.command, self.path, headers, body))
-        entries = self.server.script.get(self.path, [(404, {"message": "not here"}, {})])
-        status, entry, extra = entries.pop(0) if len(entries) > 1 else entries[0]
-        data = entry if isinstance(entry, bytes) else json.dumps(entry).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **extra}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
-RESULT = f"/api/v3/predictions/{TASK}/result"
-
-
-@pytest.fixture
-def stub() -> Iterator[Stub]:
-    server = Stub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+from server.api_stub import KEY, PNG, REQUEST, RESULT, SUBMIT, TASK, Stub
 
 
 @pytest.fixture
@@ -142,6 +55,30 @@ def test_quality_is_sent_if_it_was_given(stub: Stub, photo: Path) -> None:
     submit(stub.url, photo, "--quality", "fast")
     submit(stub.url, photo)
     assert [json.loads(body)["quality"] for _, _, _, body in stub.seen] == ["fast", None]
+
+
+def test_pictures_and_what_counts_of_them_are_sent(stub: Stub, photo: Path) -> None:
+    stub.answers(SUBMIT, stub.task("created"))
+    url = "https://example.com/b.png"
+    flags = ["--images", url, str(photo), "--image-weights", "1,0,2.5", "--mask", str(photo)]
+    submit(stub.url, photo, *flags, "--redux-pooling", "9", "--output-format", "jpeg")
+    sent = json.loads(stub.seen[0][3])
+    assert sent["images"][0] == url
+    assert decode(sent["images"][1]) == decode(sent["mask"]) == photo.read_bytes()
+    asked = sent["image_weights"], sent["redux_pooling"], sent["output_format"]
+    assert asked == ([1, 0, 2.5], 9, "jpeg")
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"), [("0.jpeg", ".jpeg"), ("0.webp", ".webp"), ("0.exe", ".png"), ("0", ".png")]
+)
+def test_file_has_the_extension_of_its_url(
+    name: str, saved: str, stub: Stub, tmp_path: Path
+) -> None:
+    stub.answers(f"/files/{name}", PNG)
+    task = stub.task("completed", outputs=[f"{stub.url}/files/{name}"])["data"]
+    with closing(Client(stub.url, KEY)) as api:
+        assert api.download(task, tmp_path) == [tmp_path / f"{TASK}-0{saved}"]
 
 
 def test_a_url_is_sent_as_it_is(stub: Stub) -> None:
@@ -314,6 +251,35 @@ def test_an_expired_output_is_an_error_and_leaves_no_file(stub: Stub, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cancel_names_the_task_and_says_what_became_of_it(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = f"/api/v3/predictions/{TASK}/cancel"
+    stub.answers(path, stub.task("processing"), stub.task("cancelled"))
+    for said in ("stops at its next step", f"task {TASK} cancelled"):
+        assert cli.run(["cancel", TASK, "--url", stub.url, "--key", KEY]) == 0
+        assert said in capsys.readouterr().out
+    assert [(method, where) for method, where, *_ in stub.seen] == [("POST", path)] * 2
+    assert all(headers["authorization"] == f"Bearer {KEY}" for _, _, headers, _ in stub.seen)
+
+
+@pytest.mark.parametrize("task_id", ["../../x", "", TASK + "?a"])
+def test_cancel_sends_nothing_for_what_is_no_id(
+    stub: Stub, capsys: pytest.CaptureFixture[str], task_id: str
+) -> None:
+    assert cli.run(["cancel", task_id, "--url", stub.url, "--key", KEY]) == 1
+    assert "is no task's id" in capsys.readouterr().err
+    assert not stub.seen
+
+
+def test_cancel_of_an_unknown_task_tells_the_servers_words(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.answers(f"/api/v3/predictions/{TASK}/cancel", {"message": "No task here"}, status=404)
+    assert cli.run(["cancel", TASK, "--url", stub.url, "--key", KEY]) == 1
+    assert "No task here" in capsys.readouterr().err
+
+
 def test_interrupting_the_wait_says_how_to_fetch_the_result(
     stub: Stub,
     photo: Path,
@@ -373,15 +339,15 @@ def test_a_file_that_is_not_there_is_said(
 def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
-        file.truncate(client.MAX_BYTES + 1)
+        file.truncate(submitting.MAX_BYTES + 1)
     with pytest.raises(ClientError, match=r"has 20\.0 MiB; allowed are 20 MiB"):
-        client.picture(str(path))
+        submitting.picture(str(path))
 
 
 def test_an_empty_key_in_the_environment_is_no_key() -> None:
     given = argparse.Namespace(image="x", out=".", wait=False)
     with pytest.raises(UsageError, match="no API key"):
-        client.submit(given, ClientSettings(key=" "))
+        submitting.submit(given, ClientSettings(key=" "))
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -399,9 +365,9 @@ class _Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar() -> None:
     stream = _Terminal()
     with closing(ProgressReport(stream)) as progress:
-        progress.show("queued")
+        progress.show("queued", detail=", 3 before it")
         progress.show("step", 12, 28)
-    assert "queued" in stream.getvalue()
+    assert "queued, 3 before it" in stream.getvalue()
     assert "step 12/28" in stream.getvalue()
     assert "\r" in stream.getvalue()
 
@@ -413,3 +379,11 @@ def test_a_file_gets_lines_now_and_then() -> None:
             now[0] += 1.0
             progress.show("step", step, 28)
     assert stream.getvalue().splitlines() == ["step 1/28", "step 16/28"]
+
+
+def test_a_file_gets_no_line_for_each_place_in_the_queue() -> None:
+    stream = io.StringIO()
+    with closing(ProgressReport(stream, clock=lambda: 100.0)) as progress:
+        for position in range(900, 0, -1):
+            progress.show("queued", detail=f", {position} before it")
+    assert stream.getvalue().splitlines() == ["queued, 900 before it"]

@@ -1,9 +1,12 @@
-import io
 import os
-import random
+import resource
 import struct
 import subprocess
+import time
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +15,9 @@ from PIL import Image, features
 
 import redux_server.decode as decode
 from redux_server.decode import DecodeError, accepted_formats, decode_image, sniff
+from server.hostile_images import bombs, chunk, encoded, gradient, mutated
 
 RETRY_WORDS = ("timeout", "connection", "http 5", "http 429")
-
-
-def gradient(width=64, height=48):
-    x = np.linspace(0, 255, width)[None, :].repeat(height, 0)
-    y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
-
-
-def encoded(image, format_name, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format_name, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png(width, height, body=b"", *, depth=8, color=2, extra=b""):
@@ -61,7 +49,11 @@ def assert_close(image, expected, tolerance=12):
 def our_processes():
     """What this process started and has not waited for, zombies included, by any of its threads."""
     lists = Path("/proc/self/task").glob("*/children")
-    return {pid for path in lists for pid in path.read_text().split()}
+    found: set[str] = set()
+    for path in lists:
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found |= set(path.read_text().split())
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -253,35 +245,70 @@ def test_html_behind_a_sound_picture_is_dropped():
     assert_close(decode_image(data), gradient(), tolerance=1)
 
 
-def mutations(count, seed):
-    rng = random.Random(seed)
-    originals = [encoded(gradient(), name) for name in accepted_formats()]
-    for index in range(count):
-        data = bytearray(originals[index % len(originals)])
-        for _ in range(rng.choice((1, 2, 8, 40))):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        if rng.random() < 0.2:
-            del data[rng.randrange(len(data)) :]
-        yield bytes(data)
+WORKERS = 2  # at a time: more would measure each other
+SLOWEST_S = decode.LIMIT_S + 2  # the limit, and the child's start on a busy machine
+
+
+def outcome(data):
+    """``(reason or "decoded", seconds)``; anything but a picture or a clear refusal is an error."""
+    started = time.monotonic()
+    try:
+        image = decode_image(data)
+    except DecodeError as error:
+        text = error.public_message
+        assert text and text == str(error) and len(text) < 400
+        assert not any(word in text.lower() for word in RETRY_WORDS)
+        ended = error.reason
+    else:
+        assert image.mode == "RGB" and image.width * image.height <= decode.MAX_PIXELS
+        ended = "decoded"
+    return ended, time.monotonic() - started
+
+
+def check_hostile(files):
+    """Every file decodes or is refused within the limit, and this process lives to say so."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        results = list(pool.map(outcome, files))
+    counts = Counter(reason for reason, _ in results)
+    slowest = max(seconds for _, seconds in results)
+    print(f"{len(results)} files, slowest {slowest:.2f} s:", dict(counts))
+    assert slowest < SLOWEST_S
+    assert set(counts) <= {"decoded", "broken", "format", "pixels", "small", "memory", "slow"}
+    return counts
 
 
 def check_mutations(count, seed):
-    for data in mutations(count, seed):
-        try:
-            image = decode_image(data)
-        except DecodeError as error:
-            assert error.public_message
-        else:
-            assert image.mode == "RGB" and image.width * image.height <= decode.MAX_PIXELS
+    counts = check_hostile(mutated(count, seed))
+    assert sum(counts.values()) == count
+    # Neither of these alone would mean that the files were looked into.
+    assert min(counts["decoded"], counts["broken"]) > count // 10
+    assert counts["slow"] == 0
 
 
 def test_mutated_pictures_fail_clearly_or_decode():
-    check_mutations(30, seed=1)
+    check_mutations(300, seed=1)
 
 
 @pytest.mark.slow
 def test_many_mutated_pictures_fail_clearly_or_decode():
-    check_mutations(int(os.environ.get("REDUX_TEST_MUTATIONS", "500")), seed=2)
+    check_mutations(int(os.environ.get("REDUX_TEST_MUTATIONS", "10000")), seed=2)
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_bomb_is_refused_or_harmless(name):
+    """In seconds of a processor, as a busy machine may make any file slow."""
+    data = bombs()[name]
+    assert len(data) < 2**20, "a small file"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    check_hostile([data])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{spent_s:.2f} s of a processor")
+    assert spent_s < 2
+
+
+def test_mutations_are_the_same_again():
+    assert list(mutated(50, seed=3)) == list(mutated(50, seed=3)) != list(mutated(50, seed=4))
 
 
 @pytest.mark.slow
@@ -348,6 +375,35 @@ def test_a_child_that_hangs_is_killed(code, monkeypatch, tmp_path):
     data = encoded(gradient(), "PNG") + bytes(4 * 2**20)  # more than a pipe holds
     error = refusal(data, limit_s=0.6)
     assert error.reason == "slow" and "longer than 0.6 s" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "waited_s", "expected"),
+    [
+        ("500000000 9000000000 40\n", 10.0, True),  # half a second's work, nine seconds in line
+        ("9900000000 90000000 40\n", 10.0, False),  # it worked all the time
+        ("1000000 1000000 2\n", 10.0, False),  # it slept
+        ("", 10.0, False),  # a system that does not tell
+    ],
+)
+def test_a_child_without_a_processor_is_told_from_one_that_is_slow(schedule, waited_s, expected):
+    assert decode.is_starved(schedule, waited_s) is expected
+
+
+@pytest.mark.parametrize("starved", [False, True])
+def test_a_starved_child_has_more_time_but_not_for_ever(starved, monkeypatch, tmp_path):
+    fake_child(monkeypatch, tmp_path, "time.sleep(60)")
+    asked = []
+
+    def is_starved(schedule, waited_s):
+        asked.append(schedule)
+        return starved
+
+    monkeypatch.setattr(decode, "is_starved", is_starved)
+    began = time.monotonic()
+    assert refusal(encoded(gradient(), "PNG"), limit_s=0.2).reason == "slow"
+    assert (time.monotonic() - began > 0.2 * decode.STARVED_FACTOR) is starved
+    assert not Path("/proc/self/schedstat").exists() or len(asked[0].split()) == 3
 
 
 def test_a_child_that_cannot_start_is_our_fault(monkeypatch, tmp_path):

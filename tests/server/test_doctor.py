@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from e2e.live import free_port
 from redux_pipelines import placing, safety
 from redux_pipelines.cards import Card
 from redux_pipelines.errors import WeightsError
@@ -336,7 +337,7 @@ def test_a_port_on_which_we_run_already_is_noted(
 
 
 def test_keys_are_counted_without_those_revoked(settings: ServerSettings, tmp_path: Path) -> None:
-    database = open_database(settings.database_url)
+    database = open_database(settings.database)
     ring = KeyRing(database)
     ring.create("a")
     ring.create("b")
@@ -355,15 +356,6 @@ def test_without_keys_only_loopback_is_fine(settings: ServerSettings) -> None:
 def test_a_keys_file_of_no_use_is_missing(settings: ServerSettings, tmp_path: Path) -> None:
     chosen = replace(settings, api_keys_file=str(tmp_path / "absent"))
     assert only(doctor.check_api_keys(chosen)).level is Level.MISSING
-
-
-def test_a_missing_compiler_is_noted(
-    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
-    finding = only(doctor.check_compiler(settings))
-    assert finding.level is Level.NOTE
-    assert "apt install gcc" in finding.text
 
 
 @pytest.mark.parametrize(("wanted", "level"), [("auto", Level.NOTE), ("fp8", Level.MISSING)])
@@ -403,3 +395,28 @@ def test_fp8_needs_the_engine(settings: ServerSettings) -> None:
         Level.MISSING,
         "needs --backend engine, and it is diffusers",
     )
+
+
+def test_one_machine_has_nothing_to_share(settings: ServerSettings) -> None:
+    assert list(doctor.check_cluster(settings)) == []
+
+
+def test_what_several_machines_lack_is_said(settings: ServerSettings) -> None:
+    url = f"postgresql://u:hunter2@127.0.0.1:{free_port()}/db"
+    given = replace(settings, database_url=url, engine="celery")
+    database, engine = doctor.check_cluster(given)
+    assert (database.level, database.subject) == (Level.MISSING, "database")
+    assert "check --database-url" in database.text
+    assert (engine.level, engine.subject) == (Level.MISSING, "engine")
+    assert "needs --broker-url" in engine.text
+    assert "hunter2" not in database.text
+    assert only(doctor.check_api_keys(given)).text == "cannot be counted: see the database"
+
+
+@pytest.mark.cluster
+def test_a_database_of_several_machines_is_named(
+    settings: ServerSettings, postgres_url: str
+) -> None:
+    found = only(doctor.check_cluster(replace(settings, database_url=postgres_url)))
+    assert (found.level, found.subject) == (Level.OK, "database")
+    assert found.text.startswith("postgresql+psycopg://")

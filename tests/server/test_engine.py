@@ -16,10 +16,11 @@ from redux_server import engine as engine_module
 from redux_server.database import open_database
 from redux_server.device_lock import holding, is_free, lock_path
 from redux_server.engine import LocalEngine, devices
-from redux_server.presence import Presence, WorkerState, worker_id
+from redux_server.presence import Presence, WorkerState
 from redux_server.settings import ServerSettings
 from redux_server.store import TaskStore
 from redux_server.tasks import NewTask, Status
+from redux_server.worker_identity import worker_id
 
 # Notes its life in the data directory; what it does besides is appended.
 STUB = """
@@ -42,13 +43,13 @@ def settings(tmp_path: Path) -> ServerSettings:
 
 @pytest.fixture
 def store(settings: ServerSettings) -> Iterator[TaskStore]:
-    database = open_database(settings.database_url)
+    database = open_database(settings.database)
     yield TaskStore(database, max_attempts=settings.max_attempts)
     database.dispose()
 
 
 def presence_of(settings: ServerSettings) -> Presence:
-    return Presence(open_database(settings.database_url))
+    return Presence(open_database(settings.database))
 
 
 class Notes:
@@ -96,11 +97,10 @@ def play(
     return notes
 
 
-def claimed_task(store: TaskStore, device: str = "cpu") -> str:
+def claimed_task(settings: ServerSettings, store: TaskStore, device: str = "cpu") -> str:
     """A task in the hands of the worker of ``device``."""
     store.accept([NewTask(key_id="k", model="m", input={})], max_open=10)
-    task = store.claim(worker_id(device))
-    assert task is not None
+    (task,) = store.claim(worker_id(settings.data_dir, device))
     return task.id
 
 
@@ -213,7 +213,7 @@ def test_waking_a_worker_that_never_listens_neither_blocks_nor_gathers_memory(
 def test_a_dead_workers_tasks_wait_again_and_a_new_worker_is_started(
     settings: ServerSettings, store: TaskStore
 ) -> None:
-    claimed_task(store)
+    claimed_task(settings, store)
 
     async def scenario(_engine: LocalEngine, notes: Notes) -> None:
         [(_, pid, _)] = await notes.wait_for("started")
@@ -227,11 +227,11 @@ def test_a_dead_workers_tasks_wait_again_and_a_new_worker_is_started(
 
 
 def test_a_poison_task_fails_at_its_last_crash(settings: ServerSettings, store: TaskStore) -> None:
-    task_id = claimed_task(store)
+    task_id = claimed_task(settings, store)
 
     async def scenario(_engine: LocalEngine, notes: Notes) -> None:
         await until(lambda: is_waiting(store))
-        store.claim(worker_id("cpu"))
+        store.claim(worker_id(settings.data_dir, "cpu"))
         await until(lambda: status_of(store, task_id) is Status.FAILED)
 
     play(settings, store, "time.sleep(0.1)\n" + DIE, scenario)
@@ -240,7 +240,7 @@ def test_a_poison_task_fails_at_its_last_crash(settings: ServerSettings, store: 
 def test_what_a_predecessor_still_works_on_is_left_to_it(
     settings: ServerSettings, store: TaskStore
 ) -> None:
-    claimed_task(store)
+    claimed_task(settings, store)
 
     async def scenario(_engine: LocalEngine, notes: Notes) -> None:
         await notes.wait_for("started", 2)
@@ -329,9 +329,9 @@ def test_stop_waits_for_workers_to_finish(settings: ServerSettings, store: TaskS
 def test_stop_kills_a_late_worker_and_puts_its_task_under_no_suspicion(
     settings: ServerSettings, store: TaskStore
 ) -> None:
-    task_id = claimed_task(store)
-    store.release(worker_id("cpu"))
-    store.claim(worker_id("cpu"))  # its last attempt
+    task_id = claimed_task(settings, store)
+    store.release(worker_id(settings.data_dir, "cpu"))
+    store.claim(worker_id(settings.data_dir, "cpu"))  # its last attempt
 
     async def scenario(engine: LocalEngine, notes: Notes) -> None:
         [(_, pid, _)] = await notes.wait_for("started")
@@ -362,7 +362,9 @@ def test_stop_does_not_wait_for_the_next_restart(
 
 def test_a_dead_worker_does_not_stay_ready(settings: ServerSettings, store: TaskStore) -> None:
     presence = presence_of(settings)
-    presence.announce(worker_id("cpu"), "cpu", WorkerState.READY, "said before it was killed")
+    presence.announce(
+        worker_id(settings.data_dir, "cpu"), "cpu", WorkerState.READY, "said before it was killed"
+    )
     seen = []
 
     async def scenario(engine: LocalEngine, notes: Notes) -> None:

@@ -14,6 +14,7 @@ import pytest
 from redux_server import netbackend
 from redux_server.fetch import ImageFetcher
 from redux_server.netguard import AddressPolicy, FetchError
+from server.bad_urls import ALL_MALFORMED, FORBIDDEN_ADDRESSES, loopback_urls
 
 RETRY_WORDS = ("timeout", "connection", "http 5", "http 429")
 LOOPBACK = AddressPolicy.from_entries(["127.0.0.0/8"])
@@ -145,6 +146,26 @@ def test_redirects_are_checked_from_scratch(location, reason, status):
     web = FakeWeb(answer(b"", f"Location: {location}", status=status))
     assert refusal(web.fetcher(), "https://h.example/").reason == reason
     assert len(web.connected) == 1
+
+
+REDIRECTED_TO = [
+    *(url for _, url in ALL_MALFORMED if ":" in url and url.isascii() and url.isprintable()),
+    *(f"http://[{a}]/" if ":" in a else f"http://{a}/" for a in FORBIDDEN_ADDRESSES),
+    *(url for url in loopback_urls(8000) if url.isascii()),
+]
+
+
+@pytest.mark.parametrize("hop", [1, 3])
+def test_no_redirect_leads_to_any_url_of_the_table(hop):
+    """At whatever hop: a URL that would be refused at first is refused as a redirect too."""
+    assert len(REDIRECTED_TO) >= 150
+    for url in REDIRECTED_TO:
+        onwards = [answer(b"", "Location: /on", status="302 Found")] * (hop - 1)
+        inwards = answer(b"", f"Location: {url}", status="307 Temporary Redirect")
+        web = FakeWeb(*onwards, inwards, answers=[["1.1.1.1"]] * hop + [["127.0.0.1"]] * 9)
+        error = refusal(web.fetcher(), "http://h.example/")
+        assert error.reason in ("scheme", "host", "address", "redirect"), url
+        assert web.connected == [("1.1.1.1", 80)] * hop, url
 
 
 def test_redirect_without_location():

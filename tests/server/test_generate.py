@@ -169,7 +169,7 @@ def test_without_the_safety_checker_it_is_not_even_loaded(
         (["--guidance-scale", "0.5"], "guidance_scale must be a number from 1 to 20; got 0.5."),
         (["--num-images", "5"], "num_images must be an integer from 1 to 4; got 5."),
         (["--prompt", "x" * 10_001], "prompt must be a text of at most 10000 characters"),
-        (["-o", "out.jpg"], "--out must be the name of a .png file, got 'out.jpg'"),
+        (["-o", "out.gif"], "--out must be the name of a .png file (--output-format png), got"),
         (["-o", "folder.png"], "--out must be the name of a .png file"),
     ],
 )

@@ -1,6 +1,5 @@
 """The list of workers, with a clock that the test turns."""
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 
 from redux_server.database import open_database
-from redux_server.presence import Presence, WorkerState, WorkerStatus, worker_id
+from redux_server.presence import Presence, WorkerState, WorkerStatus
 
 
 class Clock:
@@ -126,5 +125,11 @@ def test_listing_does_not_wait_for_a_writer(presence: Presence, engine: Engine) 
     assert "BEGIN IMMEDIATE" not in begun
 
 
-def test_a_workers_name_tells_machine_and_device() -> None:
-    assert worker_id("cuda:1") == f"{socket.gethostname()}/cuda:1"
+def test_workers_that_were_silent_for_long_are_forgotten(presence: Presence, clock: Clock) -> None:
+    presence.announce("gone", "cpu", WorkerState.READY)
+    presence.announce("silent", "cpu", WorkerState.READY)
+    clock.now += 100
+    presence.heartbeat("silent")
+    clock.now += 3550
+    assert presence.forget_gone(3600) == 1
+    assert states(presence) == {"silent": WorkerState.GONE}

@@ -3,7 +3,14 @@
 import re
 from pathlib import Path
 
-from redux_server.routes import router
+from redux_server import (
+    account_routes,
+    cancel_routes,
+    list_routes,
+    model_routes,
+    routes,
+    stream_routes,
+)
 from redux_server.schemas import PredictionRequest
 from redux_server.settings import ServerSettings, describe
 
@@ -35,7 +42,8 @@ def test_every_parameter_and_its_default_is_in_the_readme() -> None:
 
 
 def test_every_task_path_is_in_the_readme() -> None:
-    for route in router.routes:
+    modules = (routes, cancel_routes, list_routes, stream_routes, model_routes, account_routes)
+    for route in (each for module in modules for each in module.router.routes):
         path = route.path.replace("{task_id}", "{id}")
         if path.startswith("/api/") and "{path" not in path:
             assert path in README or path.rsplit("/", 1)[1] in README, path

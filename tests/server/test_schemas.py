@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from redux_server.database import tasks
 from redux_server.schemas import (
     ALLOWED,
     MODELS,
@@ -283,3 +284,32 @@ def test_every_parameter_has_words_for_errors_and_a_description() -> None:
     fields = PredictionRequest.model_fields
     assert set(ALLOWED) == set(fields)
     assert all(field.description for field in fields.values())
+
+
+# --- what requests have in common -----------------------------------------------------------------
+
+
+def test_shape_is_what_has_to_be_equal_to_be_denoised_together() -> None:
+    def shape(**more: Any) -> str:
+        return PredictionRequest(image="x", **more).shape
+
+    same = [{}, {"seed": 3}, {"guidance_scale": 9.0}, {"num_images": 2}]
+    assert len({shape(**more) for more in same}) == 1
+    assert shape(prompt="a fox") == shape(prompt="a hen")
+    apart = [{}, {"size": "512*512"}, {"num_inference_steps": 4}, {"quality": "fast"}]
+    apart += [{"prompt": "a fox"}]
+    assert len({shape(**more) for more in apart}) == len(apart)
+    longest = shape(size="1536*1536", num_inference_steps=50, quality="balanced", prompt="x")
+    assert len(longest) <= tasks.c.shape.type.length
+
+
+def test_digest_tells_requests_apart_by_what_they_ask_for() -> None:
+    def digest(*more: str, **given: Any) -> str:
+        return parse_request({"image": "x", **given}).digest(*more)
+
+    same = [{}, {"seed": -1}, {"seed": None}, {"size": "1024x1024"}, {"stranger": 1}]
+    assert len({digest(**given) for given in same}) == 1
+    assert len(digest()) == 64
+    apart = [{}, {"seed": 0}, {"prompt": "y"}, {"image": "y"}, {"quality": "exact"}]
+    assert len({digest(**given) for given in apart}) == len(apart)
+    assert len({digest(), digest("a"), digest("a", "b"), digest("ab")}) == 4

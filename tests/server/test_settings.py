@@ -34,15 +34,28 @@ OTHERS = {
     "attention": "cudnn,triton",
     "quality": "fast",
     "max_batch_size": "4",
+    "batch_timeout": "250",
     "compile": "full",
     "cuda_graphs": "3",
     "memory": "offload",
     "host": "::1",
     "port": "0",
+    "cors_origins": "https://app.example,http://localhost:3000",
     "public_url": "https://flux.example",
     "data_dir": "/srv/flux",
+    "blob_url": "s3://pictures/flux",
+    "min_free_disk": "64",
+    "database_url": "postgresql://flux:secret@db/flux",
+    "engine": "celery",
+    "broker_url": "amqp://guest:secret@mq//",
+    "metrics_port": "9100",
     "api_keys_file": "/etc/keys",
     "max_queue": "7",
+    "max_upload": "9",
+    "upload_retention_hours": "24",
+    "sync_timeout_s": "30",
+    "max_open_per_key": "4",
+    "rate_limit": "5",
     "max_attempts": "2",
     "lease_s": "12.5",
     "drain_timeout_s": "0",
@@ -50,6 +63,9 @@ OTHERS = {
     "force_safety_checker": "true",
     "safety_threshold": "0.5",
     "fetch_allow": "10.0.0.0/8",
+    "webhook_allow": "hooks.lan",
+    "webhook_signature": "both",
+    "webhook_timeout_s": "90",
     "log_format": "text",
     "log_level": "debug",
     "url": "http://flux:8000",
@@ -193,7 +209,7 @@ def test_a_child_builds_the_very_same_settings() -> None:
 
 def test_the_database_and_the_pictures_are_in_the_data_dir() -> None:
     settings = parse(ServerSettings, "--data-dir", "/srv/flux")
-    assert settings.database_url == "sqlite:////srv/flux/tasks.db"
+    assert settings.database == "sqlite:////srv/flux/tasks.db"
     assert settings.blobs_dir == Path("/srv/flux/blobs")
 
 

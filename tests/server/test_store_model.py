@@ -1,9 +1,10 @@
 """TaskStore against a model of it in plain Python, over histories that hypothesis invents."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -16,157 +17,174 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import Engine, delete, event, select
+from sqlalchemy import Engine, delete, event, insert, select
 
-from redux_server.database import open_database, tasks
-from redux_server.store import TaskStore
-from redux_server.tasks import NewTask, Outcome, Status, Task
+from redux_server import claiming
+from redux_server.database import idempotency, keys, open_database, tasks, webhooks
+from redux_server.store import Cancellation, Lease, TaskStore
+from redux_server.tasks import (
+    Acceptance,
+    Conflict,
+    Created,
+    NewTask,
+    Outcome,
+    QueueFull,
+    Replayed,
+    Status,
+    Task,
+)
+from server.store_model import Answer, Model, Row
 
 LEASE_S = 10.0
 MAX_ATTEMPTS = 3
 MAX_OPEN = 6
+PRIORITIES = {"ada": 0, "ben": 0, "vip": 3}
+KEYS = st.sampled_from(list(PRIORITIES))
 OWNERS = st.sampled_from(["anna", "bela"])
+SHAPES = st.sampled_from(["", "s", "t"])
 OUTCOMES = st.sampled_from(
     [
         Outcome(status=Status.COMPLETED, outputs=["0.png"], seeds=[1]),
         Outcome.failure(1402, "no picture"),
-        Outcome(status=Status.CANCELLED),
+        Outcome.cancellation(),
     ]
 )
 ORDER = [Status.CREATED, Status.PROCESSING, Status.COMPLETED]
 
 
-@dataclass
-class Row:
-    """What the model knows of a task; ``place`` is its place in the queue, for good."""
-
-    id: str
-    place: int
-    status: Status = Status.CREATED
-    attempt: int = 0
-    crashes: int = 0
-    owner: str | None = None
-    lease_until: float | None = None
-    is_queued: bool = True
-    outcome: Outcome | None = None
-
-
-class Model:
-    """The queue's rules, without SQL, threads or transactions."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.rows: dict[str, Row] = {}
-
-    def open(self) -> list[Row]:
-        return [row for row in self.rows.values() if not row.status.is_terminal]
-
-    def accept(self, ids: list[str]) -> int:
-        room = max(0, MAX_OPEN - len(self.open()))
-        for task_id in ids[:room]:
-            self.rows[task_id] = Row(task_id, place=len(self.rows))
-        return min(room, len(ids))
-
-    def claim(self, owner: str) -> Row | None:
-        self.take_back([r for r in self.leased() if (r.lease_until or 0.0) < self.now])
-        waiting = sorted((r for r in self.open() if r.is_queued), key=lambda row: row.place)
-        if not waiting:
-            return None
-        row = waiting[0]
-        row.status, row.owner, row.is_queued = Status.PROCESSING, owner, False
-        row.attempt += 1
-        row.lease_until = self.now + LEASE_S
-        return row
-
-    def leased(self) -> list[Row]:
-        return [row for row in self.rows.values() if row.lease_until is not None]
-
-    def take_back(self, rows: list[Row], *, has_crashed: bool = True) -> int:
-        for row in rows:
-            row.lease_until = None
-            row.crashes += has_crashed
-            if has_crashed and row.crashes >= MAX_ATTEMPTS:
-                text = f"The worker stopped unexpectedly {MAX_ATTEMPTS} times during this task."
-                self.end(row, Outcome.failure(5000, text))
-            else:
-                row.is_queued, row.owner = True, None
-        return len(rows)
-
-    def end(self, row: Row, outcome: Outcome) -> None:
-        row.status, row.outcome = outcome.status, outcome
-        row.is_queued, row.lease_until = False, None
-
-    def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
-        row = self.rows[task_id]
-        if row.status is not Status.PROCESSING or row.attempt != attempt:
-            return False
-        self.end(row, outcome)
-        return True
-
-    def renew(self, owner: str, held: dict[str, int]) -> set[str]:
-        lost = set()
-        for task_id, attempt in held.items():
-            row = self.rows[task_id]
-            if (row.owner, row.attempt) == (owner, attempt) and row.lease_until is not None:
-                row.lease_until = self.now + LEASE_S
-            else:
-                lost.add(task_id)
-        return lost
-
-
-@dataclass(frozen=True)
-class Claimed:
-    """What a worker remembers of a claim, long after it may have lost it."""
-
-    id: str
-    attempt: int
-
-
 class StoreMachine(RuleBasedStateMachine):
     """Each rule does the same to both; the invariants compare what is left."""
 
-    claims = Bundle("claims")
+    ids = Bundle("ids")
+    claims = Bundle("claims")  # what workers remember, long after they may have lost it
 
     def __init__(self, engine: Engine, store_class: type[TaskStore]) -> None:
         super().__init__()
         with engine.begin() as db:
-            db.execute(delete(tasks))
+            for table in (tasks, idempotency, webhooks, keys):
+                db.execute(delete(table))
+            for key, priority in PRIORITIES.items():
+                known = {"id": key, "name": key, "digest": key, "created_at": 0.0}
+                db.execute(insert(keys), {**known, "priority": priority})
         self.engine = engine
-        self.model = Model()
+        self.model = Model(
+            priorities=PRIORITIES, lease_s=LEASE_S, max_attempts=MAX_ATTEMPTS, max_open=MAX_OPEN
+        )
         self.store = store_class(
             engine, lease_s=LEASE_S, max_attempts=MAX_ATTEMPTS, clock=lambda: self.model.now
         )
         self.seen: dict[str, Task] = {}
 
-    @rule(count=st.integers(1, 4))
-    def accept(self, count: int) -> None:
-        new = [NewTask(key_id="k", model="m", input={"n": n}) for n in range(count)]
-        accepted = self.store.accept(new, max_open=MAX_OPEN)
-        fitted = self.model.accept([task.id for task in new])
-        assert [task is not None for task in accepted] == [n < fitted for n in range(count)]
+    # --- the owner's side ---------------------------------------------------------------------
 
-    @rule(target=claims, owner=OWNERS)
-    def claim(self, owner: str) -> Any:
-        got, expected = self.store.claim(owner), self.model.claim(owner)
-        assert (got and (got.id, got.attempt)) == (expected and (expected.id, expected.attempt))
-        return Claimed(got.id, got.attempt) if got else multiple()
+    @rule(target=ids, count=st.integers(1, 4), key=KEYS, shape=SHAPES, has_webhook=st.booleans())
+    def accept(self, count: int, key: str, shape: str, has_webhook: bool) -> Any:
+        url = "https://example.com/hook" if has_webhook else None
+        new = [NewTask(key, "m", {}, shape=shape, webhook_url=url) for _ in range(count)]
+        return self._accept(new)
+
+    @rule(
+        target=ids,
+        key=KEYS,
+        names=st.lists(st.sampled_from(["", "i", "j"]), min_size=1, max_size=3),
+        digest=st.sampled_from(["1", "1", "2"]),
+    )
+    def accept_with_idempotency_keys(self, key: str, names: list[str], digest: str) -> Any:
+        new = [
+            NewTask(key, "m", {}, idempotency_key=name, digest=digest if name else "")
+            for name in names
+        ]
+        recalled = self.store.recall(new[0])
+        before = self.model.used.get((key, names[0]))
+        assert (recalled is not None) == (before is not None)
+        return self._accept(new)
+
+    def _accept(self, new: list[NewTask]) -> Any:
+        self.model.now += 0.001  # so that no two batches come at the same moment
+        answers = self.store.accept(new, max_open=MAX_OPEN)
+        assert [_plain(answer) for answer in answers] == self.model.accept(new)
+        return multiple(*(task.id for task in new))
+
+    @rule(task_id=ids, key=KEYS)
+    def cancel(self, task_id: str, key: str) -> None:
+        before = {key: row.status for key, row in self.model.rows.items()}
+        got, expected = self.store.cancel(task_id, key), self.model.cancel(task_id, key)
+        assert (got and got.task.id) == (expected and expected.id)
+        if got is not None and expected is not None:
+            assert got.task.status == expected.status
+            assert got.has_ended_it == (expected.status is not before[task_id])
+
+    @rule(task_id=ids)
+    def cancel_by_its_owner(self, task_id: str) -> None:
+        row = self.model.rows.get(task_id)
+        self.cancel(task_id, row.key if row else "ada")
+
+    @rule(task_ids=st.lists(ids, max_size=3), key=st.one_of(st.none(), KEYS))
+    def delete(self, task_ids: list[str], key: str | None) -> None:
+        gone = self.store.delete(task_ids, key_id=key)
+        assert sorted(gone) == sorted(self.model.delete(task_ids, key))
+
+    # --- the worker's side --------------------------------------------------------------------
+
+    @rule(target=claims, owner=OWNERS, n=st.sampled_from([1, 1, 2, 3]), like=SHAPES)
+    def claim(self, owner: str, n: int, like: str) -> Any:
+        got, expected = self.store.claim(owner, n, like=like), self.model.claim(owner, n, like)
+        assert [(t.id, t.attempt) for t in got] == [(row.id, row.attempt) for row in expected]
+        return multiple(*((task.id, task.attempt) for task in got))
 
     @rule(target=claims, owner=OWNERS)
     def worker_crashes_at_its_next_task(self, owner: str) -> Any:
-        claimed = self.claim(owner)
+        claimed = self.claim(owner, 1, "")
         self.worker_is_gone(owner, has_crashed=True)
         return claimed
 
     @rule(claim=claims, outcome=OUTCOMES)
-    def finish(self, claim: Claimed, outcome: Outcome) -> None:
-        done = self.store.finish(claim.id, claim.attempt, outcome)
-        assert done == self.model.finish(claim.id, claim.attempt, outcome)
+    def finish(self, claim: tuple[str, int], outcome: Outcome) -> None:
+        assert self.store.finish(*claim, outcome) == self.model.finish(*claim, outcome)
+
+    @rule(target=claims, claim=claims, outcome=OUTCOMES)
+    def frozen_worker_comes_back(self, claim: tuple[str, int], outcome: Outcome) -> Any:
+        """It knows of nothing; its tasks have gone to another meanwhile."""
+        self.model.now += LEASE_S + 1
+        claimed = self.claim("bela", 3, "")
+        self.finish(claim, outcome)
+        return claimed
 
     @rule(owner=OWNERS, held=st.lists(claims, max_size=3))
-    def renew(self, owner: str, held: list[Claimed]) -> None:
-        attempts = {claim.id: claim.attempt for claim in held}
-        lost = self.store.renew(owner, {key: (attempt, 7) for key, attempt in attempts.items()})
-        assert lost.lost == self.model.renew(owner, attempts)
+    def renew(self, owner: str, held: list[tuple[str, int]]) -> None:
+        attempts = dict(held)
+        lease = self.store.renew(owner, {key: (attempt, 7) for key, attempt in attempts.items()})
+        assert (lease.lost, lease.cancelled) == self.model.renew(owner, attempts)
+
+    @rule(owner=OWNERS)
+    def heartbeat(self, owner: str) -> None:
+        """Of a worker that remembers well."""
+        held = [(row.id, row.attempt) for row in self.model.leased() if row.owner == owner]
+        self.renew(owner, held)
+
+    @rule(claim=claims)
+    def cancel_is_heard_of(self, claim: tuple[str, int]) -> None:
+        self.cancel_by_its_owner(claim[0])
+        for owner in ("anna", "bela"):
+            self.heartbeat(owner)
+
+    @rule(
+        claim=claims,
+        delay_s=st.sampled_from([0.0, 5.0]),
+        error=st.sampled_from(["", "out of memory"]),
+        has_crashed=st.booleans(),
+    )
+    def give_back(
+        self, claim: tuple[str, int], delay_s: float, error: str, has_crashed: bool
+    ) -> None:
+        how: Any = {"delay_s": delay_s, "error": error, "has_crashed": has_crashed}
+        assert self.store.give_back(*claim, **how) == self.model.give_back(*claim, **how)
+
+    @rule(owner=OWNERS, delay_s=st.sampled_from([0.0, 5.0]))
+    def holder_gives_back(self, owner: str, delay_s: float) -> None:
+        held = [(row.id, row.attempt) for row in self.model.leased() if row.owner == owner]
+        for claim in held[:1]:
+            self.give_back(claim, delay_s, "", False)
 
     @rule(owner=OWNERS, has_crashed=st.booleans())
     def worker_is_gone(self, owner: str, has_crashed: bool) -> None:
@@ -174,9 +192,16 @@ class StoreMachine(RuleBasedStateMachine):
         released = self.store.release(owner, has_crashed=has_crashed)
         assert released == self.model.take_back(held, has_crashed=has_crashed)
 
-    @rule(seconds=st.sampled_from([0.5, LEASE_S, LEASE_S + 1, 3 * LEASE_S]))
+    # --- everything else ----------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.5, 5.0, LEASE_S, LEASE_S + 1, 3 * LEASE_S]))
     def time_passes(self, seconds: float) -> None:
         self.model.now += seconds
+
+    @rule(age_s=st.sampled_from([0.0, 20.0]))
+    def idempotency_keys_grow_old(self, age_s: float) -> None:
+        when = self.model.now - age_s
+        assert self.store.forget_idempotency_keys(when) == self.model.forget(when)
 
     @rule()
     def server_restarts(self) -> None:
@@ -187,17 +212,11 @@ class StoreMachine(RuleBasedStateMachine):
     def rows_are_as_the_model_says(self) -> None:
         with self.engine.connect() as db:
             found = {row.id: row for row in db.execute(select(tasks))}
+            told = set(db.scalars(select(webhooks.c.task_id)))
         assert found.keys() == self.model.rows.keys()  # accepted is known, and nothing else
+        assert told == self.model.told
         for row in self.model.rows.values():
-            stored = found[row.id]
-            assert (stored.status, stored.attempt) == (row.status, row.attempt)
-            assert stored.lease_until == row.lease_until
-            assert (stored.queued_at is not None) == row.is_queued
-            assert stored.queued_at is None or stored.lease_until is None
-            is_ended = Status(stored.status).is_terminal
-            is_open = stored.queued_at is not None or stored.lease_until is not None
-            assert is_open != is_ended
-            assert (stored.finished_at is not None) == is_ended
+            _compare(found[row.id], row)
         assert len(self.model.open()) <= MAX_OPEN
         state = self.store.queue_state()
         assert state.running == len(self.model.leased())
@@ -205,8 +224,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def clients_see_no_step_back(self) -> None:
-        ids = list(self.model.rows)
-        for task in self.store.get(ids):
+        assert set(self.store.get(list(self.model.deleted))) <= {None}
+        for task in self.store.get(list(self.model.rows)):
             assert task is not None
             assert task.outcome == self.model.rows[task.id].outcome
             before = self.seen.get(task.id, task)
@@ -216,13 +235,37 @@ class StoreMachine(RuleBasedStateMachine):
             self.seen[task.id] = task
 
 
+def _plain(answer: Acceptance) -> Answer:
+    match answer:
+        case Created(task):
+            return "created", task.id
+        case Replayed(task):
+            return "replayed", task.id
+        case Conflict(is_gone):
+            return "conflict", "gone" if is_gone else "other"
+        case QueueFull():
+            return "full", ""
+
+
+def _compare(stored: Any, row: Row) -> None:
+    assert (stored.status, stored.attempt, stored.crashes) == (row.status, row.attempt, row.crashes)
+    assert (stored.key_id, stored.priority, stored.shape) == (row.key, row.priority, row.shape)
+    assert (stored.lease_until, stored.not_before) == (row.lease_until, row.not_before)
+    assert (stored.queued_at is not None) == row.is_queued
+    assert (stored.cancel_requested_at is not None) == row.is_unwanted
+    is_ended = Status(stored.status).is_terminal
+    places = [stored.queued_at, stored.lease_until, stored.not_before]
+    assert sum(place is not None for place in places) == (0 if is_ended else 1)
+    assert (stored.finished_at is not None) == is_ended
+
+
 def _rank(task: Task) -> int:
     return 2 if task.status.is_terminal else ORDER.index(task.status)
 
 
 @pytest.fixture
 def fast_engine(tmp_path: Path) -> Iterator[Engine]:
-    """A database that flushes to nowhere: this is about logic, not about power cuts."""
+    """A SQLite that flushes to nowhere: this is about logic, not about power cuts."""
     engine = open_database(f"sqlite:///{tmp_path / 'tasks.db'}")
     event.listen(engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA synchronous=OFF"))
     engine.dispose()  # its first connection was made before
@@ -240,13 +283,26 @@ def check(engine: Engine, store_class: type[TaskStore], **options: Any) -> None:
     )
 
 
-def test_store_behaves_like_its_model(fast_engine: Engine) -> None:
-    check(fast_engine, TaskStore, max_examples=200, stateful_step_count=25, derandomize=True)
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.cluster)])
+def either(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """The same, or PostgreSQL."""
+    if request.param == "sqlite":
+        yield request.getfixturevalue("fast_engine")
+        return
+    engine = open_database(request.getfixturevalue("postgres_url"))
+    yield engine
+    engine.dispose()
+
+
+def test_store_behaves_like_its_model(either: Engine) -> None:
+    # PostgreSQL takes several times as long for the same.
+    steps = 25 if either.dialect.name == "sqlite" else 8
+    check(either, TaskStore, max_examples=200, stateful_step_count=steps, derandomize=True)
 
 
 @pytest.mark.slow
-def test_store_behaves_like_its_model_for_long(fast_engine: Engine) -> None:
-    check(fast_engine, TaskStore, max_examples=1000, stateful_step_count=50)
+def test_store_behaves_like_its_model_for_long(either: Engine) -> None:
+    check(either, TaskStore, max_examples=1000, stateful_step_count=50)
 
 
 # --- the model finds what is wrong ---------------------------------------------------------------
@@ -257,17 +313,16 @@ class Unfenced(TaskStore):
 
     def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
         [task] = self.get([task_id])
-        assert task is not None
-        return super().finish(task_id, task.attempt, outcome)
+        return super().finish(task_id, task.attempt if task else attempt, outcome)
 
 
 class Forgetful(TaskStore):
     """Never notices that a lease ran out."""
 
-    def claim(self, owner: str) -> Task | None:
+    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
         now, self._clock = self._clock, lambda: 0.0
         try:
-            return super().claim(owner)
+            return super().claim(owner, n, like=like)
         finally:
             self._clock = now
 
@@ -275,7 +330,7 @@ class Forgetful(TaskStore):
 class Crowded(TaskStore):
     """One more than allowed."""
 
-    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Task | None]:
+    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Acceptance]:
         return super().accept(new, max_open=max_open + 1)
 
 
@@ -286,13 +341,87 @@ class Patient(TaskStore):
         return super().release(owner, has_crashed=False)
 
 
-@pytest.mark.parametrize("faulty", [Unfenced, Forgetful, Crowded, Patient])
+class Unfair(TaskStore):
+    """First come, first served."""
+
+    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
+        with patch.object(claiming, "_claim_fairly", return_value=None):
+            return super().claim(owner, n, like=like)
+
+
+class Sociable(TaskStore):
+    """Puts any tasks together."""
+
+    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
+        return [task for _ in range(n) for task in super(Sociable, self).claim(owner, like=like)]
+
+
+class Careless(TaskStore):
+    """Does not look at what came with an idempotency key."""
+
+    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Acceptance]:
+        return super().accept([replace(task, digest="") for task in new], max_open=max_open)
+
+
+class Silent(TaskStore):
+    """Tells nobody of a task's end."""
+
+    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Acceptance]:
+        return super().accept([replace(task, webhook_url=None) for task in new], max_open=max_open)
+
+
+class Hasty(TaskStore):
+    """Does not wait before it tries again."""
+
+    def give_back(self, task_id: str, attempt: int, **how: Any) -> bool:
+        return super().give_back(task_id, attempt, **{**how, "delay_s": 0.0})
+
+
+class Deaf(TaskStore):
+    """Does not pass on that a task was cancelled."""
+
+    def renew(self, owner: str, held: Mapping[str, tuple[int, int]]) -> Lease:
+        return replace(super().renew(owner, held), cancelled=frozenset())
+
+
+class Obliging(TaskStore):
+    """Cancels anyone's tasks for anyone."""
+
+    def cancel(self, task_id: str, key_id: str) -> Cancellation | None:
+        [task] = self.get([task_id])
+        return super().cancel(task_id, task.key_id if task else key_id)
+
+
+class Ruthless(TaskStore):
+    """Deletes anyone's tasks for anyone."""
+
+    def delete(self, ids: Sequence[str], *, key_id: str | None = None) -> list[str]:
+        return super().delete(ids)
+
+
+FAULTY = [
+    Unfenced,
+    Forgetful,
+    Crowded,
+    Patient,
+    Unfair,
+    Sociable,
+    Careless,
+    Silent,
+    Hasty,
+    Deaf,
+    Obliging,
+    Ruthless,
+]
+
+
+@pytest.mark.parametrize("faulty", FAULTY)
 def test_a_faulty_store_is_found_out(fast_engine: Engine, faulty: type[TaskStore]) -> None:
     with pytest.raises(AssertionError):
         check(
             fast_engine,
             faulty,
-            max_examples=200,
+            max_examples=1000,  # it ends with the first that fails
             stateful_step_count=25,
             derandomize=True,
             phases=[Phase.generate],

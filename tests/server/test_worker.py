@@ -1,99 +1,36 @@
 """One task from claim to end, lanes side by side, and what happens when something goes away."""
 
-import io
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
-from PIL import Image
 from prometheus_client import REGISTRY
-from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
 from e2e.live import wait_until
 from redux_pipelines.errors import RequestError
 from redux_pipelines.fakes import FakePipeline
-from redux_pipelines.types import CacheStats, GenerationRequest, ModelInfo, Progress, Result
+from redux_pipelines.types import (
+    BatchEvent,
+    CacheStats,
+    GenerationRequest,
+    ModelInfo,
+    Progress,
+    Result,
+)
+from redux_server import recording
 from redux_server import worker as worker_module
-from redux_server.blobs import Blobs
 from redux_server.decode import DecodeError
 from redux_server.images import ImageGone
 from redux_server.netguard import FetchError
 from redux_server.store import TaskStore
-from redux_server.tasks import NewTask, Status, Task
-from redux_server.worker import Worker
-from server.in_process import Clock
-
-ME, OTHER = "host/cpu", "host/other"
-INPUT = {
-    "image": "https://example.com/a.png",
-    "prompt": "",
-    "size": "512*520",
-    "seed": 7,
-    "num_inference_steps": 3,
-    "guidance_scale": 3.5,
-    "num_images": 1,
-    "enable_safety_checker": True,
-}
-
-
-class Images:
-    """Loads one grey picture for any reference, or raises what it was given."""
-
-    def __init__(self, *, raises: Exception | None = None) -> None:
-        self.raises = raises
-        self.loaded: list[str] = []
-
-    def load(self, reference: str) -> Image.Image:
-        self.loaded.append(reference)
-        if self.raises is not None:
-            raise self.raises
-        return Image.new("RGB", (32, 32), "gray")
-
-
-class Safety:
-    """Flags the images at the places it was given."""
-
-    def __init__(self, *flagged: int) -> None:
-        self.flagged = flagged
-        self.checked = 0
-
-    def check(self, images: tuple[Image.Image, ...]) -> tuple[bool, ...]:
-        self.checked += 1
-        return tuple(place in self.flagged for place in range(len(images)))
-
-
-class GatedPipeline(FakePipeline):
-    """The fake pipeline, but each step waits to be let through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_running = threading.Event()
-        self.gate = threading.Semaphore(0)
-        self.closed = 0
-
-    def generate(self, request: GenerationRequest) -> Any:
-        return self._gated(super().generate(request))
-
-    def _gated(self, events: Iterator[Progress | Result]) -> Iterator[Progress | Result]:
-        try:
-            for event in events:
-                self.is_running.set()
-                assert self.gate.acquire(timeout=20)
-                yield event
-        finally:
-            self.closed += 1
-
-    def open(self) -> None:
-        """Let everything through from now on."""
-        self.gate.release(10_000)
+from redux_server.tasks import Status
+from server.worker_bench import OTHER, Bench, GatedPipeline, Images, Safety
 
 
 class BrokenPipeline:
@@ -107,85 +44,11 @@ class BrokenPipeline:
     def cache_stats(self) -> dict[str, CacheStats]:
         return {}
 
-    def generate(self, request: GenerationRequest) -> Iterator[Progress | Result]:
+    def generate_batch(self, requests: Sequence[GenerationRequest]) -> Iterator[BatchEvent]:
         for event in self.events:
             if isinstance(event, Exception):
                 raise event
-            yield event
-
-
-class Bench:
-    """A worker's surroundings: a real store and folder, and how to put workers there."""
-
-    def __init__(self, database: Engine, folder: Path, clock: Clock) -> None:
-        self.clock = clock
-        self.store = TaskStore(database, lease_s=30, max_attempts=3, clock=clock)
-        self.blobs = Blobs(folder)
-        self.undo: list[Callable[[], None]] = []  # stops what runs, when a test fails half-way
-
-    def worker(self, **parts: Any) -> Worker:
-        given: dict[str, Any] = {
-            "store": self.store,
-            "blobs": self.blobs,
-            "images": Images(),
-            "pipeline": FakePipeline(),
-            "safety": Safety(),
-            "heartbeat_s": 0.02,
-        }
-        given |= parts
-        worker = Worker(ME, **given)
-        self.undo += [worker.stop, getattr(given["pipeline"], "open", worker.stop)]
-        return worker
-
-    @contextmanager
-    def beside(self, function: Callable[[], Any]) -> Iterator[threading.Thread]:
-        """Run ``function`` beside the test; an exception in either fails it, and ends both."""
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                function()
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        try:
-            yield thread
-        except BaseException:
-            for action in self.undo:
-                action()
-            raise
-        finally:
-            thread.join(20)
-        assert not thread.is_alive()
-        assert not errors, errors
-
-    def submit(self, **parameters: Any) -> str:
-        new = NewTask("key", "model", {**INPUT, **parameters})
-        self.clock.now += 1  # the queue is ordered by time
-        (task,) = self.store.accept([new], max_open=100)
-        assert task is not None
-        return task.id
-
-    def task(self, task_id: str) -> Task:
-        (task,) = self.store.get([task_id])
-        assert task is not None
-        return task
-
-    def picture(self, key: str) -> Image.Image:
-        return Image.open(io.BytesIO(self.blobs.get(key)))
-
-    def done(self, *, parameters: dict[str, Any] | None = None, **parts: Any) -> Task:
-        """One task, worked off by a worker of these parts."""
-        task_id = self.submit(**(parameters or {}))
-        assert self.worker(**parts).step()
-        return self.task(task_id)
-
-
-@pytest.fixture
-def bench(database: Engine, tmp_path: Path, clock: Clock) -> Bench:
-    return Bench(database, tmp_path / "blobs", clock)
+            yield 0, event
 
 
 def ended(reason: str = "", status: str = "completed") -> float:
@@ -224,9 +87,9 @@ def test_parameters_reach_the_pipeline_unchanged(bench: Bench) -> None:
     seen = []
 
     class Noting(FakePipeline):
-        def generate(self, request: GenerationRequest) -> Any:
-            seen.append(request)
-            return super().generate(request)
+        def generate_batch(self, requests: Sequence[GenerationRequest]) -> Any:
+            seen.extend(requests)
+            return super().generate_batch(requests)
 
     given = {
         "prompt": "a fox",
@@ -253,11 +116,11 @@ def counted(quality: str, how: str) -> float:
 class Sparing(FakePipeline):
     """Says that it reused one step of each request."""
 
-    def generate(self, request: GenerationRequest) -> Any:
-        for event in super().generate(request):
+    def generate_batch(self, requests: Sequence[GenerationRequest]) -> Any:
+        for place, event in super().generate_batch(requests):
             if isinstance(event, Result):
                 event = replace(event, computed_steps=event.computed_steps - 1, reused_steps=1)
-            yield event
+            yield place, event
 
 
 def test_quality_reaches_the_pipeline_and_what_it_did_is_told(bench: Bench) -> None:
@@ -428,7 +291,7 @@ def test_lost_lease_abandons_the_task_at_the_next_step(bench: Bench) -> None:
     with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         bench.clock.now += 31
-        assert bench.store.claim(OTHER) is not None
+        assert bench.store.claim(OTHER)
         worker._renew()
         pipeline.gate.release()  # one step more, at which it must notice
     assert pipeline.closed == 1, "the generator was left hanging"
@@ -446,7 +309,7 @@ def test_result_that_comes_too_late_is_dropped(bench: Bench) -> None:
     with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         bench.clock.now += 31
-        assert bench.store.claim(OTHER) is not None
+        assert bench.store.claim(OTHER)
         pipeline.open()  # no heartbeat came between: it finishes without knowing
     assert bench.task(task_id).outcome is None
     assert REGISTRY.get_sample_value("flux_redux_fenced_finishes_total") == fenced + 1
@@ -511,7 +374,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     asked: list[float] = []
     names = ("time", "monotonic", "perf_counter")
     quick = SimpleNamespace(sleep=asked.append, **{name: getattr(time, name) for name in names})
-    monkeypatch.setattr(worker_module, "time", quick)
+    monkeypatch.setattr(recording, "time", quick)
     return asked
 
 
@@ -530,9 +393,63 @@ def test_end_that_cannot_be_recorded_leaves_the_task_to_be_done_again(
     task = bench.done(store=Unreliable(bench.store, "finish", 4))
     assert task.status is Status.PROCESSING
     bench.clock.now += 31
-    again = bench.store.claim(OTHER)
-    assert again is not None
+    (again,) = bench.store.claim(OTHER)
     assert (again.id, again.attempt) == (task.id, 2)
+
+
+# --- cancelled and deleted ------------------------------------------------------------------------
+
+
+def test_cancelled_task_stops_at_the_next_step_and_ends_as_cancelled(bench: Bench) -> None:
+    pipeline = GatedPipeline()
+    worker = bench.worker(pipeline=pipeline)
+    task_id = bench.submit(num_inference_steps=50)
+    before = ended("1403", "cancelled")
+    with bench.beside(worker.step):
+        assert pipeline.is_running.wait(10)
+        bench.store.cancel(task_id, "key")
+        worker._renew()
+        pipeline.gate.release()  # one step more, at which it must notice
+    assert pipeline.closed == 1, "the generator was left hanging"
+    task = bench.task(task_id)
+    assert task.status is Status.CANCELLED
+    assert task.outcome is not None
+    assert (task.outcome.code, task.outcome.outputs) == (1403, [])
+    assert "cancelled" in task.outcome.error
+    assert ended("1403", "cancelled") == before + 1
+    assert worker._held == {}
+    with pytest.raises(FileNotFoundError):
+        bench.blobs.get(f"{task_id}/1/0.png")
+
+
+def test_task_that_is_cancelled_before_its_turn_never_reaches_the_device(bench: Bench) -> None:
+    pipeline = GatedPipeline()
+    worker = bench.worker(pipeline=pipeline)
+    running, next_up = bench.submit(), bench.submit()
+    with bench.beside(worker.run):
+        assert pipeline.is_running.wait(10)
+        wait_until(lambda: bench.task(next_up).attempt == 1, 10)
+        bench.store.cancel(next_up, "key")
+        wait_until(lambda: worker._held[next_up].is_cancelled, 10)
+        pipeline.open()
+        wait_until(lambda: bench.task(next_up).status.is_terminal, 10)
+        worker.stop()
+    assert bench.task(running).status is Status.COMPLETED
+    assert bench.task(next_up).status is Status.CANCELLED
+    assert pipeline.closed == 1, "both were on the device"
+
+
+def test_deleted_task_stops_at_the_next_step_and_is_not_brought_back(bench: Bench) -> None:
+    pipeline = GatedPipeline()
+    worker = bench.worker(pipeline=pipeline)
+    task_id = bench.submit(num_inference_steps=50)
+    with bench.beside(worker.step):
+        assert pipeline.is_running.wait(10)
+        assert bench.store.delete([task_id], key_id="key") == [task_id]
+        worker._renew()
+        pipeline.gate.release()
+    assert pipeline.closed == 1
+    assert bench.store.get([task_id]) == [None]
 
 
 # --- lanes ----------------------------------------------------------------------------------------
@@ -563,8 +480,8 @@ class WatchedPipeline(FakePipeline):
         super().__init__()
         self.threads: list[str] = []
 
-    def generate(self, request: GenerationRequest) -> Any:
-        for event in super().generate(request):
+    def generate_batch(self, requests: Sequence[GenerationRequest]) -> Any:
+        for event in super().generate_batch(requests):
             self.threads.append(threading.current_thread().name)
             yield event
 
@@ -593,8 +510,8 @@ def test_stop_finishes_the_running_task_and_returns_the_next(bench: Bench) -> No
         pipeline.open()
     assert bench.task(running).status is Status.COMPLETED
     assert (bench.store.queue_state().waiting, bench.store.queue_state().running) == (2, 0)
-    claimed = [bench.store.claim(OTHER) for _ in range(2)]
-    assert [task and task.id for task in claimed] == [prefetched, waiting], "lost its place"
+    claimed = [task for _ in range(2) for task in bench.store.claim(OTHER)]
+    assert [task.id for task in claimed] == [prefetched, waiting], "lost its place"
     assert pipeline.closed == 1
 
 
@@ -608,7 +525,7 @@ def test_lease_is_renewed_while_stopping(bench: Bench) -> None:
         for _ in range(3):
             bench.clock.now += 20
             time.sleep(0.1)  # some heartbeats
-        assert bench.store.claim(OTHER) is None, "was taken from a worker that lives"
+        assert not bench.store.claim(OTHER), "was taken from a worker that lives"
         pipeline.open()
     assert bench.task(task_id).status is Status.COMPLETED
 

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from e2e.live import free_port
 from redux_pipelines import loading
 from redux_pipelines.fakes import FakePipeline
 from redux_server import worker_main
-from redux_server.settings import ServerSettings
+from redux_server.settings import ServerSettings, SettingsError
 
 
 def test_the_memory_mode_and_the_batch_size_reach_the_pipeline(
@@ -24,3 +26,12 @@ def test_the_memory_mode_and_the_batch_size_reach_the_pipeline(
     settings = ServerSettings(data_dir=tmp_path, memory="evict", max_batch_size=3)
     worker_main._load(settings, "cuda:1")
     assert (asked["memory"], asked["max_batch_size"], asked["device"]) == ("evict", 3, "cuda:1")
+
+
+def test_metrics_of_a_worker_can_be_scraped(tmp_path: Path) -> None:
+    settings = ServerSettings(data_dir=tmp_path, metrics_port=free_port())
+    worker_main._show_metrics(settings)
+    text = httpx.get(f"http://127.0.0.1:{settings.metrics_port}/metrics", trust_env=False).text
+    assert "flux_redux_tickets_total" in text
+    with pytest.raises(SettingsError, match="choose another --metrics-port"):
+        worker_main._show_metrics(settings)

@@ -1,0 +1,127 @@
+"""One try to deliver a webhook: the message, its signature, one POST. Keeps no state.
+
+A receiver's URL is a caller's choice, so it is called under the same guard as a picture's URL is
+fetched: every address checked, the checked one connected to, the certificate that of the name.
+Redirects are not followed, and of the answer only its head is read.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from redux_server import __version__
+from redux_server.netbackend import Clock, Connector, Deadline, Resolver, connect, resolve
+from redux_server.netguard import AddressPolicy, FetchError, parse_url, quoted
+from redux_server.netrequest import GuardedClient
+from redux_server.tasks import Task
+from redux_server.webhook_signature import signed_headers
+from redux_server.webhooks import Delivery
+
+CONNECT_TIMEOUT_S = 10.0
+_MAX_HEAD_BYTES = 2**18
+_USER_AGENT = f"flux-redux-server/{__version__}"
+
+
+class TaskGone(Exception):
+    """The task was deleted before its webhook was delivered."""
+
+
+class Courier:
+    """Delivers webhooks. Safe to share among threads.
+
+    Args:
+        policy: whom to call.
+        find: a task by its id, or None.
+        render: the message about a task, given the base of its URLs.
+        secret: what signs for the id of a key.
+        scheme: one of ``webhook_signature.SCHEMES``.
+        timeout_s: seconds for a whole try; ``CONNECT_TIMEOUT_S`` at most for each address.
+        resolver: finds addresses of a name.
+        connector: opens a stream to an address.
+        clock: gives Unix seconds, for the timestamp.
+        monotonic: measures ``timeout_s``.
+    """
+
+    def __init__(
+        self,
+        policy: AddressPolicy,
+        *,
+        find: Callable[[str], Task | None],
+        render: Callable[[Task, str], Mapping[str, Any]],
+        secret: Callable[[str], str],
+        scheme: str,
+        timeout_s: float,
+        resolver: Resolver = resolve,
+        connector: Connector = connect,
+        clock: Clock = time.time,
+        monotonic: Clock = time.monotonic,
+    ) -> None:
+        self._find = find
+        self._render = render
+        self._secret = secret
+        self._scheme = scheme
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._monotonic = monotonic
+        self._client = GuardedClient(
+            policy,
+            resolver=resolver,
+            connector=lambda address, port, limit_s: connector(
+                address, port, min(limit_s, CONNECT_TIMEOUT_S)
+            ),
+        )
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Make one try; returning is success.
+
+        Raises:
+            FetchError: the receiver was not reached, or did not answer with a status of 2xx.
+            TaskGone: there is nothing to tell any more.
+        """
+        task = self._find(delivery.task_id)
+        if task is None:
+            raise TaskGone
+        message = self._render(task, delivery.callback.base_url)
+        body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+        headers = {
+            "User-Agent": _USER_AGENT,
+            "Accept": "*/*",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **signed_headers(
+                self._scheme,
+                self._secret(delivery.key_id),
+                message_id=delivery.task_id,
+                timestamp=int(self._clock()),
+                body=body,
+            ),
+        }
+        self._post(delivery.callback.url, headers, body)
+
+    def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> None:
+        target = parse_url(url)
+        deadline = Deadline(self._timeout_s, self._monotonic)
+        try:
+            with self._client.request(
+                "POST",
+                target,
+                headers=headers,
+                content=body,
+                deadline=deadline,
+                max_wire_bytes=_MAX_HEAD_BYTES,
+            ) as answer:
+                status = answer.status
+        except FetchError as error:
+            said = {  # where the guard speaks of pictures
+                "timeout": f"gave no answer in {self._timeout_s:g} s.",
+                "too_large": f"began no answer within {_MAX_HEAD_BYTES >> 10} KiB.",
+            }.get(error.reason)
+            if said is None:
+                raise
+            raise FetchError(error.reason, f"The host {quoted(target.host)} {said}") from error
+        if not 200 <= status < 300:
+            raise FetchError(
+                "redirect" if 300 <= status < 400 else "status",
+                f"The host {quoted(target.host)} answered with status {status}.",
+            )

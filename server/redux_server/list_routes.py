@@ -1,0 +1,116 @@
+"""The list of a key's tasks."""
+
+import asyncio
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from redux_server.database import DATABASE_AWAY
+from redux_server.errors import BadRequest, no_database
+from redux_server.extensions import Whole
+from redux_server.listing import Wanted
+from redux_server.openapi import Prediction, Success, responses
+from redux_server.routes import Parts, read_json
+from redux_server.schemas import MODELS, complaint, envelope
+from redux_server.tasks import Status, Task
+from redux_server.timestamps import A_TIME, Moment, seconds
+
+MAX_PAGE_SIZE = 100
+MAX_PAGE = 10**9
+STATUSES = (*Status, "timeout")  # no task of ours is ever in the last, and clients ask for it
+
+ALLOWED: Final = {
+    "page": f"an integer from 1 to {MAX_PAGE}",
+    "page_size": f"an integer from 1 to {MAX_PAGE_SIZE}",
+    "model": "a text",
+    "status": "one of " + ", ".join(STATUSES),
+    "created_after": A_TIME,
+    "created_before": A_TIME,
+}
+
+router = APIRouter(tags=["predictions"])
+
+
+class ListRequest(BaseModel):
+    """Which tasks to list. Unknown fields are ignored; null means absent."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    page: Whole = Field(ge=1, le=MAX_PAGE, description="The page to return, from 1")
+    page_size: Whole = Field(ge=1, le=MAX_PAGE_SIZE, description="How many tasks a page has")
+    model: str = Field("", description="Only tasks of this model (as it was called)")
+    status: str = Field(
+        "",
+        pattern="^(" + "|".join(("", *STATUSES)) + ")$",
+        description="Only tasks that are " + ", ".join(STATUSES),
+        examples=["completed"],
+    )
+    created_after: Moment | None = Field(None, description="Only tasks of this time or later")
+    created_before: Moment | None = Field(
+        None, description="Only tasks before this time; given, pages do not shift as tasks come"
+    )
+
+
+class Listed(BaseModel):
+    """A page of tasks."""
+
+    page: int
+    items: list[Prediction] = Field(description="Newest first")
+
+
+class ListedEnvelope(Success):
+    """The answer with a page of tasks."""
+
+    data: Listed
+
+
+@router.post(
+    "/api/v3/predictions",
+    summary="List tasks",
+    description="The tasks of this API key, newest first, as long as they are kept.",
+    responses=responses(400, 401, 408, 413, 503, model=ListedEnvelope, description="A page"),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": ListRequest.model_json_schema()}},
+        }
+    },
+)
+async def list_tasks(request: Request, parts: Parts) -> JSONResponse:
+    """A page of what this key has submitted."""
+    asked = _parse(await read_json(request, '{"page": 1, "page_size": 20}'))
+    wanted = _wanted(asked, request.state.key_id)
+    found: list[Task] = []
+    if wanted is not None:
+        try:
+            found = await asyncio.to_thread(
+                parts.history.page, wanted, number=asked.page, size=asked.page_size
+            )
+        except DATABASE_AWAY:
+            raise no_database() from None
+    items = [parts.present(task, str(request.base_url)) for task in found]
+    return JSONResponse(envelope({"page": asked.page, "items": items}))
+
+
+def _parse(body: Any) -> ListRequest:
+    if isinstance(body, dict):
+        body = {name: value for name, value in body.items() if value is not None}
+    try:
+        return ListRequest.model_validate(body)
+    except ValidationError as error:
+        raise BadRequest(complaint(error.errors(include_url=False), ALLOWED)) from None
+
+
+def _wanted(asked: ListRequest, key_id: str) -> Wanted | None:
+    """What to look for; None where there can be nothing."""
+    if asked.model not in ("", *MODELS) or asked.status == "timeout":
+        return None
+    return Wanted(
+        key_id,
+        model=asked.model or None,
+        status=Status(asked.status) if asked.status else None,
+        after=seconds(asked.created_after),
+        before=seconds(asked.created_before),
+    )

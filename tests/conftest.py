@@ -1,0 +1,67 @@
+"""What tests of several folders share: databases, pictures, and a compiler without memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.picture_site import picture_site
+from e2e.services import new_postgres_database
+from redux_server.database import connect
+from redux_server.migration import upgrade_database
+
+# What takes half a minute or more, longest first: whoever began one of these last would work on it
+# alone while the other processes have nothing left. The first two go well together: one computes,
+# the other waits.
+_LONGEST = (
+    "weights/test_mini.py",
+    "e2e/test_cluster.py",
+    "server/test_store_model.py",
+    "e2e/test_chaos.py",
+    "pipelines/test_compilation.py",
+    "server/test_ticket_flow.py",
+    "pipelines/test_warm_up.py",
+    "weights/test_training_smoke.py",
+    "pipelines/test_compiled_batches.py",
+    "e2e/test_embedded_model.py",
+    "server/test_poison.py",
+    "codegen/test_codegen.py",
+    "kernels/test_interpreted.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(_LONGEST)}
+    assert all(path.is_file() for path in places), "_LONGEST names a file that is not there"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL database with our tables; every test finds there what the last one left."""
+    with new_postgres_database(is_fast=True) as url:
+        engine = connect(url)
+        upgrade_database(engine)
+        engine.dispose()
+        yield url
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile as in a new process: nothing compiled, nothing counted."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[str]:
+    """The base URL of a site that holds pictures."""
+    with picture_site() as url:
+        yield url

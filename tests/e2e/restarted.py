@@ -1,0 +1,73 @@
+"""A server that is killed and comes back over the same data, and a look at its rows meanwhile."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+from sqlalchemy import Row, select
+
+from e2e.live import LiveServer, children, is_running, wait_until
+from redux_server.database import open_database, reader, tasks
+
+Rows = Callable[[], dict[str, Row[Any]]]
+
+
+class RestartedServer(LiveServer):
+    """A server that is killed and comes back; its database can be looked at meanwhile."""
+
+    def __init__(self, *args: Any, model: str = "fake-slow", **options: Any) -> None:
+        super().__init__(*args, model=model, **options)
+        self.orphans: list[int] = []
+
+    def stop(self, *, timeout_s: float = 30.0) -> int:
+        try:
+            return super().stop(timeout_s=timeout_s)
+        finally:
+            for pid in self.orphans:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def crash(self) -> None:
+        """SIGKILL to the API process; its workers live on without it."""
+        self.orphans = [pid for pid in self.orphans if is_running(pid)]
+        self.orphans += children(self.process.pid)
+        self.kill()
+
+    def wait_live(self) -> None:
+        """Wait until the API answers, workers or none."""
+
+        def is_live() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get(f"{self.base_url}/livez", timeout=5).status_code == 200
+            return False
+
+        wait_until(is_live, 30, what=lambda: self.log)
+
+    def worker(self) -> int:
+        """The process id of the one worker, once there is one."""
+        wait_until(lambda: bool(self.worker_pids()), 15, what=lambda: self.log)
+        return self.worker_pids()[0]
+
+    @contextmanager
+    def rows(self) -> Iterator[Rows]:
+        """A function that reads all tasks' rows by id, without ever writing."""
+        with rows_of(self.database_url) as read:
+            yield read
+
+
+@contextmanager
+def rows_of(database_url: str) -> Iterator[Rows]:
+    """A function that reads all tasks' rows by id, without ever writing."""
+    engine = open_database(database_url)
+    try:
+
+        def read() -> dict[str, Row[Any]]:
+            with reader(engine).connect() as db:
+                return {row.id: row for row in db.execute(select(tasks))}
+
+        yield read
+    finally:
+        engine.dispose()

@@ -1,0 +1,206 @@
+"""The rules of the task store in plain Python: no SQL, no threads, no transactions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from redux_server.tasks import NewTask, Outcome, Status
+
+CANCELLED = Outcome(
+    status=Status.CANCELLED, code=1403, error="The task was cancelled at its owner's request."
+)
+Answer = tuple[str, str]
+
+
+@dataclass
+class Row:
+    """What the model knows of a task; ``place`` is its place in the queue, for good."""
+
+    id: str
+    place: int
+    key: str
+    shape: str
+    priority: int
+    has_webhook: bool
+    status: Status = Status.CREATED
+    attempt: int = 0
+    crashes: int = 0
+    owner: str | None = None
+    lease_until: float | None = None
+    not_before: float | None = None
+    started_at: float = 0.0
+    is_queued: bool = True
+    is_unwanted: bool = False
+    outcome: Outcome | None = None
+
+
+class Model:
+    """Tasks of keys with the given ``priorities``, at most ``max_open`` of them open."""
+
+    def __init__(
+        self, *, priorities: dict[str, int], lease_s: float, max_attempts: int, max_open: int
+    ) -> None:
+        self.now = 1000.0
+        self.priorities = priorities
+        self.lease_s = lease_s
+        self.max_attempts = max_attempts
+        self.max_open = max_open
+        self.rows: dict[str, Row] = {}
+        self.deleted: set[str] = set()
+        self.told: set[str] = set()  # tasks with a message in the outbox
+        self.used: dict[tuple[str, str], tuple[str, str, float]] = {}  # digest, task, time
+        self.accepted = 0
+
+    def open(self) -> list[Row]:
+        return [row for row in self.rows.values() if not row.status.is_terminal]
+
+    def leased(self) -> list[Row]:
+        return [row for row in self.rows.values() if row.lease_until is not None]
+
+    # --- the owner's side ---------------------------------------------------------------------
+
+    def accept(self, new: Sequence[NewTask]) -> list[Answer]:
+        return [self._accept_one(task) for task in new]
+
+    def _accept_one(self, new: NewTask) -> Answer:
+        before = self.used.get((new.key_id, new.idempotency_key))
+        if before is not None:
+            digest, task_id, _ = before
+            if digest != new.digest:
+                return "conflict", "other"
+            return ("replayed", task_id) if task_id in self.rows else ("conflict", "gone")
+        if len(self.open()) >= self.max_open:
+            return "full", ""
+        self.accepted += 1
+        self.rows[new.id] = Row(
+            new.id,
+            place=self.accepted,
+            key=new.key_id,
+            shape=new.shape,
+            priority=self.priorities[new.key_id],
+            has_webhook=new.webhook_url is not None,
+        )
+        if new.idempotency_key:
+            self.used[new.key_id, new.idempotency_key] = (new.digest, new.id, self.now)
+        return "created", new.id
+
+    def cancel(self, task_id: str, key: str) -> Row | None:
+        row = self.rows.get(task_id)
+        if row is None or row.key != key:
+            return None
+        if row.lease_until is not None:
+            row.is_unwanted = True
+        elif not row.status.is_terminal:
+            self.end(row, CANCELLED)
+        return row
+
+    def delete(self, ids: Sequence[str], key: str | None) -> set[str]:
+        gone = {i for i in ids if i in self.rows and key in (None, self.rows[i].key)}
+        for task_id in gone:
+            del self.rows[task_id]
+        self.deleted |= gone
+        self.told -= gone
+        return gone
+
+    # --- the worker's side --------------------------------------------------------------------
+
+    def claim(self, owner: str, n: int, like: str) -> list[Row]:
+        self.take_back([row for row in self.leased() if (row.lease_until or 0.0) < self.now])
+        for row in self.rows.values():
+            if row.not_before is not None and row.not_before <= self.now:
+                row.not_before, row.is_queued = None, True
+        claimed: list[Row] = []
+        while len(claimed) < n:
+            first = claimed[0] if claimed else None
+            if first is not None and not first.shape:
+                break
+            row = self._fairest(
+                row
+                for row in self.rows.values()
+                if row.is_queued
+                and (first is None or (row.shape, row.priority) == (first.shape, first.priority))
+                and (not like or row.shape == like)
+            )
+            if row is None:
+                break
+            self._lease(row, owner)
+            claimed.append(row)
+        return claimed
+
+    def _fairest(self, among: Iterable[Row]) -> Row | None:
+        ready = list(among)
+        top = [row for row in ready if row.priority == max(each.priority for each in ready)]
+        oldest = [min((r for r in top if r.key == key), key=lambda r: r.place)
+                  for key in {row.key for row in top}]  # fmt: skip
+        return min(oldest, key=self._turn, default=None)
+
+    def _turn(self, row: Row) -> tuple[int, float, int]:
+        running = sum(other.key == row.key for other in self.leased())
+        latest = max(other.started_at for other in self.rows.values() if other.key == row.key)
+        return running, latest, row.place
+
+    def _lease(self, row: Row, owner: str) -> None:
+        row.status, row.owner, row.is_queued = Status.PROCESSING, owner, False
+        row.attempt += 1
+        row.started_at = self.now
+        row.lease_until = self.now + self.lease_s
+
+    def renew(self, owner: str, held: dict[str, int]) -> tuple[set[str], set[str]]:
+        lost, cancelled = set(), set()
+        for task_id, attempt in held.items():
+            row = self.rows.get(task_id)
+            is_held = row is not None and row.lease_until is not None
+            if not is_held or (row.owner, row.attempt) != (owner, attempt):
+                lost.add(task_id)
+                continue
+            row.lease_until = self.now + self.lease_s
+            if row.is_unwanted:
+                cancelled.add(task_id)
+        return lost, cancelled
+
+    def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
+        row = self.rows.get(task_id)
+        if row is None or row.status is not Status.PROCESSING or row.attempt != attempt:
+            return False
+        self.end(row, outcome)
+        return True
+
+    def give_back(
+        self, task_id: str, attempt: int, *, delay_s: float, error: str, has_crashed: bool
+    ) -> bool:
+        row = self.rows.get(task_id)
+        if row is None or row.lease_until is None or row.attempt != attempt:
+            return False
+        self.take_back([row], has_crashed=has_crashed, delay_s=delay_s, error=error)
+        return True
+
+    def take_back(
+        self, rows: list[Row], *, has_crashed: bool = True, delay_s: float = 0.0, error: str = ""
+    ) -> int:
+        for row in rows:
+            if row.is_unwanted:
+                self.end(row, CANCELLED)
+            elif has_crashed and row.crashes + 1 >= self.max_attempts:
+                times = f"{self.max_attempts} times"
+                text = error or f"The worker stopped unexpectedly {times} during this task."
+                self.end(row, Outcome.failure(5000, text))
+            else:
+                row.lease_until = row.owner = None
+                row.crashes += has_crashed
+                row.shape = "" if has_crashed else row.shape
+                row.not_before = self.now + delay_s if delay_s else None
+                row.is_queued = not delay_s
+        return len(rows)
+
+    def end(self, row: Row, outcome: Outcome) -> None:
+        row.status, row.outcome = outcome.status, outcome
+        row.is_queued, row.lease_until, row.not_before = False, None, None
+        if row.has_webhook and outcome.status is not Status.CANCELLED:
+            self.told.add(row.id)
+
+    # --- looking after all --------------------------------------------------------------------
+
+    def forget(self, when: float) -> int:
+        old = [name for name, (_, _, at) in self.used.items() if at < when]
+        for name in old:
+            del self.used[name]
+        return len(old)
