@@ -1,0 +1,83 @@
+"""Loaded by every Python process that has this folder on its path: other dates, planted bugs.
+
+``CHAOS_CLOCK_FILE`` names a file with the seconds to add to ``time.time``. ``CHAOS_BUG`` names a
+bug to plant in the task store, which the checker of histories must then find.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+
+_LOOK_EVERY_S = 0.5
+
+
+def shift_clock(path):
+    """Have ``time.time`` follow the file. Not the date of other libraries: nothing here uses it."""
+    true, steady = time.time, time.monotonic
+    seen = [0.0, -1.0]
+
+    def shifted():
+        if steady() - seen[1] > _LOOK_EVERY_S:
+            seen[1] = steady()
+            with open(path) as file:
+                seen[0] = float(file.read() or 0)
+        return true() + seen[0]
+
+    time.time = shifted
+
+
+def no_fence(store):
+    """The store believes whoever comes last, and tells no worker that it lost a task."""
+
+    def finish(self, task_id, attempt, outcome):
+        values = {"status": outcome.status, "outcome": dataclasses.asdict(outcome)}
+        ended = {"queued_at": None, "lease_until": None, "finished_at": self._clock()}
+        with self._engine.begin() as db:
+            row = store.tasks.c.id == task_id
+            db.execute(store.update(store.tasks).where(row).values(**values, **ended))
+        return True
+
+    renew = store.TaskStore.renew
+
+    def believe(self, owner, held):
+        return store.Lease(lost=frozenset(), cancelled=renew(self, owner, held).cancelled)
+
+    store.TaskStore.finish = finish
+    store.TaskStore.renew = believe
+
+
+def no_reconciler(store):
+    """A dead worker's tasks stay with it for good: nobody reconciles."""
+    store.TaskStore._take_back = lambda *_, **__: 0
+
+
+class Planter(MetaPathFinder):
+    """Plants ``bug`` in the task store once that is loaded."""
+
+    def __init__(self, bug):
+        self.bug = bug
+
+    def find_spec(self, name, path=None, target=None):
+        """Import machinery's entry."""
+        if name != "redux_server.store":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def load_and_plant(module):
+            load(module)
+            self.bug(module)
+
+        spec.loader.exec_module = load_and_plant
+        return spec
+
+
+BUGS = {"no-fence": no_fence, "no-reconciler": no_reconciler}
+
+if "CHAOS_CLOCK_FILE" in os.environ:
+    shift_clock(os.environ["CHAOS_CLOCK_FILE"])
+if "CHAOS_BUG" in os.environ:
+    sys.meta_path.insert(0, Planter(BUGS[os.environ["CHAOS_BUG"]]))

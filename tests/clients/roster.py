@@ -1,0 +1,44 @@
+"""The clients that are run, each at the version that is spoken of."""
+
+from clients.trial import Client
+
+PYTHON = Client("PyPI `wavespeed`", "2.0.5", "pypi-wavespeed-2.0.5", driver="wavespeed_python.py")
+PYTHON_1 = Client("PyPI `wavespeed`", "1.0.8", "pypi-wavespeed-1.0.8", driver="wavespeed_python.py")
+PYTHON_0 = Client(
+    "PyPI `wavespeed`",
+    "0.0.5",
+    "pypi-wavespeed-0.0.5",
+    driver="wavespeed_python_0.py",
+    mute={"bad key": "401 Unauthorized", "bad parameter": "400 Bad Request"},
+)
+JAVASCRIPT = Client("npm `wavespeed`", "0.3.2", "npm-wavespeed-0.3.2", driver="wavespeed_js.cjs")
+JAVASCRIPT_0_2 = Client(
+    "npm `wavespeed`", "0.2.3", "npm-wavespeed-0.2.3", driver="wavespeed_js.cjs"
+)
+LANGCHAIN = Client(
+    "PyPI `langchain-wavespeed`", "0.1.3", "pypi-langchain-wavespeed", driver="langchain_tools.py"
+)
+LLAMA_INDEX = Client(
+    "PyPI `llama-index-tools-wavespeed`",
+    "0.1.3",
+    "pypi-llama-index-tools-wavespeed",
+    driver="llama_index_tools.py",
+)
+LANGFLOW = Client(
+    "PyPI `lfx-wavespeed`", "0.1.3", "pypi-lfx-wavespeed", driver="langflow_components.py"
+)
+HUB = Client("PyPI `huggingface_hub`", "2.4.0", "pypi-huggingface-hub", driver="hub_inference.py")
+MCP_NODE = Client("npm `@wavespeed/mcp`", "1.0.7", "npm-wavespeed-mcp")
+MCP_PYTHON = Client("PyPI `wavespeed-mcp`", "0.1.27", "pypi-wavespeed-mcp")
+CLI = Client("npm `@wavespeed/cli`", "0.2.2", "npm-wavespeed-cli")
+SKILLS = Client("PyPI `wavespeedai-skills`", "1.2.0", "pypi-wavespeedai-skills")
+CURL = Client("curl, as in the hosted documentation", "any", "curl")
+N8N = Client("n8n node (its requests, replayed)", "not run", "n8n")
+COMFYUI = Client(
+    "ComfyUI nodes (their client class)",
+    "6b1425b",
+    "for-checkouts",
+    driver="comfyui_nodes.py",
+    mute={"bad key": "Unauthorized: Invalid API key"},
+)
+DIFY = Client("Dify plugin (its client class)", "0.0.2", "for-checkouts", driver="dify_plugin.py")
