@@ -89,10 +89,13 @@ def _double(size: TransformerSize, rows: Rows, element_bytes: int) -> int:
 
 
 def _single(size: TransformerSize, rows: Rows, element_bytes: int) -> int:
-    """``x``, queries and keys, and the one projection of seven widths; as above."""
+    """``x``, queries and keys, and the one projection of seven widths; a rotation, or as below.
+
+    Values, and attention's output twice: by heads, and by rows.
+    """
     width = size.hidden * element_bytes * rows.batch
     rotation = _rotation(size, rows.total, rows.batch, element_bytes)
-    return (1 + 2 + 7) * width * rows.total + max(rotation, 2 * width * rows.total)
+    return (1 + 2 + 7) * width * rows.total + max(rotation, 3 * width * rows.total)
 
 
 def _last(size: TransformerSize, rows: Rows, element_bytes: int) -> int:

@@ -59,7 +59,14 @@ _ADVICE = (
     (("builder error",), "a plain http endpoint needs AWS_ALLOW_HTTP=true"),
     (("NoSuchBucket", "NoSuchContainer", "ContainerNotFound"), "the bucket does not exist"),
     (
-        ("AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "401"),
+        # No numbers: durations and names have them, too.
+        (
+            "AccessDenied",
+            "Forbidden",
+            "Unauthorized",
+            "InvalidAccessKeyId",
+            "SignatureDoesNotMatch",
+        ),
         "the credentials are not accepted, or may not list, read, write and delete there",
     ),
     (("error sending request", "timed out", "timeout"), "the endpoint does not answer"),

@@ -15,6 +15,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import OperationalError
 
 LOCK_TIMEOUT_S = 30.0
+_jitter = random.Random()  # the global one is for whoever seeds it
 _BUSY_TIMEOUT = f"PRAGMA busy_timeout={LOCK_TIMEOUT_S * 1000:.0f}"
 
 
@@ -56,7 +57,7 @@ def _use_wal(connection: Any) -> None:
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > ends_at:
                 raise
-            time.sleep(random.uniform(0.001, 0.01))
+            time.sleep(_jitter.uniform(0.001, 0.01))
 
 
 def _begin(connection: Connection) -> None:
@@ -76,6 +77,6 @@ def _begin(connection: Connection) -> None:
             except OperationalError as error:
                 if "locked" not in str(error.orig) or time.monotonic() > ends_at:
                     raise
-                time.sleep(random.uniform(0.0005, 0.002))
+                time.sleep(_jitter.uniform(0.0005, 0.002))
     finally:
         connection.exec_driver_sql(_BUSY_TIMEOUT)

@@ -28,9 +28,10 @@ _CLOCKS_DIFFER_S = 30.0  # by no more than that, among nodes
 _SECRET_NAME_LENGTH = 64  # of secrets.name
 # Not IS NOT NULL, for which SQLite reads the whole table instead of the index.
 _IS_OPEN = webhooks.c.next_at >= 0
+_jitter = random.Random()  # the global one is for whoever seeds it
 
 
-def retry_pause_s(tries: int, rng: Callable[[], float] = random.random) -> float | None:
+def retry_pause_s(tries: int, rng: Callable[[], float] = _jitter.random) -> float | None:
     """Seconds from a failed try to the next one, or None when there shall be none.
 
     10 s, 40 s, ... four times longer each, up to 6 h: 11 tries over 28 h. Up to a quarter is

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from redux_server.worker import Worker
 from server.in_process import Api, Clock
 from server.s3 import BUCKET, aws, s3_server
 from server.worker_bench import INPUT, ME, OTHER, GatedPipeline, Safety
+from threaded import answering
 
 SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 CLOSED = "http://127.0.0.1:9"
@@ -156,6 +158,7 @@ def test_check_leaves_nothing_behind(bucket: BlobStore, s3: str, url: str) -> No
     ("name", "variables", "says"),
     [
         ("x", {"AWS_ENDPOINT_URL": CLOSED}, "does not answer"),
+        ("401-403", {"AWS_ENDPOINT_URL": CLOSED}, "does not answer"),  # numbers are no status
         ("x", {"AWS_ENDPOINT_URL": CLOSED, "AWS_ALLOW_HTTP": ""}, "AWS_ALLOW_HTTP=true"),
         ("x", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no credentials were found"),
     ],
@@ -185,6 +188,23 @@ def test_endpoint_that_accepts_and_says_nothing_is_told_in_time(tmp_path: Path) 
             with pytest.raises(StorageError, match="does not answer"):
                 open_blobs("s3://x/y", tmp_path).check()
             assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_store_that_refuses_without_a_word_is_understood(tmp_path: Path, status: int) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None: ...
+
+    said = pytest.raises(StorageError, match="the credentials are not accepted")
+    with (
+        answering(ThreadingHTTPServer(("127.0.0.1", 0), Refusing)) as server,
+        aws(f"http://127.0.0.1:{server.server_port}"),
+        said,
+    ):
+        open_blobs("s3://x/y", tmp_path).check()
 
 
 # --- --blob-url -----------------------------------------------------------------------------------

@@ -22,14 +22,6 @@ CHOSEN = range(4, COUNT, 9)  # 14 of the 130
 LARGE = range(8, COUNT, 25)  # 5 of them
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def held_out():
     """The 130 concepts that the model never saw, as the evaluation drew them."""
