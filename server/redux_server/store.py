@@ -32,6 +32,11 @@ from redux_server.tasks import Acceptance, Code, NewTask, Outcome, Status, Task,
 
 Glance = tuple[str, int, int]  # status, attempt, denoising steps done
 
+_QUEUE_STATE = select(
+    count(IS_QUEUED) + count(IS_DELAYED),
+    count(IS_LEASED),
+    select(func.min(tasks.c.queued_at)).scalar_subquery(),
+)
 _GLANCE = select(tasks.c.id, tasks.c.status, tasks.c.attempt, tasks.c.progress_step).where(
     tasks.c.id.in_(bindparam("ids", expanding=True))
 )
@@ -249,11 +254,8 @@ class TaskStore:
 
     def queue_state(self) -> QueueState:
         """Counts for metrics and for `Retry-After`."""
-        oldest_queued = select(func.min(tasks.c.queued_at)).scalar_subquery()
-        waiting = count(IS_QUEUED) + count(IS_DELAYED)
-        query = select(waiting, count(IS_LEASED), oldest_queued)
         with self._reader.connect() as db:
-            queued, running, oldest = db.execute(query).one()
+            queued, running, oldest = db.execute(_QUEUE_STATE).one()
         age = 0.0 if oldest is None else max(0.0, self._clock() - oldest)
         return QueueState(queued, running, age)
 
