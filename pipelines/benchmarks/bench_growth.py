@@ -133,7 +133,7 @@ def draw(points: list[Point], out: Path) -> None:
                 panel.plot(xs, [getattr(point, field) for point in own], "o-", label=backend)
             panel.set_xlabel(LABELS[axis])
             panel.set_ylabel(label)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * panel.dataLim.ymax)
             panel.grid(alpha=0.3)
     rows[0][0].legend(frameon=False)
     figure.savefig(out, dpi=110)
