@@ -4,9 +4,7 @@ import gc
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -15,33 +13,21 @@ import uvicorn
 from redux_pipelines.loading import caveat
 from redux_server import __version__, logs
 from redux_server.app import build_app
-from redux_server.auth import KeyFileError, KeyRing
-from redux_server.blobs import Signer, StorageError, signing_secret
+from redux_server.assembly import assemble
+from redux_server.auth import KeyFileError
+from redux_server.blobs import StorageError
 from redux_server.buckets import BlobUrlError, local_folder
 from redux_server.cli import UsageError
-from redux_server.coalescer import Coalescer
 from redux_server.compile_plan import check_compile
 from redux_server.database import open_database
-from redux_server.database_clock import clock_of
 from redux_server.draining import DrainingServer
-from redux_server.engines import build_engine, check_engine
+from redux_server.engines import check_engine
 from redux_server.http_limits import BoundedHttpProtocol
-from redux_server.listing import History
 from redux_server.netguard import AddressPolicy
-from redux_server.places import Places
-from redux_server.presence import Presence
-from redux_server.presenting import Presenter
-from redux_server.queue_position import QueuePositions
-from redux_server.rate_limit import RateLimit
 from redux_server.sample import sample
 from redux_server.services import Services
 from redux_server.settings import ServerSettings
-from redux_server.storage import disk_space, open_ballast, open_pictures
-from redux_server.store import TaskStore
-from redux_server.streams import Streams
-from redux_server.sync_mode import SyncMode
-from redux_server.uploads import Uploads
-from redux_server.webhook_parts import build_webhooks
+from redux_server.storage import open_pictures
 from redux_weights.layout import find_missing
 
 _SAMPLE_EXPIRES = 2**33
@@ -122,47 +108,10 @@ def build_services(settings: ServerSettings) -> Services:
         blobs.check()
     except (BlobUrlError, StorageError) as error:
         raise UsageError(f"--blob-url {error}") from None
-    engine = open_database(settings.database)
-    clock = clock_of(engine)
-    presence = Presence(engine, clock=clock)
-    store = TaskStore(
-        engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
-    )
     try:
-        keys = KeyRing(engine, file=settings.api_keys_file)
+        return assemble(settings, open_database(settings.database), blobs)
     except KeyFileError as error:
         raise UsageError(str(error)) from None
-    signer = Signer(signing_secret(engine), clock=time.time)
-    present = Presenter(settings, signer)
-    disk = disk_space(settings)
-    find = Coalescer(store.get, name="find")
-
-    of_all, of_a_key = settings.max_queue, settings.max_open_per_key
-    accept = partial(store.accept, max_open=of_all, max_open_per_key=of_a_key)
-    vacancies = partial(store.vacancies, max_open=of_all, max_open_per_key=of_a_key)
-
-    return Services(
-        settings=settings,
-        store=store,
-        accept=Coalescer(accept, name="accept"),
-        find=find,
-        places=Places(vacancies),
-        keys=keys,
-        rate=RateLimit(settings.rate_limit),
-        presence=presence,
-        blobs=blobs,
-        signer=signer,
-        present=present,
-        webhooks=build_webhooks(settings, engine, store, present, clock=clock),
-        history=History(engine),
-        queue=QueuePositions(engine),
-        streams=Streams(store.glance),
-        disk=disk,
-        ballast=open_ballast(settings),
-        uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),
-        sync_mode=SyncMode(find, limit_s=settings.sync_timeout_s),
-        engine=build_engine(settings, engine, store, presence),
-    )
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

@@ -1,8 +1,7 @@
 """The API over real parts in a temporary folder, a clock to turn, and one live server."""
 
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,12 @@ import structlog
 from sqlalchemy import Engine, text
 
 from e2e.live import LiveServer
-from redux_server.auth import KeyRing
-from redux_server.blobs import Signer
-from redux_server.coalescer import Coalescer
+from redux_server.assembly import assemble
 from redux_server.database import metadata, open_database
-from redux_server.listing import History
-from redux_server.places import Places
-from redux_server.presence import Presence
-from redux_server.presenting import Presenter
-from redux_server.queue_position import QueuePositions
-from redux_server.rate_limit import RateLimit
 from redux_server.services import Services
 from redux_server.settings import ServerSettings
-from redux_server.storage import disk_space, open_ballast, open_pictures
-from redux_server.store import TaskStore
-from redux_server.streams import Streams
+from redux_server.storage import open_pictures
 from redux_server.sync_mode import SyncMode
-from redux_server.uploads import Uploads
-from redux_server.webhook_parts import build_webhooks
 from server.api_stub import Stub
 from server.in_process import Api, Clock, IdleEngine
 from server.worker_bench import Bench
@@ -88,34 +75,9 @@ def build_services(tmp_path: Path, database: Engine) -> Callable[..., Services]:
         # No floor, hence no ballast: hundreds of tests would keep one each.
         settings = {"min_free_disk": 0, "model": "fake", **settings}
         given = ServerSettings(data_dir=tmp_path / "data", **settings)
-        store = TaskStore(database, lease_s=given.lease_s, max_attempts=given.max_attempts)
-        signer = Signer(b"secret", clock=time.time)
-        present = Presenter(given, signer)
-        find = Coalescer(store.get, name="find")
-        bounds = {"max_open": given.max_queue, "max_open_per_key": given.max_open_per_key}
-        blobs, disk = open_pictures(given), disk_space(given)
-        return Services(
-            settings=given,
-            store=store,
-            accept=Coalescer(partial(store.accept, **bounds), name="in"),
-            find=find,
-            places=Places(partial(store.vacancies, **bounds)),
-            keys=KeyRing(database),
-            rate=RateLimit(given.rate_limit),
-            presence=Presence(database),
-            blobs=blobs,
-            signer=signer,
-            present=present,
-            webhooks=build_webhooks(given, database, store, present),
-            history=History(database),
-            queue=QueuePositions(database),
-            streams=Streams(store.glance),
-            disk=disk,
-            ballast=open_ballast(given),
-            uploads=Uploads(given, blobs=blobs, signer=signer, disk=disk, folder=given.data_dir),
-            sync_mode=SyncMode(find, limit_s=given.sync_timeout_s, poll_s=0.01),
-            engine=IdleEngine(),
-        )
+        parts = assemble(given, database, open_pictures(given))
+        sync_mode = SyncMode(parts.find, limit_s=given.sync_timeout_s, poll_s=0.01)
+        return replace(parts, sync_mode=sync_mode, engine=IdleEngine())
 
     return build
 

@@ -11,7 +11,7 @@ from redux_server.database import secrets as secrets_table
 from redux_server.store import TaskStore
 from redux_server.tasks import NewTask, Outcome, Status
 from redux_server.webhook_url import Callback
-from redux_server.webhooks import MAX_TRIES, Outbox, retry_pause_s, webhook_secret
+from redux_server.webhooks import MAX_TRIES, Delivery, Outbox, retry_pause_s, webhook_secret
 from server.in_process import Clock, end_next
 
 HOLD_S = 60.0
@@ -107,13 +107,19 @@ def test_try_that_was_cut_short_is_made_again(engine: Engine, outbox: Outbox, cl
     assert (again.task_id, again.tries) == ("a", 2)
 
 
-def test_failure_of_an_older_try_changes_nothing(
-    engine: Engine, outbox: Outbox, clock: Clock
-) -> None:
+def tried_twice(engine: Engine, outbox: Outbox, clock: Clock) -> list[Delivery]:
+    """Two tries of one delivery, the first of which was cut short."""
     add(engine, clock, "a")
     (old,) = outbox.claim(outbox.due(1))
     clock.now += HOLD_S + 1
     (new,) = outbox.claim(outbox.due(1))
+    return [old, new]
+
+
+def test_failure_of_an_older_try_changes_nothing(
+    engine: Engine, outbox: Outbox, clock: Clock
+) -> None:
+    old, new = tried_twice(engine, outbox, clock)
     assert not outbox.retry(old, 1.0, "old")
     assert not outbox.give_up(old, "old")
     assert outbox.retry(new, 1.0, "new")
@@ -123,10 +129,7 @@ def test_failure_of_an_older_try_changes_nothing(
 def test_success_of_an_older_try_ends_the_delivery(
     engine: Engine, outbox: Outbox, clock: Clock
 ) -> None:
-    add(engine, clock, "a")
-    (old,) = outbox.claim(outbox.due(1))
-    clock.now += HOLD_S + 1
-    (new,) = outbox.claim(outbox.due(1))
+    old, new = tried_twice(engine, outbox, clock)
     assert outbox.delivered(old)
     assert not outbox.retry(new, 1.0, "late")
     assert not outbox.delivered(new)
