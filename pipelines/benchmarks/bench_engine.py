@@ -27,7 +27,7 @@ from diffusers import FluxTransformer2DModel
 from engine_targets import EAGER, judge, table, target
 from machine import environment
 
-from redux_pipelines import attention_choice, operators
+from redux_pipelines import attention_choice, operator_choice
 from redux_pipelines.checkpoint import load_flux
 from redux_pipelines.compilation import Compiled
 from redux_pipelines.denoiser import DiffusersDenoiser, PreparedDenoiser
@@ -127,7 +127,9 @@ def _networks(name: str, device: torch.device, dtype: str) -> tuple[Any, EngineD
     params = FluxParams.of(model.config)
     flux = load_flux(params, model.state_dict(), device=device, dtype=kind)
     attend = attention_choice.choose(device, kind, params.head_dim).attention
-    glue = operators.choose(device, kind, num_heads=params.num_heads, head_dim=params.head_dim)
+    glue = operator_choice.choose(
+        device, kind, num_heads=params.num_heads, head_dim=params.head_dim
+    )
     return model, EngineDenoiser(flux, attend, glue.operators)
 
 

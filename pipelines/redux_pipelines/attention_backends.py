@@ -1,4 +1,4 @@
-"""What computes attention: torch's own kernels, our Triton kernel, the flash libraries.
+"""What computes attention: torch's own kernels, ours, the flash libraries.
 
 ``IMPLEMENTATIONS`` lists them, best first. None is trusted here: ``attention_choice`` tests each
 before it is used. Knows no network.
@@ -11,6 +11,7 @@ from torch import Tensor
 from redux_kernels import dispatch
 from redux_kernels.attention import biased_attention
 from redux_kernels.self_test import self_test as test_kernels
+from redux_pipelines import onednn
 from redux_pipelines.attention import (
     Capabilities,
     Groups,
@@ -19,11 +20,13 @@ from redux_pipelines.attention import (
     key_bias,
     placed,
 )
+from redux_pipelines.blocked_attention import attend as attend_by_blocks
 from redux_pipelines.flash_libraries import FLASH2, FLASH3, FLASH3_HUB, FLASH4
 
 _ATEN = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
-_ALL = (*_HALF, torch.float32, torch.float64)
+_FLOAT = (torch.float32,)
+_ALL = (*_HALF, *_FLOAT, torch.float64)
 _CUDA, _CPU = ("cuda",), ("cpu",)
 _SM80, _SM50 = Capabilities((8, 0)), Capabilities((5, 0))
 
@@ -49,6 +52,11 @@ def _test_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     name = "biased_attention"
     test_kernels(device, heads=2, head_dim=head_dim, dtype=dtype, operators=(name,))
     return dispatch.refusal(name, device)
+
+
+def _test_onednn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See ``Readiness``."""
+    return onednn.refusal(device, dtype)
 
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +87,8 @@ IMPLEMENTATIONS = (
     FLASH2,
     Implementation("flash", grouped(_flash_cuda), _CUDA, _HALF, 16, _SM80),
     Implementation("triton", triton, _CUDA, _HALF, 1, _SM80, _test_kernel),
-    Implementation("efficient", grouped(_efficient), _CUDA, (*_HALF, torch.float32), 16, _SM50),
+    Implementation("efficient", grouped(_efficient), _CUDA, (*_HALF, *_FLOAT), 16, _SM50),
+    Implementation("onednn", attend_by_blocks, _CPU, _FLOAT, make_ready=_test_onednn),
     Implementation("biased", biased, _CPU, _ALL),
     Implementation("flash-cpu", grouped(_flash_cpu), _CPU, _ALL),
 )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import SiglipVisionModel
 
-from redux_pipelines import attention_choice, operators
+from redux_pipelines import attention_choice, operator_choice
 from redux_pipelines.autoencoder import TILE_ABOVE_PIXELS, Autoencoder
 from redux_pipelines.checkpoint import Shards, load_flux
 from redux_pipelines.denoiser import Denoiser, DiffusersDenoiser
@@ -170,7 +170,7 @@ def _engine_denoiser(
     )
     if plan.streamed_blocks:
         stream_blocks(flux, plan.streamed_blocks, device)
-    glue = operators.choose(
+    glue = operator_choice.choose(
         device,
         dtype,
         num_heads=params.num_heads,
@@ -178,7 +178,7 @@ def _engine_denoiser(
         fp8=flux.has_fp8,
     )
     for name, reason in glue.refusals.items():
-        logger.log(_level(device), "kernel %s is not used: %s", name, reason)
+        logger.log(_level(device), "operators: %s is not used: %s", name, reason)
     # after the kernels' own test, so that attention's includes the merging one
     attend = attention_choice.resolve(options.attention, device, dtype, params.head_dim)
     for name, reason in attend.refusals.items():

@@ -1,26 +1,23 @@
-"""What stands between two linears of FLUX's blocks, in plain torch or as fused GPU kernels.
+"""What FLUX's blocks are made of: their linears with all that stands between two of them.
 
-Both kinds compute the same. ``TorchOperators`` works in place wherever it can, which suits CPUs and
-is what a GPU falls back to; ``KernelOperators`` runs ``redux_kernels``, each of which replaces
-several passes over the rows. ``choose`` takes the kernels only where every one of them has proved
-itself. Knows no blocks.
+Each kind computes the same. ``TorchOperators`` is plain torch, in place wherever it can be, and
+what every device falls back to; ``KernelOperators`` runs ``redux_kernels``, each of which replaces
+several passes over a GPU's rows; ``onednn_operators`` has one for CPUs. ``operator_choice`` takes
+the first that has proved itself. Knows no blocks.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from redux_kernels import dispatch
 from redux_kernels.adaln import adaln, adaln_quantize
 from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
 from redux_kernels.gelu_into import gelu_into
 from redux_kernels.gelu_quantize import gelu_quantize
 from redux_kernels.qk_norm_rope import qk_norm_rope
 from redux_kernels.quantize_rows import quantize_rows
-from redux_kernels.self_test import self_test
 from redux_pipelines.fp8 import ALL, Fp8Linear, Linear, project
 from redux_pipelines.layers import Rope, gelu_, modulate, norm_rope, within_range_
 
@@ -41,6 +38,18 @@ class Residual(NamedTuple):
         """Rows ``first`` up to ``end``."""
         y = None if self.y is None else self.y[:, first:end]
         return Residual(self.x[:, first:end], y, self.gate)
+
+
+class SingleRows(NamedTuple):
+    """A single block's rows between its ``single_in`` and its ``single_out``.
+
+    The settled stream ``x (B, n, H)``, ``qkv (B, n, 3 H)``, and ``mlp``, what ``single_out`` wants
+    of the MLP. ``qkv`` may be part of ``mlp``: it is changed only once ``attend`` is done.
+    """
+
+    x: Tensor
+    qkv: Tensor
+    mlp: Tensor
 
 
 class Operators(Protocol):
@@ -87,16 +96,20 @@ class Operators(Protocol):
         """
         ...
 
-    def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
-        """``linear`` of GELU (tanh) of ``up``, which may be changed."""
+    def normed_mlp(
+        self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """The settled stream, and ``down`` of GELU (tanh) of ``normed_linear`` by ``up``."""
         ...
 
-    def single_linear(self, up: Tensor, attend: "Attend", linear: Linear) -> Tensor:
-        """``linear`` of attention beside GELU of the MLP.
+    def single_in(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear1: Linear, linear2: Linear
+    ) -> SingleRows:
+        """What a single block computes before its attention, by ``linear1`` of the normed rows."""
+        ...
 
-        ``up (B, n, 7 H)`` holds queries, keys, values and the MLP's input, and may be changed once
-        ``attend`` is done.
-        """
+    def single_out(self, rows: SingleRows, attend: "Attend", linear2: Linear) -> Tensor:
+        """``linear2`` of attention beside GELU of the MLP; changes what ``rows`` hold."""
         ...
 
 
@@ -143,16 +156,25 @@ class TorchOperators:
         if v is not None:
             v[:, rows] = parts[:, :, 2]
 
-    def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
+    def normed_mlp(
+        self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
+    ) -> tuple[Tensor, Tensor]:
         """See ``Operators``."""
-        return project(linear, gelu_(up))
+        x, rows = self.normed_linear(stream, shift, scale, up)
+        return x, project(down, gelu_(rows))
 
-    def single_linear(self, up: Tensor, attend: Attend, linear: Linear) -> Tensor:
+    def single_in(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear1: Linear, linear2: Linear
+    ) -> SingleRows:
+        """See ``Operators``. All that ``linear1`` gives stays together."""
+        return _whole(*self.normed_linear(stream, shift, scale, linear1))
+
+    def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
         """See ``Operators``. Attention goes where the values were, beside the MLP."""
-        width = up.shape[-1] // 7
+        up, width = rows.mlp, rows.x.shape[-1]
         up[..., 2 * width : 3 * width] = attend(None)
         gelu_(up[..., 3 * width :])
-        return project(linear, up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
+        return project(linear2, up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
 
 
 class KernelOperators:
@@ -207,25 +229,34 @@ class KernelOperators:
         values = None if v is None else v.transpose(1, 2)
         qk_norm_rope(qkv, weight[0], weight[1], rope.cos, rope.sin, q, k, values, first)
 
-    def gelu_linear(self, up: Tensor, linear: Linear) -> Tensor:
+    def normed_mlp(
+        self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
+    ) -> tuple[Tensor, Tensor]:
         """See ``Operators``."""
-        if isinstance(linear, Fp8Linear):
-            q, row_scale = gelu_quantize(up)
-            return linear.forward_quantized(q, row_scale, up.dtype)
-        activated = torch.empty_like(up)
-        gelu_into(up, activated)
-        return project(linear, activated)
+        x, rows = self.normed_linear(stream, shift, scale, up)
+        if isinstance(down, Fp8Linear):
+            q, row_scale = gelu_quantize(rows)
+            return x, down.forward_quantized(q, row_scale, rows.dtype)
+        activated = torch.empty_like(rows)
+        gelu_into(rows, activated)
+        return x, project(down, activated)
 
-    def single_linear(self, up: Tensor, attend: Attend, linear: Linear) -> Tensor:
+    def single_in(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear1: Linear, linear2: Linear
+    ) -> SingleRows:
+        """See ``Operators``. All that ``linear1`` gives stays together."""
+        return _whole(*self.normed_linear(stream, shift, scale, linear1))
+
+    def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
         """See ``Operators``."""
-        width = up.shape[-1] // 7
-        if isinstance(linear, Fp8Linear):
+        up, width = rows.mlp, rows.x.shape[-1]
+        if isinstance(linear2, Fp8Linear):
             q, row_scale = gelu_quantize(up[..., 3 * width :], attend(None))
-            return linear.forward_quantized(q, row_scale, up.dtype)
+            return linear2.forward_quantized(q, row_scale, up.dtype)
         both = up.new_empty(*up.shape[:2], 5 * width)
         attend(both[..., :width])
         gelu_into(up[..., 3 * width :], both, width)
-        return project(linear, both)
+        return project(linear2, both)
 
 
 def _for_each(vector: Tensor, x: Tensor) -> Tensor:
@@ -233,44 +264,6 @@ def _for_each(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(-1, vector.shape[-1]).expand(len(x), -1)
 
 
-NEEDED = ("adaln", "gate_residual_adaln", "qk_norm_rope", "gelu_into")
-"""The kernels that ``KernelOperators`` runs."""
-
-NEEDED_FOR_FP8 = (
-    *NEEDED,
-    "adaln_quantize",
-    "gate_residual_adaln_quantize",
-    "gelu_quantize",
-    "quantize_rows",
-)
-"""Those it runs with linears in fp8."""
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorsChoice:
-    """What was taken, and for each kernel that is not used the reason."""
-
-    operators: Operators
-    refusals: Mapping[str, str]
-
-
-def choose(
-    device: torch.device, dtype: torch.dtype, *, num_heads: int, head_dim: int, fp8: bool = False
-) -> OperatorsChoice:
-    """Kernels if all that are needed pass their test on ``device``, else plain torch.
-
-    float16 is left to plain torch, which keeps activations in its range.
-    """
-    needed = NEEDED_FOR_FP8 if fp8 else NEEDED
-    if dtype not in (torch.bfloat16, torch.float32):
-        reason = f"kernels take bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-        return OperatorsChoice(TorchOperators(), dict.fromkeys(needed, reason))
-    refusals = _refusals({name: dispatch.hardware_refusal(name, device) for name in needed})
-    if not refusals:
-        verdicts = self_test(device, heads=num_heads, head_dim=head_dim, dtype=dtype)
-        refusals = _refusals({name: verdicts[name] for name in needed})
-    return OperatorsChoice(TorchOperators() if refusals else KernelOperators(), refusals)
-
-
-def _refusals(verdicts: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: reason for name, reason in verdicts.items() if reason is not None}
+def _whole(x: Tensor, up: Tensor) -> SingleRows:
+    """The rows ``up (B, n, 7 H)``: queries, keys and values before the MLP's."""
+    return SingleRows(x, up[..., : 3 * x.shape[-1]], up)

@@ -118,8 +118,8 @@ class Stream(nn.Module):
 
     def mlp(self, stream: Residual, mod: Tensor, operators: Operators) -> Residual:
         """The stream after its MLP; ``mod (6, H)``."""
-        x, up = operators.normed_linear(stream, mod[3], mod[4], self.mlp_in)
-        return Residual(x, operators.gelu_linear(up, self.mlp_out), mod[5])
+        x, y = operators.normed_mlp(stream, mod[3], mod[4], self.mlp_in, self.mlp_out)
+        return Residual(x, y, mod[5])
 
 
 class DoubleBlock(nn.Module):
@@ -177,15 +177,15 @@ class SingleBlock(nn.Module):
     def forward(self, stream: Residual, mod: Tensor, joint: Joint) -> Residual:
         """Both streams, text first, after the block; ``mod (3, H)``."""
         ops, rows = joint.operators, stream.x.shape[1]
-        x, up = ops.normed_linear(stream, mod[0], mod[1], self.linear1)
-        qkv = up[..., : 3 * x.shape[-1]]
+        own = ops.single_in(stream, mod[0], mod[1], self.linear1, self.linear2)
+        x, qkv, _ = own
         qk = new_heads(ops, x, rows, 2, self.num_heads)
         if ops.by_heads:
             v = room = new_heads(ops, x, rows, 1, self.num_heads)[:, :, 0]
         else:  # they stay where they are
             v, room = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])[:, :, 2], None
         ops.place_heads(qkv, self.qk_norm.view(2, -1), joint.rope, qk, room, 0)
-        y = ops.single_linear(up, lambda into: joint.attend(qk, v, into), self.linear2)
+        y = ops.single_out(own, lambda into: joint.attend(qk, v, into), self.linear2)
         return Residual(x, y, mod[2])
 
     def forward_img(self, stream: Residual, mod: Tensor, joint: Joint) -> Residual:
@@ -194,15 +194,15 @@ class SingleBlock(nn.Module):
         txt, img = stream.rows(0, end), stream.rows(end, rows)
         without_mlp = slice(0, 3 * stream.x.shape[-1])
         _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self.linear1, without_mlp)
-        x, up = ops.normed_linear(img, mod[0], mod[1], self.linear1)
-        qk, v = (new_heads(ops, x, rows, parts, self.num_heads) for parts in (2, 1))
-        for qkv, first in ((txt_qkv, 0), (up[..., : 3 * x.shape[-1]], end)):
+        own = ops.single_in(img, mod[0], mod[1], self.linear1, self.linear2)
+        qk, v = (new_heads(ops, own.x, rows, parts, self.num_heads) for parts in (2, 1))
+        for qkv, first in ((txt_qkv, 0), (own.qkv, end)):
             rope = joint.rope.rows(first, first + qkv.shape[1])
             ops.place_heads(qkv, self.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
-        y = ops.single_linear(
-            up, lambda into: joint.attend(qk, v[:, :, 0], into, first_query=end), self.linear2
+        y = ops.single_out(
+            own, lambda into: joint.attend(qk, v[:, :, 0], into, first_query=end), self.linear2
         )
-        return Residual(x, y, mod[2])
+        return Residual(own.x, y, mod[2])
 
 
 def new_heads(ops: Operators, x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:

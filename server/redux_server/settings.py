@@ -20,7 +20,7 @@ from redux_server.setting_values import parse_value
 
 PREFIX = "FLUX_REDUX_"
 _ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton", "efficient")
-_ON_CPU = ("biased", "flash-cpu")
+_ON_CPU = ("onednn", "biased", "flash-cpu")
 _ATTENTIONS = (*_ON_GPU, *_ON_CPU)
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _COMPUTED = Path()  # stands for a default that is known only when settings are built

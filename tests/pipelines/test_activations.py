@@ -23,7 +23,7 @@ from pipelines.networks import (
 )
 from redux_pipelines import activations, autoencoder
 from redux_pipelines.activations import Demand, Rows
-from redux_pipelines.attention_choice import choose
+from redux_pipelines.attention_choice import candidates_for, choose
 from redux_pipelines.autoencoder import Autoencoder
 from redux_pipelines.checkpoint import fp8_layers, load_flux
 from redux_pipelines.engine import EngineDenoiser
@@ -65,6 +65,8 @@ def test_the_measure_counts_what_is_alive_at_once():
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peak_of_a_forward_pass(dtype, layers):
+    """In plain torch, as where a GPU's kernels are refused: no plan is made for a CPU."""
+    (torchs,) = candidates_for("biased")
     model = diffusers_model(
         num_layers=layers[0],
         num_single_layers=layers[1],
@@ -72,7 +74,7 @@ def test_peak_of_a_forward_pass(dtype, layers):
         num_attention_heads=3,
         axes_dims_rope=(16, 24, 24),
     ).to(dtype)
-    denoiser, size = engine(model), TransformerSize.of(model.config)
+    denoiser, size = engine(model, attention=torchs), TransformerSize.of(model.config)
     for text, redux, grid, batch in SHAPES.values():
         given_, img = conditioning(model, text=text, redux=(redux,)), noise(model, grid, batch)
         with torch.inference_mode():

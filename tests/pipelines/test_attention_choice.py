@@ -267,11 +267,20 @@ def test_our_kernel_is_refused_where_only_its_reference_would_run(gpu, monkeypat
     assert ours.make_ready(CPU, torch.bfloat16, 64) == "kernels run on CUDA devices, not on 'cpu'"
 
 
-def test_a_cpu_takes_the_bias_per_key():
-    choice = choose(CPU, torch.float32, 64)
-    assert choice.attention.name == "biased"
+@pytest.mark.parametrize(
+    ("dtype", "name", "later"),
+    [
+        (torch.float32, "onednn", ["biased", "flash-cpu"]),
+        (torch.bfloat16, "biased", ["flash-cpu"]),
+        (torch.float64, "biased", ["flash-cpu"]),
+    ],
+    ids=str,
+)
+def test_a_cpu_takes_what_has_a_bias_per_key(dtype, name, later):
+    choice = choose(CPU, dtype, 64)
+    assert choice.attention.name == name
     assert choice.attention.row_multiple == 1
-    assert set(choice.refusals) == set(NAMES) - {"biased", "flash-cpu"}
+    assert set(choice.refusals) == set(NAMES) - {*later, name}
 
 
 def test_one_can_be_forced():
@@ -291,7 +300,7 @@ def test_one_that_is_forced_and_refused_says_why_and_what_there_is():
         resolve("cudnn", CPU, torch.float32, 64)
     assert str(raised.value) == (
         "no attention for float32 on cpu: cudnn runs on cuda, not on cpu; "
-        "what can be used here: auto, biased, flash-cpu"
+        "what can be used here: auto, onednn, biased, flash-cpu"
     )
 
 

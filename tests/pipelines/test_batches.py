@@ -13,6 +13,7 @@ from pipelines import networks
 from redux_pipelines import redux
 from redux_pipelines.errors import DeviceError, DeviceMemoryError, OutputError, RequestError
 from redux_pipelines.fakes import FakePipeline
+from redux_pipelines.onednn_operators import OneDnnOperators
 from redux_pipelines.operators import KernelOperators, TorchOperators
 from redux_pipelines.quality import TIERS, CachePolicy, Tier
 from redux_pipelines.redux import ReduxPipeline
@@ -38,7 +39,9 @@ def run(events):
 
 
 @pytest.mark.parametrize("copies", [1, 9])
-@pytest.mark.parametrize("operators", [TorchOperators(), KernelOperators()], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "operators", [TorchOperators(), KernelOperators(), OneDnnOperators()], ids=lambda o: o.name
+)
 @torch.inference_mode()
 def test_each_row_of_a_batch_is_its_own_request(operators, copies):
     model = networks.diffusers_model()

@@ -23,6 +23,7 @@ from redux_pipelines.compilation import (
     traceable,
 )
 from redux_pipelines.layers import norm_rope_in_reals
+from redux_pipelines.onednn_operators import OneDnnOperators
 from redux_pipelines.operators import KernelOperators, TorchOperators
 from redux_pipelines.quality import TIERS, CachePolicy, Tier
 from redux_pipelines.sampling import Grid, Schedule
@@ -88,7 +89,7 @@ def run_everything(denoiser, model, batch):
             assert_same(denoiser, given(model, **fields), grid, noise(model, grid, batch))
 
 
-@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, OneDnnOperators])
 def test_a_step_is_one_graph_for_everything_and_one_more_for_several_images(model, operators):
     denoiser = engine(model, operators=operators())
     counter = CompileCounterWithBackend("eager")
@@ -103,7 +104,7 @@ def test_a_step_is_one_graph_for_everything_and_one_more_for_several_images(mode
     assert denoiser.compiled.failure is None
 
 
-@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, OneDnnOperators])
 def test_blocks_are_five_graphs_for_everything(operators):
     """Each kind with and without a pending addition (its first block has none), and the last."""
     model = diffusers_model(num_layers=3, num_single_layers=4)
@@ -161,7 +162,7 @@ def test_requests_through_the_pipeline_share_a_graph(tiny, load, request_for, fi
     assert plain.info.compiled == "off"
 
 
-@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, OneDnnOperators])
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_a_step_cache_runs_compiled_blocks(model, mode, operators):
     """It stops after the first of two double blocks: neither has a pending addition.
@@ -281,10 +282,11 @@ def test_the_opaque_operator_keeps_its_promises(model, fields):
 @inductor
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("operators", [TorchOperators, OneDnnOperators])
 @pytest.mark.parametrize("mode", ["blocks", "full"])
-def test_inductors_code_is_right_to_rounding_at_every_size(mode):
+def test_inductors_code_is_right_to_rounding_at_every_size(mode, operators):
     model = diffusers_model(num_layers=1, num_single_layers=2)
-    denoiser = engine(model)
+    denoiser = engine(model, operators=operators())
     denoiser.compiled = Compiled(denoiser.flux, mode)
     with torch.inference_mode():
         for grid in GRIDS:

@@ -125,13 +125,15 @@ def test_unknown_options_are_named(options, text):
 
 
 def test_the_attention_is_told_and_can_be_forced(tiny, load):
-    assert load(tiny).info.attention == "biased"
+    assert load(tiny).info.attention == "onednn"
     assert load(tiny, attention="flash-cpu").info.attention == "flash-cpu"
     assert load(tiny, backend="diffusers").info.attention == "native"
 
 
 def test_a_forced_attention_that_cannot_run_says_why_and_what_can(tiny, load):
-    with pytest.raises(AttentionError, match=r"cudnn runs on cuda, not on cpu; .* biased, flash"):
+    with pytest.raises(
+        AttentionError, match=r"cudnn runs on cuda, not on cpu; .* onednn, biased, fl"
+    ):
         load(tiny, attention="cudnn")
 
 

@@ -1,4 +1,4 @@
-"""Plain torch and the kernels (their references, on a CPU) compute the same."""
+"""Plain torch, oneDNN and the kernels (their references, on a CPU) compute the same."""
 
 from itertools import product
 
@@ -8,20 +8,21 @@ import torch
 from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, error, noise
 from redux_kernels import dispatch, self_test
 from redux_kernels.reference import quantize_rows
-from redux_pipelines import fp8, operators
+from redux_pipelines import fp8, onednn, operator_choice
 from redux_pipelines.fp8 import ALL, Fp8Linear, project
 from redux_pipelines.layers import rope_table
-from redux_pipelines.operators import (
-    NEEDED,
-    NEEDED_FOR_FP8,
-    KernelOperators,
-    Residual,
-    TorchOperators,
-)
+from redux_pipelines.onednn_operators import OneDnnOperators
+from redux_pipelines.operator_choice import NEEDED, NEEDED_FOR_FP8
+from redux_pipelines.operators import KernelOperators, Residual, TorchOperators
 from redux_pipelines.sampling import Grid
 
 CPU, HEADS, WIDTH, ROWS = torch.device("cpu"), 3, 48, 7
-TORCH, KERNELS = TorchOperators(), KernelOperators()
+TORCH, KERNELS, ONEDNN = TorchOperators(), KernelOperators(), OneDnnOperators()
+
+
+def kinds(*, fp8):
+    """Those that take such layers."""
+    return (KERNELS, TORCH) if fp8 else (KERNELS, TORCH, ONEDNN)
 
 
 def draw(*shape, seed=0):
@@ -53,7 +54,7 @@ def test_normed_linear(pending, batch, fp8, check):
     settled = torch.addcmul(x, gate, y) if pending else x.clone()
     norm = torch.nn.functional.layer_norm(settled, (WIDTH,), eps=1e-6) * (1 + scale) + shift
 
-    for ops, rows in product((KERNELS, TORCH), (ALL, slice(16, 32))):
+    for ops, rows in product(kinds(fp8=fp8), (ALL, slice(16, 32))):
         own = Residual(x.clone(), y, gate) if pending else Residual(x.clone())
         out, h = ops.normed_linear(own, shift, scale + ops.scale_offset, layer, rows)
         close(out, settled)
@@ -66,7 +67,7 @@ def test_linear_of_rows_that_lie_apart(fp8, check):
     layer, x = linear(WIDTH, 2 * WIDTH, fp8=fp8), draw(2, ROWS + 3, WIDTH)[:, 3:]
     weight = layer.weight.float() * layer.weight_scale if fp8 else layer.weight
     expected = torch.nn.functional.linear(x, weight, layer.bias)
-    for ops in (KERNELS, TORCH):
+    for ops in kinds(fp8=fp8):
         before, got = x.clone(), ops.linear(x, layer)
         check(got, project(layer, x))
         assert error(got, expected) <= (0.04 if fp8 else 1e-6)  # measured in fp8: .026
@@ -126,40 +127,81 @@ def test_place_heads(with_values):
 
 @pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
 @torch.no_grad()
-def test_gelu_linear(fp8, check):
-    up, layer = draw(2, ROWS, 4 * WIDTH), linear(4 * WIDTH, fp8=fp8)
-    expected = layer(torch.nn.functional.gelu(up, approximate="tanh"))
-    check(KERNELS.gelu_linear(up, layer), expected)
-    check(TORCH.gelu_linear(up, layer), expected)
+def test_normed_mlp(fp8, check):
+    up, down = linear(WIDTH, 4 * WIDTH, fp8=fp8), linear(4 * WIDTH, fp8=fp8)
+    x, (shift, scale) = draw(2, ROWS, WIDTH), draw(2, WIDTH, seed=3)
+    norm = torch.nn.functional.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale) + shift
+    expected = down(torch.nn.functional.gelu(up(norm), approximate="tanh"))
+    for ops in kinds(fp8=fp8):
+        settled, y = ops.normed_mlp(Residual(x.clone()), shift, scale + ops.scale_offset, up, down)
+        close(settled, x)
+        check(y, expected)
 
 
 @pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_single_linear_joins_attention_and_mlp(fp8, check):
-    up, attention = draw(2, ROWS, 7 * WIDTH), draw(2, ROWS, WIDTH, seed=1)
-    layer = linear(5 * WIDTH, fp8=fp8)
-    mlp = torch.nn.functional.gelu(up[..., 3 * WIDTH :], approximate="tanh")
-    expected = layer(torch.cat([attention, mlp], dim=-1))
-    seen = []
+def test_single_in_and_out_join_attention_and_mlp(fp8, check, batch):
+    linear1, linear2 = linear(WIDTH, 7 * WIDTH, fp8=fp8), linear(5 * WIDTH, fp8=fp8)
+    x, attention = draw(batch, ROWS, WIDTH), draw(batch, ROWS, WIDTH, seed=1)
+    shift, scale = draw(2, WIDTH, seed=3)
+    norm = torch.nn.functional.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale) + shift
+    qkv, up = linear1(norm).split([3 * WIDTH, 4 * WIDTH], dim=-1)
+    mlp = torch.nn.functional.gelu(up, approximate="tanh")
+    expected = linear2(torch.cat([attention, mlp], dim=-1))
+    for ops in kinds(fp8=fp8):
+        rows = ops.single_in(Residual(x.clone()), shift, scale + ops.scale_offset, linear1, linear2)
+        close(rows.x, x)
+        check(rows.qkv, qkv)
+        before = rows.qkv.clone()
 
-    def attend(into):
-        assert into is None or into.untyped_storage().data_ptr() != up.untyped_storage().data_ptr()
-        seen.append(up[..., : 3 * WIDTH].clone())  # attention reads its operands here
-        return attention if into is None else into.copy_(attention)
+        def attend(into, rows=rows, before=before):
+            assert torch.equal(rows.qkv, before)  # attention reads its operands here
+            places = [each.untyped_storage().data_ptr() for each in (rows.qkv, rows.mlp)]
+            assert into is None or into.untyped_storage().data_ptr() not in places
+            return attention if into is None else into.copy_(attention)
 
-    for ops in (KERNELS, TORCH):
-        check(ops.single_linear(up, attend, layer), expected)
-    assert torch.equal(seen[0], seen[1])
+        check(ops.single_out(rows, attend, linear2), expected)
+
+
+def test_onednn_takes_no_fp8():
+    with pytest.raises(TypeError, match="layers in fp8 need TorchOperators"):
+        ONEDNN.linear(draw(1, ROWS, WIDTH), linear(WIDTH, fp8=True))
 
 
 def choose(device="cuda", dtype=torch.bfloat16, **options):
-    return operators.choose(torch.device(device), dtype, num_heads=2, head_dim=16, **options)
+    return operator_choice.choose(torch.device(device), dtype, num_heads=2, head_dim=16, **options)
 
 
-def test_a_cpu_runs_plain_torch_and_says_why():
-    choice = choose("cpu")
-    assert isinstance(choice.operators, TorchOperators)
-    assert choice.refusals == dict.fromkeys(NEEDED, "kernels run on CUDA devices, not on 'cpu'")
+NO_KERNELS = dict.fromkeys(NEEDED, "kernels run on CUDA devices, not on 'cpu'")
+
+
+def test_a_cpu_runs_on_onednn_and_says_why_not_on_kernels(monkeypatch):
+    monkeypatch.setattr(onednn, "refusal", lambda device, dtype: None)
+    choice = choose("cpu", torch.float32)
+    assert choice.operators.name == "onednn"
+    assert choice.refusals == NO_KERNELS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cpu_runs_plain_torch_in_other_dtypes(dtype):
+    choice = choose("cpu", dtype)
+    assert choice.operators.name == "torch"
+    kind = str(dtype).removeprefix("torch.")
+    assert choice.refusals == NO_KERNELS | {"onednn": f"does not take {kind}"}
+
+
+def test_a_cpu_runs_plain_torch_if_onednn_is_refused(monkeypatch):
+    monkeypatch.setattr(onednn, "refusal", lambda device, dtype: "is wrong")
+    choice = choose("cpu", torch.float32)
+    assert choice.operators.name == "torch"
+    assert choice.refusals["onednn"] == "is wrong"
+
+
+def test_a_cpu_runs_plain_torch_with_layers_in_fp8():
+    choice = choose("cpu", torch.float32, fp8=True)
+    assert choice.operators.name == "torch"
+    assert choice.refusals["onednn"] == "does not take fp8"
 
 
 @pytest.fixture
@@ -172,7 +214,7 @@ def _gpu(monkeypatch):
 @pytest.mark.parametrize("wrong", [(), ("gelu_into",), NEEDED])
 def test_kernels_run_only_if_all_of_them_passed_their_test(monkeypatch, wrong):
     verdicts = {name: "differs" if name in wrong else None for name in self_test.TESTS}
-    monkeypatch.setattr(operators, "self_test", lambda *_, **__: verdicts)
+    monkeypatch.setattr(operator_choice, "self_test", lambda *_, **__: verdicts)
     choice = choose()
     assert choice.operators.name == ("torch" if wrong else "kernels")
     assert choice.refusals == dict.fromkeys(wrong, "differs")
@@ -181,14 +223,14 @@ def test_kernels_run_only_if_all_of_them_passed_their_test(monkeypatch, wrong):
 @pytest.mark.usefixtures("_gpu")
 def test_kernels_that_are_not_needed_do_not_matter(monkeypatch):
     verdicts = {name: None if name in NEEDED else "differs" for name in self_test.TESTS}
-    monkeypatch.setattr(operators, "self_test", lambda *_, **__: verdicts)
+    monkeypatch.setattr(operator_choice, "self_test", lambda *_, **__: verdicts)
     assert choose().operators.name == "kernels"
 
 
 @pytest.mark.usefixtures("_gpu")
 def test_with_fp8_the_kernels_that_quantize_are_needed_too(monkeypatch):
     verdicts = {name: "differs" if name == "gelu_quantize" else None for name in self_test.TESTS}
-    monkeypatch.setattr(operators, "self_test", lambda *_, **__: verdicts)
+    monkeypatch.setattr(operator_choice, "self_test", lambda *_, **__: verdicts)
     assert choose().operators.name == "kernels"
     choice = choose(fp8=True)
     assert choice.operators.name == "torch"
@@ -207,5 +249,5 @@ def test_float16_is_left_to_plain_torch_which_clips():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_gpu_runs_the_kernels(dtype):
-    choice = operators.choose(torch.device("cuda"), dtype, num_heads=24, head_dim=128)
+    choice = operator_choice.choose(torch.device("cuda"), dtype, num_heads=24, head_dim=128)
     assert choice.operators.name == "kernels", choice.refusals

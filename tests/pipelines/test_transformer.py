@@ -11,9 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines import networks
 from pipelines.networks import conditioning, diffusers_model, engine, error, noise, oracle, predict
+from redux_pipelines import blocked_attention
 from redux_pipelines.attention import Implementation
 from redux_pipelines.attention_backends import IMPLEMENTATIONS
 from redux_pipelines.errors import WeightsError
+from redux_pipelines.onednn_operators import OneDnnOperators
 from redux_pipelines.operators import KernelOperators, TorchOperators
 from redux_pipelines.sampling import Grid
 from redux_pipelines.transformer import Flux, FluxParams
@@ -25,6 +27,8 @@ CASES = {
     "no picture": {"redux": ()},
     "low guidance": {"guidance": 1.0},
 }
+
+ALL_OPERATORS = [TorchOperators(), KernelOperators(), OneDnnOperators()]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +52,15 @@ def test_float32_forward_is_that_of_diffusers(model, ours, fields, grid, batch):
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("grid", [Grid(4, 6), Grid(1, 1), Grid(9, 5)], ids=str)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_forward_on_kernels_is_that_of_diffusers(model, fields, grid, batch):
-    """Their references, on a CPU: what blocks hand to the kernels, and in which order."""
-    fused = engine(model, operators=KernelOperators())
+@pytest.mark.parametrize("operators", [KernelOperators(), OneDnnOperators()], ids=lambda o: o.name)
+def test_a_forward_on_other_operators_is_that_of_diffusers(model, operators, fields, grid, batch):
+    """Kernels' references, on a CPU: what blocks hand to the kernels, and in which order."""
+    fused = engine(model, operators=operators)
     given, img = conditioning(model, **fields), noise(model, grid, batch)
     assert error(predict(fused, given, grid, img), oracle(model, given, grid, img)) <= 1e-5
 
 
-@pytest.mark.parametrize("operators", [TorchOperators(), KernelOperators()], ids=lambda o: o.name)
+@pytest.mark.parametrize("operators", ALL_OPERATORS, ids=lambda o: o.name)
 @pytest.mark.parametrize("layers", [(2, 3), (1, 0), (0, 2)], ids=str)
 @torch.inference_mode()
 def test_blocks_may_be_run_in_parts(operators, layers):
@@ -180,7 +185,7 @@ def test_both_backends_agree_on_weights_that_no_copies_make(model, ours):
     assert error(predict(ours, given, grid, img), oracle(model, given, grid, img)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["biased", "flash-cpu"])
+@pytest.mark.parametrize("name", ["onednn", "biased", "flash-cpu"])
 def test_rows_that_only_fill_up_change_nothing(model, ours, name):
     (attention,) = (each for each in IMPLEMENTATIONS if each.name == name)
     padded = engine(model, attention=replace(attention, row_multiple=16))
@@ -231,10 +236,12 @@ TURNING = {"complex", "view_as_complex", "mul_"}
 """What rotates pairs: all that may know complex numbers. Compiled code has none."""
 
 
+@pytest.mark.parametrize("operators", ALL_OPERATORS, ids=lambda o: o.name)
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 @torch.inference_mode()
-def test_a_step_uses_no_double_precision_and_no_mask(model, ours, fields):
-    grid = Grid(19, 21)  # more rows than any layer is wide
+def test_a_step_uses_no_double_precision_and_no_mask(model, operators, fields, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "_KEYS", 64)  # of large blocks this would be one
+    grid, ours = Grid(19, 21), engine(model, operators=operators)  # more rows than a layer is wide
     img, given = noise(model, grid), conditioning(model, **fields)
     prepared = ours.prepare(given, networks.SCHEDULE, grid)
     with _Watch() as watch:

@@ -30,8 +30,8 @@ def test_the_chosen_one_and_every_refused_one_are_told(settings: ServerSettings)
     assert {each.subject for each in findings} == {"attention"}
     assert {each.level for each in findings} == {Level.OK}
     assert [each.text for each in findings] == [
-        "biased, for heads of 64 in float32 on cpu",
-        "fit for cpu, best first: biased, flash-cpu",
+        "onednn, for heads of 64 in float32 on cpu",
+        "fit for cpu, best first: onednn, biased, flash-cpu",
         "not flash4, flash3, flash3-hub, cudnn, flash2, flash, triton, efficient: "
         "runs on cuda, not on cpu",
     ]
@@ -42,13 +42,13 @@ def test_the_doctor_reports_it(
 ) -> None:
     assert attention_check.check_attention in doctor.CHECKS
     doctor.doctor(settings)
-    assert "biased, for heads of 64 in float32 on cpu" in capsys.readouterr().out
+    assert "onednn, for heads of 64 in float32 on cpu" in capsys.readouterr().out
 
 
 def test_a_forced_one_that_is_refused_is_missing(settings: ServerSettings) -> None:
     first = found(replace(settings, attention="cudnn"))[0]
     assert first.level is Level.MISSING
-    assert "cudnn runs on cuda, not on cpu; what can be used here: auto, biased" in first.text
+    assert "cudnn runs on cuda, not on cpu; what can be used here: auto, onednn" in first.text
 
 
 def test_a_name_that_none_has_is_missing(settings: ServerSettings) -> None:
@@ -77,7 +77,7 @@ def test_a_model_folder_says_how_wide_its_heads_are(
 ) -> None:
     base, redux = build_tiny(tmp_path / "weights")
     text = found(replace(settings, base=str(base), redux=str(redux)))[0].text
-    assert text == "biased, for heads of 16 in float32 on cpu"
+    assert text == "onednn, for heads of 16 in float32 on cpu"
 
 
 def test_weights_that_are_not_here_yet_are_taken_to_be_fluxs(settings: ServerSettings) -> None:
