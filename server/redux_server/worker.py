@@ -183,6 +183,8 @@ class Worker:
         try:
             self._maker.device_is_idle.wait(self._defer_s)
             self._work_arrived.clear()
+            if self.is_stopping:  # asked after clearing, so that the wake of ``stop`` is not lost
+                return []
             claimed = self._store.claim(self._id)
             self._has_looked.set()
             if not claimed:

@@ -42,7 +42,8 @@ class Bench:
         finally:
             pipeline.open()
             worker.stop()
-            thread.join(20)
+            thread.join(10)
+            assert not thread.is_alive()
 
     def accept(self, count: int = 1) -> None:
         self.store.accept([NewTask("k", "m", dict(INPUT)) for _ in range(count)], max_open=99)
@@ -65,6 +66,31 @@ def test_a_look_finds_what_waits_and_returns_then(bench: Bench) -> None:
         assert worker.look(5.0)
         assert pipeline.is_running.wait(10)
         assert bench.counts() == (0, 1)
+
+
+def test_a_worker_that_is_stopped_while_busy_claims_nothing_more_and_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its lanes waits for the device then, and is not to look once more."""
+    stopped: list[bool] = []
+    with bench.running() as (worker, pipeline):
+        claim = bench.store.claim
+
+        def noting(owner: str, **options: Any) -> Any:
+            stopped.append(worker.is_stopping)
+            return claim(owner, **options)
+
+        monkeypatch.setattr(bench.store, "claim", noting)
+        bench.accept(3)
+        assert worker.look(5.0)
+        assert pipeline.is_running.wait(10)
+        assert bench.counts() == (2, 1)
+        worker.stop()
+        pipeline.open()
+        wait_until(lambda: bench.counts()[1] == 0, 10)
+    assert bench.counts() == (2, 0)
+    assert stopped
+    assert not any(stopped)
 
 
 def test_a_worker_with_a_busy_device_does_not_look_and_says_so_at_once(bench: Bench) -> None:
