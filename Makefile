@@ -16,8 +16,8 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all test-clients chaos soak check lint format types \
-        imports dockerfile bench bench-server bench-engine bench-attention bench-kernels bench-growth bench-roofline \
-        bench-mini train-mini eval-mini eval-controls docker clean
+        imports dockerfile bench bench-server bench-engine bench-attention bench-products \
+        bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini eval-controls docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -155,6 +155,9 @@ bench-engine: $(RUNTIME)  ## measure a step of the engine against diffusers' tra
 
 bench-attention: $(RUNTIME)  ## measure every attention that this device can run, at FLUX's sizes
 	@$(BIN)/python pipelines/benchmarks/bench_attention.py $(ARGS)
+
+bench-products: $(RUNTIME)  ## measure a CPU's products through oneDNN against torch's own
+	@$(BIN)/python pipelines/benchmarks/bench_products.py $(ARGS)
 
 bench-kernels: $(RUNTIME)  ## measure each Triton kernel against what it replaces (needs an NVIDIA GPU)
 	@$(BIN)/python kernels/benchmarks/bench_all.py $(ARGS)
