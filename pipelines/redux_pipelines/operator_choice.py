@@ -46,7 +46,7 @@ def choose(
     """
     needed = NEEDED_FOR_FP8 if fp8 else NEEDED
     if device.type == "cpu":
-        return _choose_for_cpu(dtype, needed, fp8=fp8)
+        return _choose_for_cpu(dtype, needed, width=num_heads * head_dim, fp8=fp8)
     if dtype not in (torch.bfloat16, torch.float32):
         reason = f"kernels take bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
         return OperatorsChoice(TorchOperators(), dict.fromkeys(needed, reason))
@@ -57,10 +57,17 @@ def choose(
     return OperatorsChoice(TorchOperators() if refusals else KernelOperators(), refusals)
 
 
-def _choose_for_cpu(dtype: torch.dtype, needed: tuple[str, ...], *, fp8: bool) -> OperatorsChoice:
+def _choose_for_cpu(
+    dtype: torch.dtype, needed: tuple[str, ...], *, width: int, fp8: bool
+) -> OperatorsChoice:
     cpu = torch.device("cpu")
     refusals = _refusals({name: dispatch.hardware_refusal(name, cpu) for name in needed})
-    reason = "does not take fp8" if fp8 else onednn.refusal(cpu, dtype)
+    if fp8:
+        reason: str | None = "does not take fp8"
+    elif onednn.loses_to_mkl(width):
+        reason = f"is slower than MKL on Intel's processors for rows of {width}"
+    else:
+        reason = onednn.refusal(cpu, dtype)
     if reason is None:
         return OperatorsChoice(OneDnnOperators(), refusals)
     return OperatorsChoice(TorchOperators(), {**refusals, "onednn": reason})

@@ -183,6 +183,31 @@ def test_a_cpu_runs_on_onednn_and_says_why_not_on_kernels(monkeypatch):
     assert choice.refusals == NO_KERNELS
 
 
+@pytest.mark.parametrize(
+    ("vendor", "heads", "name"),
+    [("GenuineIntel", 8, "torch"), ("GenuineIntel", 7, "onednn"), ("AuthenticAMD", 24, "onednn")],
+)
+def test_on_intels_processors_wide_rows_are_left_to_mkl(vendor, heads, name, monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: made up\n")
+    monkeypatch.setattr(onednn, "_CPU_INFO", info)
+    monkeypatch.setattr(onednn, "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    choice = operator_choice.choose(CPU, torch.float32, num_heads=heads, head_dim=128)
+    assert choice.operators.name == name
+    reason = "is slower than MKL on Intel's processors for rows of 1024"
+    assert choice.refusals.get("onednn") == (reason if name == "torch" else None)
+
+
+@pytest.mark.parametrize("processor", ["Intel64 Family 6, GenuineIntel", "AMD64 Family 25"])
+def test_where_no_file_tells_the_processor_the_system_does(processor, monkeypatch, tmp_path):
+    monkeypatch.setattr(onednn, "_CPU_INFO", tmp_path / "absent")
+    monkeypatch.setattr("platform.processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert onednn.loses_to_mkl(3072) is ("Intel" in processor)
+    assert not onednn.loses_to_mkl(256)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_cpu_runs_plain_torch_in_other_dtypes(dtype):
     choice = choose("cpu", dtype)
