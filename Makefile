@@ -17,7 +17,8 @@ comma := ,
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all test-clients chaos soak check lint format types \
         imports dockerfile bench bench-server bench-engine bench-attention bench-products \
-        bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini eval-controls docker clean
+        bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini \
+        eval-approximations eval-controls docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -140,6 +141,9 @@ train-mini: $(DEV)  ## train the embedded model (hours; needs node and npm; ARGS
 
 eval-mini: $(DEV)  ## measure the embedded model on held-out icons: JSON and contact sheets (needs node and npm)
 	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.evaluate $(ARGS)
+
+eval-approximations: $(DEV)  ## measure what tiers and fp8 cost, by mini, and write docs/performance.md
+	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.approximations --document ../docs/performance.md $(ARGS)
 
 eval-controls: $(DEV)  ## measure strength, pooling, weights, fit, mask on photographs, and write docs/controls.md
 	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.controls --document ../docs/controls.md $(ARGS)

@@ -31,6 +31,7 @@ from redux_pipelines.transformer import DoubleBlock, Flux, SingleBlock
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SLOW_TORCH = pytest.param(TorchOperators, marks=pytest.mark.slow)
+SLOW_ONEDNN = pytest.param(OneDnnOperators, marks=pytest.mark.slow)
 GRIDS = [Grid(8, 8), Grid(8, 12), Grid(16, 16), Grid(24, 10), Grid(21, 12), Grid(14, 18)]
 GRIDS += [Grid(24, 24)]
 """512² to 1536² of the random-weight model, whose rows and columns are 64 pixels."""
@@ -104,7 +105,7 @@ def test_a_step_is_one_graph_for_everything_and_one_more_for_several_images(mode
     assert denoiser.compiled.failure is None
 
 
-@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, OneDnnOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, SLOW_ONEDNN])
 def test_blocks_are_five_graphs_for_everything(operators):
     """Each kind with and without a pending addition (its first block has none), and the last."""
     model = diffusers_model(num_layers=3, num_single_layers=4)
@@ -162,7 +163,7 @@ def test_requests_through_the_pipeline_share_a_graph(tiny, load, request_for, fi
     assert plain.info.compiled == "off"
 
 
-@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, OneDnnOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, SLOW_ONEDNN])
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_a_step_cache_runs_compiled_blocks(model, mode, operators):
     """It stops after the first of two double blocks: neither has a pending addition.
