@@ -298,8 +298,8 @@ def either(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 def test_store_behaves_like_its_model(either: Engine) -> None:
     # PostgreSQL takes several times as long for the same.
-    steps = 25 if either.dialect.name == "sqlite" else 8
-    check(either, TaskStore, max_examples=200, stateful_step_count=steps, derandomize=True)
+    examples, steps = (200, 25) if either.dialect.name == "sqlite" else (80, 8)
+    check(either, TaskStore, max_examples=examples, stateful_step_count=steps, derandomize=True)
 
 
 @pytest.mark.slow
