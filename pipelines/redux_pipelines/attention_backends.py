@@ -11,7 +11,7 @@ from torch import Tensor
 from redux_kernels import dispatch
 from redux_kernels.attention import biased_attention
 from redux_kernels.self_test import self_test as test_kernels
-from redux_pipelines import onednn
+from redux_pipelines import blocked_attention, onednn
 from redux_pipelines.attention import (
     Capabilities,
     Groups,
@@ -20,7 +20,6 @@ from redux_pipelines.attention import (
     key_bias,
     placed,
 )
-from redux_pipelines.blocked_attention import attend as attend_by_blocks
 from redux_pipelines.flash_libraries import FLASH2, FLASH3, FLASH3_HUB, FLASH4
 
 _ATEN = torch.ops.aten
@@ -52,6 +51,14 @@ def _test_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     name = "biased_attention"
     test_kernels(device, heads=2, head_dim=head_dim, dtype=dtype, operators=(name,))
     return dispatch.refusal(name, device)
+
+
+def onednn_blocks(
+    q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
+) -> Tensor:
+    """By blocks, but ``biased`` where the keys are too few to gain by it."""
+    attend = biased if k.shape[2] < blocked_attention.FEW_KEYS else blocked_attention.attend
+    return attend(q, k, v, groups, into)
 
 
 def _test_onednn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -88,7 +95,7 @@ IMPLEMENTATIONS = (
     Implementation("flash", grouped(_flash_cuda), _CUDA, _HALF, 16, _SM80),
     Implementation("triton", triton, _CUDA, _HALF, 1, _SM80, _test_kernel),
     Implementation("efficient", grouped(_efficient), _CUDA, (*_HALF, *_FLOAT), 16, _SM50),
-    Implementation("onednn", attend_by_blocks, _CPU, _FLOAT, make_ready=_test_onednn),
+    Implementation("onednn", onednn_blocks, _CPU, _FLOAT, make_ready=_test_onednn),
     Implementation("biased", biased, _CPU, _ALL),
     Implementation("flash-cpu", grouped(_flash_cpu), _CPU, _ALL),
 )

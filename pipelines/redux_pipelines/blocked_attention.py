@@ -16,6 +16,9 @@ from redux_pipelines.attention import Groups, key_bias
 _QUERIES, _KEYS = 1024, 512
 """Rows of a block of logits, per thread, and its columns: 2 MiB. Measured (docs/performance.md)."""
 
+FEW_KEYS = 512
+"""With fewer, torch's one call is as fast as our several, and faster in several threads."""
+
 _SAFE = 60.0
 """Powers of two up to this, and their sums over any keys, are far from float32's ends."""
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redux_pipelines import attention, attention_backends
+from redux_pipelines import attention, attention_backends, blocked_attention
 from redux_pipelines.attention import Capabilities, KeyGroup, reference
 from redux_pipelines.attention_backends import IMPLEMENTATIONS
 from redux_pipelines.attention_choice import refusal
@@ -123,6 +123,16 @@ def test_many_rows_merge_to_one_plain_softmax_in_float32(attend):
     q, k, v = _qkv(1005, 90, width=64, batch=2, dtype=torch.float32)
     exact = reference(q.double(), k.double(), v.double(), groups)
     torch.testing.assert_close(attend(q, k, v, groups).double(), exact, rtol=0, atol=1e-5)
+
+
+def test_few_keys_are_left_to_one_call_of_torch(monkeypatch):
+    calls = []
+    monkeypatch.setattr(blocked_attention, "attend", lambda *given: calls.append(given))
+    (onednn,) = (each for each in ON_CPU if each.name == "onednn")
+    for rows in (blocked_attention.FEW_KEYS - 1, blocked_attention.FEW_KEYS):
+        q, k, v = _qkv(rows, 3, dtype=torch.float32)
+        onednn(q, k, v, (KeyGroup(rows, 0.0),))
+    assert [given[1].shape[2] for given in calls] == [blocked_attention.FEW_KEYS]
 
 
 def test_our_kernels_reference_is_one_plain_softmax():

@@ -130,3 +130,16 @@ def test_rows_lie_before_heads_and_inputs_stay(batch):
     assert out.shape == q.shape
     assert out.transpose(1, 2).is_contiguous()
     assert all(map(torch.equal, before, (q, k, v)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("size", [1.0, 40.0])
+def test_result_is_written_where_it_is_wanted(size):
+    q, k, v = qkv(30, 11, batch=2, size=size)
+    groups = (KeyGroup(9, -math.inf), KeyGroup(21, 0.0))
+    wide = torch.full((2, 11, 5 * 32), math.nan)
+    into = wide[..., 32:64].unflatten(-1, (2, 16)).transpose(1, 2)
+    assert attend(q, k, v, groups, into) is into
+    assert torch.equal(into, attend(q, k, v, groups))
+    assert wide[..., :32].isnan().all()
+    assert wide[..., 64:].isnan().all()

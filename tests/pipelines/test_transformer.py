@@ -241,6 +241,7 @@ TURNING = {"complex", "view_as_complex", "mul_"}
 @torch.inference_mode()
 def test_a_step_uses_no_double_precision_and_no_mask(model, operators, fields, monkeypatch):
     monkeypatch.setattr(blocked_attention, "_KEYS", 64)  # of large blocks this would be one
+    monkeypatch.setattr(blocked_attention, "FEW_KEYS", 64)
     grid, ours = Grid(19, 21), engine(model, operators=operators)  # more rows than a layer is wide
     img, given = noise(model, grid), conditioning(model, **fields)
     prepared = ours.prepare(given, networks.SCHEDULE, grid)
@@ -252,6 +253,17 @@ def test_a_step_uses_no_double_precision_and_no_mask(model, operators, fields, m
         assert dtype not in (torch.float64, torch.complex128), name
         assert dtype != torch.complex64 or name.split(".")[1] in TURNING, name
         assert sum(size >= grid.tokens for size in shape) < 2, f"{name}: {shape} of {rows} rows"
+
+
+@pytest.mark.parametrize("copies", [1, 40])
+def test_a_forward_by_blocks_of_keys_is_that_of_diffusers(model, copies, monkeypatch):
+    """As networks of full size have it: several blocks of keys and of queries."""
+    monkeypatch.setattr(blocked_attention, "FEW_KEYS", 0)
+    monkeypatch.setattr(blocked_attention, "_KEYS", 16)
+    monkeypatch.setattr(blocked_attention, "_QUERIES", 8)
+    ours, grid = engine(model, operators=OneDnnOperators()), Grid(9, 5)
+    given, img = conditioning(model, copies=copies), noise(model, grid, batch=2)
+    assert error(predict(ours, given, grid, img), oracle(model, given, grid, img)) <= 1e-5
 
 
 def test_attention_is_called_once_per_block(model):
