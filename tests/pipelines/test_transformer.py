@@ -302,8 +302,17 @@ def test_networks_that_are_not_flux_are_refused(change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [{"copies": 512}, {"text": 64}], ids=str)
-def test_one_block_of_each_kind_at_full_width(tokens):
+@pytest.mark.parametrize("operators", [TorchOperators(), OneDnnOperators()], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    ("grid", "tokens"),
+    [
+        (Grid(16, 24), {"copies": 512}),
+        (Grid(16, 24), {"text": 64}),
+        (Grid(64, 64), {"text": 512}),  # 5,337 rows: 1024 × 1024 pixels with an encoded prompt
+    ],
+    ids=str,
+)
+def test_one_block_of_each_kind_at_full_width(grid, tokens, operators):
     model = diffusers_model(
         in_channels=64,
         num_layers=1,
@@ -314,6 +323,6 @@ def test_one_block_of_each_kind_at_full_width(tokens):
         pooled_projection_dim=768,
         axes_dims_rope=(16, 56, 56),
     )
-    grid, given = Grid(16, 24), conditioning(model, redux=(729,), **tokens)
-    img = noise(model, grid)
-    assert error(predict(engine(model), given, grid, img), oracle(model, given, grid, img)) <= 1e-5
+    given, img = conditioning(model, redux=(729,), **tokens), noise(model, grid)
+    ours = predict(engine(model, operators=operators), given, grid, img)
+    assert error(ours, oracle(model, given, grid, img)) <= 1e-5
