@@ -51,8 +51,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("bench-results"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench-results"), help="a folder (default: %(default)s)"
+    )
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     torch.set_num_threads(options.threads)
     pipelines = {
         name: load_pipeline(model=options.model, backend=name, device=options.device)
@@ -64,7 +67,6 @@ def main() -> None:
         "environment": environment(options.device, **details),
         "points": [asdict(point) for point in points],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "growth.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(points, options.out / "growth.png")
     print(json.dumps(report, indent=2))

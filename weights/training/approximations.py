@@ -3,8 +3,8 @@
     make eval-approximations
 
 Writes a report and the tables of docs/performance.md. Everything is compared with the same seed
-computed exactly in float32, and runs in turns with it; on a CPU, in one thread. Knows the order of
-measurements and where files lie.
+computed exactly in float32 (one row, in bfloat16), and runs in turns with it; on a CPU, in one
+thread. Knows the order of measurements and where files lie.
 """
 
 import argparse
