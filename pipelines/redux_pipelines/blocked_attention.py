@@ -14,10 +14,10 @@ from redux_pipelines import onednn
 from redux_pipelines.attention import Groups, key_bias
 
 _QUERIES, _KEYS = 1024, 512
-"""Rows of a block of logits, per thread, and its columns: 2 MiB. Measured (docs/performance.md)."""
+"""Rows of a block of logits, per thread, and its columns: 2 MiB, about a second cache."""
 
 FEW_KEYS = 512
-"""With fewer, torch's one call is as fast as our several, and faster in several threads."""
+"""With fewer, our several calls gain too little over torch's one: tried in one and two threads."""
 
 _SAFE = 60.0
 """Powers of two up to this, and their sums over any keys, are far from float32's ends."""

@@ -117,7 +117,23 @@ Attend = Callable[[Tensor | None], Tensor]
 """Attention's output ``(B, n, H)``, written to where it is told, if it is; never over values."""
 
 
-class TorchOperators:
+class _OneProjection:
+    """``single_in`` of those that keep together what ``linear1`` gives, ``(B, n, 7 H)``."""
+
+    def single_in(
+        self: Operators,
+        stream: Residual,
+        shift: Tensor,
+        scale: Tensor,
+        linear1: Linear,
+        linear2: Linear,
+    ) -> SingleRows:
+        """See ``Operators``. ``linear2`` has to wait for attention."""
+        x, up = self.normed_linear(stream, shift, scale, linear1)
+        return SingleRows(x, up[..., : 3 * x.shape[-1]], up)
+
+
+class TorchOperators(_OneProjection):
     """Plain torch: the streams are changed in place, and a norm's affine map is the modulation."""
 
     name = "torch"
@@ -163,12 +179,6 @@ class TorchOperators:
         x, rows = self.normed_linear(stream, shift, scale, up)
         return x, project(down, gelu_(rows))
 
-    def single_in(
-        self, stream: Residual, shift: Tensor, scale: Tensor, linear1: Linear, linear2: Linear
-    ) -> SingleRows:
-        """See ``Operators``. All that ``linear1`` gives stays together."""
-        return _whole(*self.normed_linear(stream, shift, scale, linear1))
-
     def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
         """See ``Operators``. Attention goes where the values were, beside the MLP."""
         up, width = rows.mlp, rows.x.shape[-1]
@@ -177,7 +187,7 @@ class TorchOperators:
         return project(linear2, up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
 
 
-class KernelOperators:
+class KernelOperators(_OneProjection):
     """``redux_kernels``: new rows instead of changed ones, each read and written once.
 
     Before a linear in fp8 they leave as e4m3, with a scale each.
@@ -241,12 +251,6 @@ class KernelOperators:
         gelu_into(rows, activated)
         return x, project(down, activated)
 
-    def single_in(
-        self, stream: Residual, shift: Tensor, scale: Tensor, linear1: Linear, linear2: Linear
-    ) -> SingleRows:
-        """See ``Operators``. All that ``linear1`` gives stays together."""
-        return _whole(*self.normed_linear(stream, shift, scale, linear1))
-
     def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
         """See ``Operators``."""
         up, width = rows.mlp, rows.x.shape[-1]
@@ -262,8 +266,3 @@ class KernelOperators:
 def _for_each(vector: Tensor, x: Tensor) -> Tensor:
     """``(H,)`` or ``(B, 1, H)`` as ``(B, H)``, without a copy."""
     return vector.view(-1, vector.shape[-1]).expand(len(x), -1)
-
-
-def _whole(x: Tensor, up: Tensor) -> SingleRows:
-    """The rows ``up (B, n, 7 H)``: queries, keys and values before the MLP's."""
-    return SingleRows(x, up[..., : 3 * x.shape[-1]], up)

@@ -125,7 +125,9 @@ def test_unknown_options_are_named(options, text):
 
 
 def test_the_attention_is_told_and_can_be_forced(tiny, load):
-    assert load(tiny).info.attention == "onednn"
+    pipeline = load(tiny)
+    assert pipeline.info.attention == "onednn"
+    assert pipeline._parts.denoiser._operators.name == "onednn"
     assert load(tiny, attention="flash-cpu").info.attention == "flash-cpu"
     assert load(tiny, backend="diffusers").info.attention == "native"
 

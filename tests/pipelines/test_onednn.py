@@ -5,6 +5,7 @@ import platform
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from redux_pipelines import onednn
 
@@ -48,6 +49,24 @@ def test_mlp_by_some_rows_at_a_time(rows, batch, monkeypatch):
     got = onednn.mlp(x, up, up_bias, down, down_bias)
     assert got.shape == wanted.shape
     assert off(got, wanted) <= 1e-6
+
+
+def test_the_middle_of_an_mlp_is_never_there_whole(monkeypatch):
+    monkeypatch.setattr(onednn, "_ROWS_AT_ONCE", 64)
+    shapes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                shapes.append(tuple(out.shape))
+            return out
+
+    at_once = 64 * torch.get_num_threads()
+    given = draw(5 * at_once, 16), draw(48, 16), draw(48), draw(16, 48), draw(16)
+    with Watch():
+        onednn.mlp(*given)
+    assert {shape[0] for shape in shapes if shape[1:] == (48,)} == {at_once}
 
 
 def test_operators_for_compiled_code_keep_their_promises():

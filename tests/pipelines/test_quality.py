@@ -6,15 +6,13 @@ The floors are those that a tier promises; what is measured now lies well above 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from redux_pipelines.loading import load_pipeline
 from redux_pipelines.quality import TIERS, CachePolicy
 from redux_pipelines.types import QUALITIES, GenerationRequest
-from redux_weights.embedded import find_mini
 from training import metrics
+from training.icons import held_out
 
-TILE, COLUMNS = 128, 13
 CHOSEN = (4, 58, 94)
 STEPS = 28
 FLOORS = {"balanced": (33.0, 0.95), "fast": (28.0, 0.95)}
@@ -24,10 +22,7 @@ HITS = {"balanced": (10, 12), "fast": (14, 18)}
 @pytest.fixture(scope="module")
 def icons():
     """Three of the concepts that the model never saw."""
-    with Image.open(find_mini().base.parent / "report" / "inputs.webp") as opened:
-        sheet = opened.convert("RGB")
-    corners = [(index % COLUMNS * TILE, index // COLUMNS * TILE) for index in CHOSEN]
-    return [sheet.crop((left, top, left + TILE, top + TILE)) for left, top in corners]
+    return held_out(CHOSEN)
 
 
 @pytest.fixture(scope="module")

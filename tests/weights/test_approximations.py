@@ -7,7 +7,8 @@ import pytest
 
 from redux_pipelines.loading import load_pipeline
 from training import approximations
-from training.approximations import Cost, fp8_table, tier_table, write_tables
+from training.approximations import TABLES, Cost
+from training.documents import has_place, place_figures
 
 DOCUMENT = approximations.DOCUMENT.read_text()
 REPORT = approximations.DOCUMENT.parent / "benchmarks" / "approximations-mini.json"
@@ -45,23 +46,27 @@ def test_layers_that_are_kept_leave_fp8_and_come_nearer_to_exact():
 
 
 def test_icons_are_different_ones_of_the_sheet():
-    icons = approximations.held_out(16)
+    icons = approximations.icons_for(16)
     assert len({icon.tobytes() for icon in icons}) == 16
     assert {icon.size for icon in icons} == {(128, 128)}
 
 
-def test_only_what_lies_between_marks_is_replaced(tmp_path):
-    place = tmp_path / "document.md"
-    place.write_text(
-        "a\n<!-- figures: fp8 -->\nold\n<!-- /figures -->\nb <!-- figures: other -->\n"
-    )
-    write_tables(place, {"fp8": "| new |\n", "tiers": "| absent |\n"})
-    assert place.read_text() == (
-        "a\n<!-- figures: fp8 -->\n| new |\n<!-- /figures -->\nb <!-- figures: other -->\n"
-    )
+def test_figures_replace_what_is_between_their_marks_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    marked = "<!-- figures: {0} -->\nold\n<!-- /figures -->\n"
+    page.write_text("a\n" + marked.format("one") + "b\n" + marked.format("two"))
+    place_figures(page, "one", "new \\1\n")
+    expected = "a\n<!-- figures: one -->\nnew \\1\n<!-- /figures -->\nb\n" + marked.format("two")
+    assert page.read_text() == expected
+    for text in ("no marks\n", "<!-- figures: one -->\nno end\n", 2 * marked.format("one")):
+        page.write_text(text)
+        assert not has_place(page, "one")
+        with pytest.raises(ValueError, match="no place for figures: one"):
+            place_figures(page, "one", "new\n")
+        assert page.read_text() == text
 
 
-@pytest.mark.parametrize(("name", "table"), [("tiers", tier_table), ("fp8", fp8_table)])
+@pytest.mark.parametrize(("name", "table"), TABLES.items(), ids=TABLES)
 def test_the_document_shows_what_the_report_says(name, table):
     costs = {label: Cost(**cost) for label, cost in json.loads(REPORT.read_text())[name].items()}
     (shown,) = re.findall(rf"<!-- figures: {name} -->\n(.*?)<!-- /figures -->", DOCUMENT, re.DOTALL)

@@ -9,30 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxPriorReduxPipeline
-from PIL import Image
 
 from redux_pipelines.loading import load_pipeline
 from redux_pipelines.safety import OpenNsfwChecker
 from redux_weights.embedded import find_mini
 from redux_weights.layout import TEXT, find_missing
-from training import metrics
+from training import icons, metrics
 
-TILE, COLUMNS, COUNT = 128, 13, 130
-CHOSEN = range(4, COUNT, 9)  # 14 of the 130
-LARGE = range(8, COUNT, 25)  # 5 of them
+CHOSEN = range(4, icons.COUNT, 9)  # 14 of the 130
+LARGE = range(8, icons.COUNT, 25)  # 5 of them
 
 
 @pytest.fixture(scope="module")
 def held_out():
     """The 130 concepts that the model never saw, as the evaluation drew them."""
-    with Image.open(find_mini().base.parent / "report" / "inputs.webp") as opened:
-        sheet = opened.convert("RGB")
-    boxes = [
-        (index % COLUMNS * TILE, index // COLUMNS * TILE, (index % COLUMNS + 1) * TILE,
-         (index // COLUMNS + 1) * TILE)
-        for index in range(COUNT)
-    ]  # fmt: skip
-    return [sheet.crop(box) for box in boxes]
+    return icons.held_out()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +159,7 @@ def thirds(image):
 
 def test_a_variation_is_neither_a_copy_nor_another_picture(made, held_out):
     likeness = [
-        psnr(image.resize((TILE, TILE)), held_out[index])
+        psnr(image.resize((icons.TILE, icons.TILE)), held_out[index])
         for image, index in zip(made, CHOSEN, strict=True)
     ]
     assert 10 < np.mean(likeness) < 30

@@ -20,6 +20,7 @@ from training.controls import (
     paired,
     turned,
 )
+from training.documents import has_place
 from training.yardsticks import layout_correlation
 
 STEPS, SEEDS = 6, 1
@@ -199,13 +200,5 @@ def test_tables_of_the_document_hold_the_figures_of_the_report():
     assert f"{report['steps']} steps" in text
 
 
-def test_tables_replace_what_is_between_the_marks_and_nothing_else(tmp_path):
-    document = tmp_path / "page.md"
-    document.write_text("a\n<!-- figures: of old -->\nold\n<!-- /figures -->\nb\n")
-    controls.write_tables("new \\1\n", document)
-    expected = "a\n<!-- figures: of old -->\nnew \\1\n<!-- /figures -->\nb\n"
-    assert document.read_text() == expected
-    document.write_text("no marks\n")
-    with pytest.raises(ValueError, match="no place for figures"):
-        controls.write_tables("new\n", document)
-    assert document.read_text() == "no marks\n"
+def test_the_document_has_a_place_for_the_tables():
+    assert has_place(FOLDER.parent / "controls.md", controls.FIGURES)

@@ -8,7 +8,6 @@ thread. Knows the order of measurements and where files lie.
 """
 
 import argparse
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +19,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from redux_pipelines.compile_cache import machine_facts
 from redux_pipelines.fp8 import Fp8Linear
 from redux_pipelines.loading import load_pipeline
 from redux_pipelines.types import GenerationRequest, Pipeline, Result
-from redux_weights.embedded import find_mini
 from training import metrics
+from training.documents import has_place, markdown_table, place_figures
+from training.icons import COUNT, held_out
 from training.reports import environment, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +38,6 @@ SIDES = {512: 16, 1024: 5}
 FP8_ICONS = 8
 AGAINST_BFLOAT16 = "against the same without fp8"
 KINDS = ("proj", "mlp_out", "linear2", "linear1")
-_TILE, _COLUMNS, _COUNT = 128, 13, 130
-_TABLES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 Keeps = Callable[[str], bool]
 """Whether a layer, by its name in our network, is left in the model's dtype."""
@@ -62,13 +61,9 @@ class Cost:
     share: float | None = None
 
 
-def held_out(count: int) -> list[Image.Image]:
-    """Some of the 130 concepts that the model never saw, evenly spread."""
-    with Image.open(find_mini().base.parent / "report" / "inputs.webp") as opened:
-        sheet = opened.convert("RGB")
-    places = [(index * _COUNT // count) for index in range(count)]
-    corners = [(place % _COLUMNS * _TILE, place // _COLUMNS * _TILE) for place in places]
-    return [sheet.crop((left, top, left + _TILE, top + _TILE)) for left, top in corners]
+def icons_for(count: int) -> list[Image.Image]:
+    """So many, evenly spread."""
+    return held_out(index * COUNT // count for index in range(count))
 
 
 def measure_tiers(
@@ -76,7 +71,7 @@ def measure_tiers(
 ) -> Iterator[tuple[str, Cost]]:
     """Each tier at each side, by a label."""
     for side, count in sides.items():
-        icons = held_out(count)
+        icons = icons_for(count)
         for tier in TIERS:
             options: dict[str, Any] = {"width": side, "height": side, "num_inference_steps": steps}
             pairs = [
@@ -99,7 +94,8 @@ def measure_fp8(steps: int, count: int) -> Iterator[tuple[str, Cost]]:
         against = rounded if label.endswith(AGAINST_BFLOAT16) else exact
         options: dict[str, Any] = {"width": 512, "height": 512, "num_inference_steps": steps}
         pairs = [
-            [_timed(each, icon, **options) for each in (against, other)] for icon in held_out(count)
+            [_timed(each, icon, **options) for each in (against, other)]
+            for icon in icons_for(count)
         ]
         cost = _cost(pairs)
         yield label, Cost(**{**asdict(cost), "time": None, "share": share})
@@ -174,45 +170,41 @@ def _cost(pairs: Sequence[Sequence[_Made]]) -> Cost:
 
 def tier_table(costs: dict[str, Cost]) -> str:
     """Markdown."""
-    lines = [
-        "| tier, size (icons) | PSNR mean (least) | SSIM least | steps reused | "
-        "processor time, median ratio |",
-        "|---|---|---|---|---|",
+    head = ["tier, size (icons)", "PSNR mean (least), dB", "SSIM least", "steps reused"]
+    rows = [
+        [
+            f"{label} ({cost.icons})",
+            f"{cost.psnr:.1f} ({cost.least_psnr:.1f})",
+            _unit(cost.least_ssim),
+            f"{cost.reused:.1f}",
+            f"{cost.time:.2f}",
+        ]
+        for label, cost in costs.items()
     ]
-    for label, cost in costs.items():
-        lines.append(
-            f"| {label} ({cost.icons}) | {cost.psnr:.1f} ({cost.least_psnr:.1f}) dB | "
-            f"{_unit(cost.least_ssim)} | {cost.reused:.1f} | {cost.time:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return markdown_table([*head, "processor time, median ratio"], rows)
 
 
 def fp8_table(costs: dict[str, Cost]) -> str:
     """Markdown."""
-    lines = [
-        "| in fp8 | share of the blocks' weights | PSNR, dB (least) | SSIM |",
-        "|---|---|---|---|",
+    rows = [
+        [
+            label,
+            f"{cost.share:.2f}",
+            f"{cost.psnr:.1f} ({cost.least_psnr:.1f})",
+            _unit(cost.ssim),
+        ]
+        for label, cost in costs.items()
     ]
-    for label, cost in costs.items():
-        lines.append(
-            f"| {label} | {cost.share:.2f} | {cost.psnr:.1f} ({cost.least_psnr:.1f}) | "
-            f"{_unit(cost.ssim)} |"
-        )
-    return "\n".join(lines) + "\n"
+    head = ["in fp8", "share of the blocks' weights", "PSNR mean (least), dB", "SSIM mean"]
+    return markdown_table(head, rows)
 
 
 def _unit(value: float) -> str:
     return f"{value:.4f}".removeprefix("0")
 
 
-def write_tables(document: Path, tables: dict[str, str]) -> None:
-    """Replace the tables between the document's marks."""
-
-    def replaced(match: re.Match[str]) -> str:
-        name = match[2]
-        return match[1] + tables[name] + match[3] if name in tables else match[0]
-
-    document.write_text(_TABLES.sub(replaced, document.read_text()))
+TABLES = {"tiers": tier_table, "fp8": fp8_table}
+"""By the marks of their places in the document."""
 
 
 def main() -> None:
@@ -222,17 +214,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results" / "approximations.json")
     parser.add_argument("--document", type=Path, help="where tables between marks are replaced")
     options = parser.parse_args()
+    for name in TABLES if options.document else ():
+        if not has_place(options.document, name):
+            parser.error(f"{options.document} has no place for figures: {name}")
     torch.set_num_threads(1)
     exact = load_pipeline(model="mini", device="cpu", dtype="float32")
-    tiers = dict(measure_tiers(exact, SIDES, options.steps))
-    fp8 = dict(measure_fp8(options.steps, FP8_ICONS))
-    report: dict[str, Any] = {"environment": environment(), "steps": options.steps}
-    for name, costs in (("tiers", tiers), ("fp8", fp8)):
-        report[name] = {label: asdict(cost) for label, cost in costs.items()}
+    costs = {
+        "tiers": dict(measure_tiers(exact, SIDES, options.steps)),
+        "fp8": dict(measure_fp8(options.steps, FP8_ICONS)),
+    }
+    processor = machine_facts(torch.device("cpu"))["processor"]
+    report: dict[str, Any] = {
+        "environment": {**environment(), "processor": processor, "threads": 1},
+        "steps": options.steps,
+    }
+    for name, of_name in costs.items():
+        report[name] = {label: asdict(cost) for label, cost in of_name.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, options.out)
-    if options.document:
-        write_tables(options.document, {"tiers": tier_table(tiers), "fp8": fp8_table(fp8)})
+    for name, table in TABLES.items() if options.document else ():
+        place_figures(options.document, name, table(costs[name]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ order of measurements and where files lie.
 
 import argparse
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image, ImageOps
 from redux_pipelines.loading import load_pipeline
 from redux_pipelines.types import Fit, GenerationRequest, Pipeline, Result
 from training import metrics
+from training.documents import has_place, markdown_table, place_figures
 from training.reports import environment, rounded, write_json
 from training.sheets import Row, save_contact_sheet
 from training.yardsticks import colour_distance, layout_correlation
@@ -40,7 +40,8 @@ FITS: tuple[Fit, ...] = ("squash", "letterbox", "center")
 
 ROOT = Path(__file__).parents[2]
 _TILE, _SHOWN = (128, 128), 2
-_TABLES = re.compile(r"(<!-- figures: .*? -->\n).*(<!-- /figures -->)", re.DOTALL)
+FIGURES = "written by make eval-controls"
+"""The mark of their place in the document."""
 
 Strip = Sequence[Image.Image]
 Figures = dict[str, float]
@@ -60,10 +61,11 @@ class Study:
     def table(self) -> str:
         """Markdown."""
         names = list(next(iter(self.figures.values())))
-        lines = [[self.name, *names], ["---"] * (1 + len(names))]
-        for label, row in self.figures.items():
-            lines.append([label, *(_shown(each) for each in rounded(row).values())])
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        rows = [
+            [label, *(_shown(each) for each in rounded(row).values())]
+            for label, row in self.figures.items()
+        ]
+        return markdown_table([self.name, *names], rows)
 
 
 def _shown(value: float) -> str:
@@ -250,14 +252,6 @@ def load_photographs() -> dict[str, Image.Image]:
     return found
 
 
-def write_tables(text: str, document: Path) -> None:
-    """Put ``text`` between the marks of ``document``. Raises ``ValueError`` if it has none."""
-    written, count = _TABLES.subn(lambda marks: marks[1] + text + marks[2], document.read_text())
-    if count != 1:
-        raise ValueError(f"{document} has no place for figures")
-    document.write_text(written)
-
-
 def measure(studio: Studio, out: Path) -> str:
     """Write report and contact sheets to the folder ``out``; the tables come back as Markdown."""
     report: dict[str, Any] = {
@@ -291,14 +285,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     options = parser.parse_args()
-    if options.document and not _TABLES.search(options.document.read_text()):
+    if options.document and not has_place(options.document, FIGURES):
         parser.error(f"{options.document} has no place for figures")  # before all is measured
     torch.set_num_threads(options.threads)
     pipeline = load_pipeline(model="mini", device="cpu", dtype="float32", backend="engine")
     studio = Studio(pipeline, load_photographs(), options.seeds, options.steps)
     text = measure(studio, options.out)
     if options.document:
-        write_tables(text, options.document)
+        place_figures(options.document, FIGURES, text)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from redux_pipelines.types import Pipeline
 from redux_weights.embedded import Checkpoint, find_mini
 from training import cli, fetch
 from training.dataset import HELD_OUT_PHOTOS, Icons, load_icons
+from training.icons import COLUMNS, TILE
 from training.probe import Gallery
 from training.reports import environment, rounded, write_json
 from training.settings import FULL
@@ -178,7 +179,7 @@ def evaluate(
 
     out.mkdir(parents=True, exist_ok=True)
     bench = make_bench(load(), icons, extent.icons, extent.steps)
-    save_tiles(bench.images, out / "inputs.webp", columns=13, side=128)
+    save_tiles(bench.images, out / "inputs.webp", columns=COLUMNS, side=TILE)
     gallery, space = Gallery(icons), EncoderSpace(checkpoint.redux, icons)
     report: dict[str, Any] = {
         "environment": environment(),
