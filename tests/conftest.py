@@ -7,8 +7,8 @@ import pytest
 
 from e2e.picture_site import picture_site
 from e2e.services import new_postgres_database
-from redux_server.database import connect
-from redux_server.migration import upgrade_database
+from redux_server.database.connection import connect
+from redux_server.database.migration import upgrade_database
 
 # What takes half a minute or more, longest first: whoever began one of these last would work on it
 # alone while the other processes have nothing left. The first two go well together: one computes,
@@ -16,15 +16,15 @@ from redux_server.migration import upgrade_database
 _LONGEST = (
     "weights/test_mini.py",
     "e2e/test_cluster.py",
-    "server/test_store_model.py",
+    "server/tasks/test_store_model.py",
     "e2e/test_chaos.py",
-    "pipelines/test_compilation.py",
-    "server/test_ticket_flow.py",
-    "pipelines/test_warm_up.py",
+    "pipelines/compilation/test_compiled.py",
+    "server/dispatch/test_celery_worker.py",
+    "pipelines/denoising/test_warm_up.py",
     "weights/test_training_smoke.py",
-    "pipelines/test_compiled_batches.py",
+    "pipelines/compilation/test_compiled_batches.py",
     "e2e/test_embedded_model.py",
-    "server/test_poison.py",
+    "server/worker/test_poison.py",
     "codegen/test_codegen.py",
     "kernels/test_interpreted.py",
 )

@@ -223,7 +223,7 @@ def test_constraints_are_exact_and_name_no_build_and_no_place() -> None:
 
 
 def test_changelog_tells_of_this_version_or_of_unreleased_changes() -> None:
-    code = (ROOT / "server/redux_server/__init__.py").read_text()
+    code = (ROOT / "server/redux_server/.py").read_text()
     version = re.search(r'__version__ = "(.+)"', code)
     assert version
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
@@ -323,12 +323,13 @@ def test_image_installs_exactly_what_the_project_needs_alone_and_in_a_cluster(
 
 
 def test_image_starts_the_server_with_settings_it_knows(stages: list[Stage]) -> None:
-    from redux_server import cli, settings
+    from redux_server import settings
+    from redux_server.cli import main
 
     command = json.loads(the(stages[-1], "CMD"))
     assert json.loads(the(stages[-1], "ENTRYPOINT")) == list(PROJECT["project"]["scripts"])
-    cli.build_parser().parse_args(command)
-    cli.build_parser().parse_args(["keys", "create", "--name", "me"])  # the header's example
+    main.build_parser().parse_args(command)
+    main.build_parser().parse_args(["keys", "create", "--name", "me"])  # the header's example
     assert "keys create --name me" in (ROOT / "Dockerfile").read_text()
     ours = {name for name in environment(stages[-1]) if name.startswith(settings.PREFIX)}
     known = {

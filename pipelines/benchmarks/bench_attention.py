@@ -20,9 +20,9 @@ import torch
 from machine import environment
 from torch import Tensor
 
-from redux_pipelines.attention import Groups, Implementation, KeyGroup
-from redux_pipelines.attention_choice import IMPLEMENTATIONS, candidates_for, refusal
-from redux_pipelines.components import resolve_device, resolve_dtype
+from redux_pipelines.attention.choice import IMPLEMENTATIONS, candidates_for, refusal
+from redux_pipelines.attention.groups import Groups, Implementation, KeyGroup
+from redux_pipelines.devices import resolve_device, resolve_dtype
 
 HEADS, HEAD_DIM = 24, 128
 REDUX_ROWS = 729

@@ -27,14 +27,16 @@ from diffusers import FluxTransformer2DModel
 from engine_targets import EAGER, judge, table, target
 from machine import environment
 
-from redux_pipelines import attention_choice, operator_choice
-from redux_pipelines.checkpoint import load_flux
-from redux_pipelines.compilation import Compiled
-from redux_pipelines.denoiser import DiffusersDenoiser, PreparedDenoiser
-from redux_pipelines.engine import EngineDenoiser
+from redux_pipelines.attention import choice
+from redux_pipelines.compilation.compiled import Compiled
+from redux_pipelines.conditioning.tokens import Conditioning, Tokens
+from redux_pipelines.denoising.denoiser import PreparedDenoiser
+from redux_pipelines.denoising.diffusers_backend import DiffusersDenoiser
+from redux_pipelines.denoising.engine import EngineDenoiser
+from redux_pipelines.loading.flux_weights import load_flux
+from redux_pipelines.network import operator_choice
+from redux_pipelines.network.flux import FluxParams
 from redux_pipelines.sampling import Schedule, grid_for
-from redux_pipelines.tokens import Conditioning, Tokens
-from redux_pipelines.transformer import FluxParams
 
 TEXT, PICTURE = 512, 729
 STEPS = 28
@@ -126,7 +128,7 @@ def _networks(name: str, device: torch.device, dtype: str) -> tuple[Any, EngineD
     model = FluxTransformer2DModel(**NETWORKS[name]).to(device, kind).eval().requires_grad_(False)
     params = FluxParams.of(model.config)
     flux = load_flux(params, model.state_dict(), device=device, dtype=kind)
-    attend = attention_choice.choose(device, kind, params.head_dim).attention
+    attend = choice.choose(device, kind, params.head_dim).attention
     glue = operator_choice.choose(
         device, kind, num_heads=params.num_heads, head_dim=params.head_dim
     )

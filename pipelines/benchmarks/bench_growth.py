@@ -22,8 +22,8 @@ import torch
 from machine import environment
 from PIL import Image
 
-from redux_pipelines.loading import load_pipeline
-from redux_pipelines.types import GenerationRequest, Pipeline
+from redux_pipelines.contract.types import GenerationRequest, Pipeline
+from redux_pipelines.loading.load import load_pipeline
 
 BACKENDS = ("engine", "diffusers")
 AXES: dict[str, list[dict[str, int]]] = {

@@ -60,10 +60,10 @@ def _in_a_process(backend: str, dtype: str, options: argparse.Namespace) -> Any:
 def measure(backend: str, dtype: str, device: str, runs: int) -> dict[str, Any]:
     """Load and generate here, in this process."""
     began = time.perf_counter()
-    import_module("redux_pipelines.components")
-    from redux_pipelines.host_memory import keep_freed_memory
-    from redux_pipelines.loading import load_pipeline
-    from redux_pipelines.types import GenerationRequest
+    import_module("redux_pipelines.loading.components")
+    from redux_pipelines.contract.types import GenerationRequest
+    from redux_pipelines.devices import keep_freed_memory
+    from redux_pipelines.loading.load import load_pipeline
 
     imported = time.perf_counter()
     pipeline = load_pipeline(model="mini", backend=backend, dtype=dtype, device=device)

@@ -21,7 +21,7 @@ from machine import environment
 from torch import Tensor
 
 from redux_pipelines import onednn
-from redux_pipelines.layers import gelu_
+from redux_pipelines.network.layers import gelu_
 
 HIDDEN = (256, 3072)
 ROWS = (1753, 5337)

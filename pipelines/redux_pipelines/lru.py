@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from redux_pipelines.types import CacheStats
+from redux_pipelines.contract.types import CacheStats
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

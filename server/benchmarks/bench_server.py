@@ -31,10 +31,10 @@ from typing import Any
 from http_load import percentile, request, run_load
 from PIL import Image
 
-from redux_server.auth import KeyRing
-from redux_server.database import open_database
-from redux_server.store import TaskStore
-from redux_server.tasks import NewTask
+from redux_server.api.auth import KeyRing
+from redux_server.database.migration import open_database
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import NewTask
 
 SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 TARGETS = {

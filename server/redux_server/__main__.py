@@ -2,7 +2,7 @@
 
 import sys
 
-from redux_server.cli import run
+from redux_server.cli.main import run
 
 
 def main() -> int:

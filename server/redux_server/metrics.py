@@ -1,6 +1,6 @@
 """Prometheus metrics. Worker processes write theirs to a folder that the API process reads.
 
-See ``redux_server.metrics_sharing`` for how the folder is set up, which must come first.
+See ``redux_server.cli.main`` for how the folder is set up, which must come first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,8 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from redux_pipelines.types import CacheStats
-from redux_server.tasks import Outcome, Status
+from redux_pipelines.contract.types import CacheStats
+from redux_server.tasks.task import Outcome, Status
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 

@@ -7,6 +7,7 @@ module reads the environment.
 """
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from redux_pipelines.options import LoadOptions
-from redux_pipelines.types import QUALITIES
-from redux_server.setting_values import parse_value
+from redux_pipelines.contract.types import QUALITIES, LoadOptions
 
 PREFIX = "FLUX_REDUX_"
 _ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton", "efficient")
@@ -27,7 +26,6 @@ _COMPUTED = Path()  # stands for a default that is known only when settings are 
 _SHOWN_DATA_DIR = "~/.local/share/flux-redux"
 # Kubernetes gives every pod variables for each service; those of one named flux-redux look ours.
 _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")
-
 S = TypeVar("S", bound="ModelSettings | ServerSettings | ClientSettings")
 
 
@@ -137,7 +135,7 @@ class ModelSettings:
     )
 
     def pipeline_options(self) -> dict[str, Any]:
-        """The arguments of ``redux_pipelines.loading.load_pipeline``."""
+        """The arguments of ``redux_pipelines.loading.load.load_pipeline``."""
         how = {item.name: getattr(self, item.name) for item in fields(LoadOptions)}
         names = ("model", "base", "redux", "revision")
         return {**{name: getattr(self, name) or None for name in names}, **how}
@@ -391,3 +389,67 @@ def _convert(source: str, raw: Any, kind: Any, metadata: Mapping[str, Any]) -> A
         return parse_value(raw, kind, metadata)
     except ValueError as error:
         raise SettingsError(f"{source} {error}") from None
+
+
+# --- Setting values -------------------------------------------------------------------------------
+
+# DOC From the text of a flag or variable to a value of the right type. Knows no setting.
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
+
+
+_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
+
+
+def parse_value(raw: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
+    """``raw`` as a ``kind`` within ``limits`` (see ``redux_server.settings.option``).
+
+    Raises:
+        ValueError: it is none; the text goes on after the setting's name.
+    """
+    try:
+        value = _parse(raw, kind)
+    except (ValueError, RuntimeError):  # RuntimeError: ~name of a user that does not exist
+        raise ValueError(f"must be {_KINDS[kind]}, got {raw!r}") from None
+    _check_limits(value, limits)
+    return value
+
+
+def _check_limits(value: Any, limits: Mapping[str, Any]) -> None:
+    if "choices" in limits and value not in limits["choices"]:
+        raise ValueError(f"must be one of {', '.join(limits['choices'])}, got {value!r}")
+    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
+        raise ValueError(f"must be {limits['help']}; got {value!r}")
+    if "minimum" in limits and value < limits["minimum"]:
+        raise ValueError(f"must be at least {limits['minimum']}, got {value!r}")
+    if "maximum" in limits and value > limits["maximum"]:
+        raise ValueError(f"must be at most {limits['maximum']}, got {value!r}")
+
+
+def _parse(raw: Any, kind: Any) -> Any:
+    if kind is bool and not isinstance(raw, bool):
+        if str(raw).lower() not in _BOOLEANS:
+            raise ValueError
+        return _BOOLEANS[str(raw).lower()]
+    if kind is Path:
+        if not str(raw):
+            raise ValueError
+        return Path(raw).expanduser().absolute()
+    value = kind(raw)
+    if kind is float and not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+# --- Cli ------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """Something the user can put right; the text says how."""

@@ -20,7 +20,7 @@ import httpx
 
 from e2e.history import Download, TaskHistory
 from e2e.live import MODEL_PATH, a_picture, data_uri, plain_client
-from redux_pipelines.fakes import SPOILED
+from redux_pipelines.fake import SPOILED
 from server.receiver import Received, receiving
 
 IMAGE = data_uri(a_picture())

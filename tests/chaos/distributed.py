@@ -23,10 +23,10 @@ from e2e.cluster import Node, RemoteWorker
 from e2e.live import terminate
 from e2e.proxy import Proxy
 from e2e.restarted import rows_of
-from redux_server.blobs import signing_secret
-from redux_server.database import connect
-from redux_server.migration import upgrade_database
-from redux_server.worker_identity import worker_id
+from redux_server.database.connection import connect
+from redux_server.database.migration import upgrade_database
+from redux_server.dispatch.device import worker_id
+from redux_server.storage.signing import signing_secret
 
 LEASE_S = 6.0
 NODES, WORKERS = 2, 3
@@ -226,7 +226,7 @@ class Distributed:
         proxy.mend()
 
     def purge(self, *, delete: bool = False) -> None:
-        from redux_server.tickets import queue_name, ticket_app
+        from redux_server.dispatch.celery import queue_name, ticket_app
 
         assert self.broker is not None
         engine = connect(self.database.url())

@@ -18,7 +18,9 @@ from sqlalchemy import func, select
 
 from chaos.clients import IMAGE
 from e2e.live import MODEL_PATH, LiveServer
-from redux_server.database import open_database, reader, tasks
+from redux_server.database.connection import reader
+from redux_server.database.migration import open_database
+from redux_server.database.tables import tasks
 
 MAX_QUEUE = 60
 GREED = {"greedy": 6, "eager": 3, "modest": 2}  # parts of what is offered

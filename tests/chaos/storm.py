@@ -17,7 +17,7 @@ from chaos.clients import Client, Habits, Receiver, webhook_receiver
 from chaos.faults import Fault, Trouble
 from e2e.history import Anomaly, TaskHistory, check
 from e2e.live import ROOT, wait_until
-from redux_server.tasks import Status
+from redux_server.tasks.task import Status
 
 STUCK_S = 60.0
 PATIENCE_S = 150.0  # without any progress: a busy machine is slow, but does not stand still

@@ -109,11 +109,11 @@ def our_network(
     On kernels. A folded text token's copies are added by one more after attention, which writes the
     result beside the MLP; without them it is copied there, as no flash attention does it.
     """
-    from redux_pipelines.attention import KeyGroup, folded
-    from redux_pipelines.layers import Rope
-    from redux_pipelines.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS
-    from redux_pipelines.operators import KernelOperators
-    from redux_pipelines.transformer import Flux, FluxParams, Joint
+    from redux_pipelines.attention.groups import KeyGroup, folded
+    from redux_pipelines.network.flux import BlockContext, Flux, FluxParams
+    from redux_pipelines.network.layers import Rope
+    from redux_pipelines.network.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS
+    from redux_pipelines.network.operators import KernelOperators
 
     with torch.device("meta"):
         flux = Flux(FluxParams(depth=doubles, depth_single_blocks=singles))
@@ -138,7 +138,7 @@ def our_network(
         return into
 
     def run(img: Tensor, txt: Tensor, mod: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        joint = Joint(txt, Rope(cos, sin), groups, attend_groups, KernelOperators())
+        joint = BlockContext(txt, Rope(cos, sin), groups, attend_groups, KernelOperators())
         return flux(img, txt, mod, joint)
 
     table = make(2 * DOUBLE_ROWS * doubles + SINGLE_ROWS * singles + FINAL_ROWS, 3072)

@@ -34,7 +34,7 @@ def parameters_of_diffusers() -> int:
 
 
 def parameters_of_ours() -> int:
-    from redux_pipelines.transformer import Flux, FluxParams
+    from redux_pipelines.network.flux import Flux, FluxParams
 
     with torch.device("meta"):
         flux = Flux(FluxParams())

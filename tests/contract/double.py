@@ -19,12 +19,12 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from e2e.live import a_picture
-from redux_server.app import build_app
-from redux_server.serve import build_services
+from redux_server.api.app import build_app
+from redux_server.cli.serve import build_services
 from redux_server.settings import ServerSettings
-from redux_server.store import TaskStore
-from redux_server.tasks import Outcome, Status
-from server.in_process import IdleEngine, end_next
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import Outcome, Status
+from server.in_process import IdleDispatch, end_next
 
 OUTPUT = "output/1/0.png"
 DONE = Outcome(Status.COMPLETED, [OUTPUT], [False], [7], {"inference": 12})
@@ -87,7 +87,7 @@ class Double:
 
     def __init__(self, folder: Path, mutations: list[Mutation]) -> None:
         settings = ServerSettings(data_dir=folder, model="fake", min_free_disk=0)
-        services = replace(build_services(settings), engine=IdleEngine())
+        services = replace(build_services(settings), dispatch=IdleDispatch())
         services.blobs.put(OUTPUT, a_picture())
         self.key = services.keys.create("client")
         self._sockets = [socket.create_server(("127.0.0.1", 0)) for _ in mutations]

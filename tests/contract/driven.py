@@ -18,7 +18,7 @@ from contract.mutations import (
     noticed_by,
     unnoticed_by,
 )
-from redux_server.schemas import MODELS
+from redux_server.parameters import MODELS
 
 PATIENCE_S = 3.0
 WAITING = (TIMED_OUT, STILL)

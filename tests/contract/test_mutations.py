@@ -26,7 +26,7 @@ from contract.answers import (
 )
 from contract.double import Double
 from contract.mutations import HUB, JS, SDK, TIMED_OUT, Brings, noticed_by
-from redux_server.schemas import MODELS
+from redux_server.parameters import MODELS
 
 HUB_MODEL = "black-forest-labs/FLUX.1-Redux-dev"
 IMAGE = "https://example.com/a.png"

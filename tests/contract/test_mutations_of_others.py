@@ -38,7 +38,7 @@ from contract.mutations import (
     noticed_by,
 )
 from e2e.live import terminate, wait_until
-from redux_server.schemas import MODELS
+from redux_server.parameters import MODELS
 
 pytestmark = pytest.mark.clients
 

@@ -145,8 +145,8 @@ class LiveServer:
 
     def create_key(self, name: str) -> str:
         """One more API key."""
-        from redux_server.auth import KeyRing
-        from redux_server.database import open_database
+        from redux_server.api.auth import KeyRing
+        from redux_server.database.migration import open_database
 
         engine = open_database(self.database_url)
         try:

@@ -10,7 +10,9 @@ import httpx
 from sqlalchemy import Row, select
 
 from e2e.live import LiveServer, children, is_running, wait_until
-from redux_server.database import open_database, reader, tasks
+from redux_server.database.connection import reader
+from redux_server.database.migration import open_database
+from redux_server.database.tables import tasks
 
 Rows = Callable[[], dict[str, Row[Any]]]
 

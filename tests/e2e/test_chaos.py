@@ -1,7 +1,7 @@
 """Nothing that was accepted is lost, whatever is killed; and the checker that says so can fail.
 
 What dies here is a process, at a random moment, by SIGKILL. That a commit also outlives the
-machine is the business of ``synchronous=FULL``, which tests/server/test_store.py looks at.
+machine is the business of ``synchronous=FULL``, which tests/server/tasks/test_store.py looks at.
 """
 
 import dataclasses
@@ -33,11 +33,12 @@ from e2e.live import (
     wait_until,
 )
 from e2e.restarted import RestartedServer
-from redux_pipelines.fakes import SLOW_STEP_S
-from redux_server import schemas
-from redux_server.database import open_database, tasks
-from redux_server.store import TaskStore
-from redux_server.tasks import NewTask, Outcome, Status, Task
+from redux_pipelines.fake import SLOW_STEP_S
+from redux_server.api import prediction as prediction_module
+from redux_server.database.migration import open_database
+from redux_server.database.tables import tasks
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import NewTask, Outcome, Status, Task
 
 QUICK = Habits(most_open=10, refused_webhooks=0.0)
 TASKS, KILLS = 300, 10
@@ -223,7 +224,9 @@ def _completed(task: Task) -> Outcome:
 
 
 def _as_client(task: Task) -> dict[str, Any]:
-    return schemas.prediction(task, base_url="http://x", sign=lambda key, _: f"/files/s/9/{key}")
+    return prediction_module.prediction(
+        task, base_url="http://x", sign=lambda key, _: f"/files/s/9/{key}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from e2e.cluster import Node
 from e2e.live import a_picture, data_uri, plain_client, wait_until
 from e2e.proxy import Proxy
 from e2e.services import new_postgres_database
-from redux_server.database import connect
-from redux_server.migration import upgrade_database
+from redux_server.database.connection import connect
+from redux_server.database.migration import upgrade_database
 
 pytestmark = pytest.mark.cluster
 pytest.importorskip("celery", reason="celery is not installed (pip install '.[cluster]')")

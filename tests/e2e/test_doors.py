@@ -1,7 +1,7 @@
 """What a stranger, or a caller with a key, must not get a live server to do.
 
 Only loopback is ever written to: other private addresses are tried at the guard, with recording
-sockets (tests/server/test_netguard.py).
+sockets (tests/server/net/test_guard.py).
 """
 
 import base64

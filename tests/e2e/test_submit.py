@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from e2e.live import LiveServer
-from redux_server import cli, following
+from redux_server.cli import client, main
 from threaded import answering
 
 FLAGS = ("--size", "512*512", "--seed", "7", "--num-images", "2", "--wait")
@@ -97,7 +97,7 @@ def meddler(port: int, kind: str) -> Iterator[Meddler]:
 def submit(url: str, key: str, image: str, folder: Path) -> list[bytes]:
     """The pictures that it saved."""
     given = ("--url", url, "--key", key, "-o", str(folder))
-    assert cli.run(["submit", image, *FLAGS, *given]) == 0
+    assert main.run(["submit", image, *FLAGS, *given]) == 0
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
@@ -114,7 +114,7 @@ def test_it_follows_the_server(slow: LiveServer, site: str, tmp_path: Path) -> N
 def test_the_result_is_the_same_without_a_whole_stream(
     slow: LiveServer, site: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "SILENCE_S", 0.5)
+    monkeypatch.setattr(client, "SILENCE_S", 0.5)
     image = f"{site}/photo.jpg"
     wanted = submit(slow.base_url, slow.key, image, tmp_path / "followed")
     with meddler(slow.port, kind) as between:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from redux_pipelines.types import GenerationRequest, Progress, Result
+from redux_pipelines.contract.types import GenerationRequest, Progress, Result
 
 Request = Callable[..., GenerationRequest]
 
@@ -21,7 +21,7 @@ class Checkpoint:
 
 
 def _build(tmp_path_factory: pytest.TempPathFactory, name: str, **options: Any) -> Checkpoint:
-    from redux_pipelines.tiny import build_tiny
+    from redux_pipelines.loading.tiny import build_tiny
 
     return Checkpoint(*build_tiny(tmp_path_factory.mktemp(name), **options))
 
@@ -53,7 +53,7 @@ def tiny_f8(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def _load(checkpoint: Checkpoint, **options: Any) -> Any:
-    from redux_pipelines.loading import load_pipeline
+    from redux_pipelines.loading.load import load_pipeline
 
     options = {"device": "cpu", "dtype": "float32", **options}
     return load_pipeline(base=checkpoint.base, redux=checkpoint.redux, **options)

@@ -3,14 +3,14 @@
 import torch
 from diffusers import FluxTransformer2DModel
 
-from redux_pipelines.attention_choice import choose
-from redux_pipelines.checkpoint import load_flux
-from redux_pipelines.denoiser import DiffusersDenoiser
-from redux_pipelines.engine import EngineDenoiser
-from redux_pipelines.operators import TorchOperators
+from redux_pipelines.attention.choice import choose
+from redux_pipelines.conditioning.tokens import Conditioning, Tokens
+from redux_pipelines.denoising.diffusers_backend import DiffusersDenoiser
+from redux_pipelines.denoising.engine import EngineDenoiser
+from redux_pipelines.loading.flux_weights import load_flux
+from redux_pipelines.network.flux import FluxParams
+from redux_pipelines.network.operators import TorchOperators
 from redux_pipelines.sampling import Grid, Schedule
-from redux_pipelines.tokens import Conditioning, Tokens
-from redux_pipelines.transformer import FluxParams
 
 CPU = torch.device("cpu")
 SCHEDULE = Schedule((1.0, 0.83, 0.41, 0.0))

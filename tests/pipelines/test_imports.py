@@ -21,7 +21,7 @@ def test_module_imports_nothing_heavy(module):
 
 def test_the_safety_checker_runs_without_torch():
     code = (
-        f"import sys; sys.path[:0] = {sys.path!r}; from redux_pipelines.safety import *; "
+        f"import sys; sys.path[:0] = {sys.path!r}; from redux_pipelines.images.safety import *; "
         "OpenNsfwChecker(); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

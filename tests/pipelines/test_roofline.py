@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from redux_pipelines.attention import KeyGroup, reference
-from redux_pipelines.layers import Rope
-from redux_pipelines.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS
-from redux_pipelines.operators import TorchOperators
-from redux_pipelines.transformer import Flux, FluxParams, Joint
+from redux_pipelines.attention.groups import KeyGroup, reference
+from redux_pipelines.network.flux import BlockContext, Flux, FluxParams
+from redux_pipelines.network.layers import Rope
+from redux_pipelines.network.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS
+from redux_pipelines.network.operators import TorchOperators
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +41,7 @@ def test_a_step_is_counted_as_the_network_runs_it(roofline, size, text):
         mod = torch.empty(doubles + singles + FINAL_ROWS, params.hidden_size)
         table = torch.empty(txt_rows + img_rows, 1, 1, params.head_dim)
     groups = (KeyGroup(1, math.log(512)), KeyGroup(txt_rows + img_rows - 1, 0.0))
-    joint = Joint(txt, Rope(table, table), groups, reference, TorchOperators())
+    joint = BlockContext(txt, Rope(table, table), groups, reference, TorchOperators())
     with FlopCounterMode(display=False) as counter:
         flux(img, txt, mod, joint)
     counted = counter.get_total_flops() / 1e12

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from redux_server.schemas import PredictionRequest
+from redux_server.parameters import PredictionRequest
 
 KEY = "frs_of-the-test"
 REQUEST = PredictionRequest(image="http://example.com/a.png")

@@ -10,14 +10,14 @@ import structlog
 from sqlalchemy import Engine, text
 
 from e2e.live import LiveServer
-from redux_server.assembly import assemble
-from redux_server.database import metadata, open_database
-from redux_server.services import Services
+from redux_server.api.following import SyncMode
+from redux_server.api.services import Services, assemble
+from redux_server.database.migration import open_database
+from redux_server.database.tables import metadata
 from redux_server.settings import ServerSettings
-from redux_server.storage import open_pictures
-from redux_server.sync_mode import SyncMode
+from redux_server.storage.opening import open_pictures
 from server.api_stub import Stub
-from server.in_process import Api, Clock, IdleEngine
+from server.in_process import Api, Clock, IdleDispatch
 from server.worker_bench import Bench
 from threaded import answering
 
@@ -69,7 +69,7 @@ def bench(database: Engine, tmp_path: Path, clock: Clock) -> Bench:
 
 @pytest.fixture
 def build_services(tmp_path: Path, database: Engine) -> Callable[..., Services]:
-    """Parts over a temporary folder; keywords are settings."""
+    """ServicesDep over a temporary folder; keywords are settings."""
 
     def build(**settings: Any) -> Services:
         # No floor, hence no ballast: hundreds of tests would keep one each.
@@ -77,7 +77,7 @@ def build_services(tmp_path: Path, database: Engine) -> Callable[..., Services]:
         given = ServerSettings(data_dir=tmp_path / "data", **settings)
         parts = assemble(given, database, open_pictures(given))
         sync_mode = SyncMode(parts.find, limit_s=given.sync_timeout_s, poll_s=0.01)
-        return replace(parts, sync_mode=sync_mode, engine=IdleEngine())
+        return replace(parts, sync_mode=sync_mode, dispatch=IdleDispatch())
 
     return build
 

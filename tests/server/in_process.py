@@ -5,10 +5,10 @@ from typing import Any
 
 import httpx
 
-from redux_server.app import build_app
-from redux_server.services import Services
-from redux_server.store import TaskStore
-from redux_server.tasks import Outcome, Task
+from redux_server.api.app import build_app
+from redux_server.api.services import Services
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import Outcome, Task
 
 
 class Clock:
@@ -30,7 +30,7 @@ def end_next(store: TaskStore, outcome: Outcome) -> Task | None:
     return None
 
 
-class IdleEngine:
+class IdleDispatch:
     """An engine without workers: tasks stay where they are, and wakes are counted."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from redux_server.tasks import NewTask, Outcome, Status
+from redux_server.tasks.task import NewTask, Outcome, Status
 
 CANCELLED = Outcome(
     status=Status.CANCELLED, code=1403, error="The task was cancelled at its owner's request."

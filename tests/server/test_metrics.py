@@ -2,7 +2,7 @@
 
 from prometheus_client import REGISTRY
 
-from redux_pipelines.types import CacheStats
+from redux_pipelines.contract.types import CacheStats
 from redux_server.metrics import CacheMeter
 
 

@@ -3,15 +3,8 @@
 import re
 from pathlib import Path
 
-from redux_server import (
-    account_routes,
-    cancel_routes,
-    list_routes,
-    model_routes,
-    routes,
-    stream_routes,
-)
-from redux_server.schemas import PredictionRequest
+from redux_server.api.routes import account, cancel, lists, models, predictions, stream
+from redux_server.parameters import PredictionRequest
 from redux_server.settings import ServerSettings, describe
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -42,7 +35,7 @@ def test_every_parameter_and_its_default_is_in_the_readme() -> None:
 
 
 def test_every_task_path_is_in_the_readme() -> None:
-    modules = (routes, cancel_routes, list_routes, stream_routes, model_routes, account_routes)
+    modules = (predictions, cancel, lists, stream, models, account)
     for route in (each for module in modules for each in module.router.routes):
         path = route.path.replace("{task_id}", "{id}")
         if path.startswith("/api/") and "{path" not in path:

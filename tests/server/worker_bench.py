@@ -10,13 +10,13 @@ from typing import Any
 from PIL import Image
 from sqlalchemy import Engine
 
-from redux_pipelines.fakes import FakePipeline
-from redux_pipelines.types import BatchEvent, GenerationRequest
-from redux_server.blobs import Blobs
-from redux_server.making import Maker
-from redux_server.store import TaskStore
-from redux_server.tasks import Created, NewTask, Task
-from redux_server.worker import Worker
+from redux_pipelines.contract.types import BatchEvent, GenerationRequest
+from redux_pipelines.fake import FakePipeline
+from redux_server.storage.blobs import Blobs
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import Created, NewTask, Task
+from redux_server.worker.batch import BatchRunner
+from redux_server.worker.loop import Worker
 from server.in_process import Clock
 
 ME, OTHER = "host/cpu", "host/other"
@@ -104,7 +104,7 @@ class Bench:
         ours = {"store": self.store, "heartbeat_s": 0.02}
         names = ("store", "heartbeat_s", "max_batch_size", "batch_timeout_s")
         ours |= {name: given.pop(name) for name in names if name in given}
-        worker = Worker(ME, maker=Maker(**given), **ours)
+        worker = Worker(ME, maker=BatchRunner(**given), **ours)
         self.undo += [worker.stop, getattr(given["pipeline"], "open", worker.stop)]
         return worker
 

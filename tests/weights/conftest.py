@@ -2,8 +2,8 @@
 
 import pytest
 
-from redux_pipelines.loading import load_pipeline
-from redux_pipelines.types import GenerationRequest
+from redux_pipelines.contract.types import GenerationRequest
+from redux_pipelines.loading.load import load_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from redux_pipelines.loading import load_pipeline
+from redux_pipelines.loading.load import load_pipeline
 from training import approximations
 from training.approximations import TABLES, Cost
 from training.documents import has_place, place_figures

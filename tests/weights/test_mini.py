@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxPriorReduxPipeline
 
-from redux_pipelines.loading import load_pipeline
-from redux_pipelines.safety import OpenNsfwChecker
+from redux_pipelines.images.safety import OpenNsfwChecker
+from redux_pipelines.loading.load import load_pipeline
 from redux_weights.embedded import find_mini
 from redux_weights.layout import TEXT, find_missing
 from training import icons, metrics

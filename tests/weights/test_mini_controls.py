@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from redux_pipelines.fakes import FakePipeline
-from redux_pipelines.types import EMPTY_PROMPTS, FITS
+from redux_pipelines.contract.types import EMPTY_PROMPTS, FITS
+from redux_pipelines.fake import FakePipeline
 from training import controls
 from training.controls import (
     Studio,

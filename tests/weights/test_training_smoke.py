@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from redux_pipelines.loading import load_pipeline
-from redux_pipelines.types import GenerationRequest, Result
+from redux_pipelines.contract.types import GenerationRequest, Result
+from redux_pipelines.loading.load import load_pipeline
 from redux_weights.embedded import Checkpoint
 from redux_weights.layout import find_missing
 from training import export, synthetic, train_autoencoder, train_model

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from redux_pipelines.compile_cache import machine_facts
-from redux_pipelines.fp8 import Fp8Linear
-from redux_pipelines.loading import load_pipeline
-from redux_pipelines.types import GenerationRequest, Pipeline, Result
+from redux_pipelines.compilation.cache import machine_facts
+from redux_pipelines.contract.types import GenerationRequest, Pipeline, Result
+from redux_pipelines.fp8.linear import Fp8Linear
+from redux_pipelines.loading.load import load_pipeline
 from training import metrics
 from training.documents import has_place, markdown_table, place_figures
 from training.icons import COUNT, held_out

@@ -17,8 +17,8 @@ import matplotlib as mpl
 import torch
 from PIL import Image, ImageOps
 
-from redux_pipelines.loading import load_pipeline
-from redux_pipelines.types import Fit, GenerationRequest, Pipeline, Result
+from redux_pipelines.contract.types import Fit, GenerationRequest, Pipeline, Result
+from redux_pipelines.loading.load import load_pipeline
 from training import metrics
 from training.documents import has_place, markdown_table, place_figures
 from training.reports import environment, rounded, write_json

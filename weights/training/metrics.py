@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from redux_pipelines import safety
+from redux_pipelines.images import safety
 
 _FEATURES = "pool/AvgPool:0"
 _GRAPH_FIELD, _OUTPUT_FIELD, _NAME_FIELD = 7, 12, 1

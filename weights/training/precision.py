@@ -2,7 +2,7 @@
 
 import torch
 
-from redux_pipelines.precision import has_fast_bfloat16
+from redux_pipelines.devices import has_fast_bfloat16
 
 _CPU = torch.device("cpu")
 

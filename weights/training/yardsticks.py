@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import SiglipVisionModel
 
-from redux_pipelines.safety import DEFAULT_THRESHOLD, OpenNsfwChecker
-from redux_pipelines.types import GenerationRequest, Pipeline, Result
+from redux_pipelines.contract.types import GenerationRequest, Pipeline, Result
+from redux_pipelines.images.safety import DEFAULT_THRESHOLD, OpenNsfwChecker
 from training import metrics
 from training.augment import compose, plain
 from training.captions import STYLE_WORDS

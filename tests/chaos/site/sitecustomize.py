@@ -62,7 +62,7 @@ class Planter(MetaPathFinder):
 
     def find_spec(self, name, path=None, target=None):
         """Import machinery's entry."""
-        if name != "redux_server.store":
+        if name != "redux_server.tasks.store":
             return None
         spec = PathFinder.find_spec(name, path, target)
         load = spec.loader.exec_module

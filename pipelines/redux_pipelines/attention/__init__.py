@@ -1,0 +1,1 @@
+"""Attention with a bias per key: backends, their tests, and the choice."""

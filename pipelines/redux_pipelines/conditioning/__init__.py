@@ -1,0 +1,1 @@
+"""What a step is conditioned on: the prompt's and the pictures' tokens."""

@@ -1,0 +1,190 @@
+"""From a picture to Redux tokens: SigLIP's last hidden state through the Redux embedder.
+
+Preprocessing is what FLUX.1-Redux was trained with: RGB, squashed to the encoder's square without
+regard to its proportions (unless a ``fit`` has some), PIL bicubic, normalised. Size, mean and
+deviation come from the checkpoint's ``feature_extractor``. Knows no text and no transformer.
+"""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from redux_pipelines.contract.types import Fit
+from redux_pipelines.errors import WeightsError
+from redux_pipelines.images.rgb import to_rgb
+from redux_pipelines.lru import LRU, digest, tensor_bytes
+
+CACHE_BYTES = 64 * 2**20
+"""Ten pictures of FLUX.1-Redux in bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a picture becomes the encoder's input: side lengths in pixels, statistics of 0…1 RGB."""
+
+    width: int
+    height: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+
+    @classmethod
+    def read(cls, path: Path) -> "Preprocessing":
+        """Read ``preprocessor_config.json``. Raises ``WeightsError`` if it has no square size."""
+        config = json.loads(path.read_text())
+        try:
+            return cls(
+                width=int(config["size"]["width"]),
+                height=int(config["size"]["height"]),
+                mean=tuple(config["image_mean"]),
+                std=tuple(config["image_std"]),
+                rescale_factor=float(config.get("rescale_factor", 1 / 255)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} lacks a usable size, image_mean or image_std") from error
+
+    def apply(self, image: Image.Image, fit: Fit = "squash") -> Tensor:
+        """Pixels ``(1, 3, height, width)``, float32."""
+        rgb = to_rgb(image)
+        framed = frame(rgb, Frame(rgb.size, (self.width, self.height), fit))
+        pixels = (np.asarray(framed).astype(np.float64) * self.rescale_factor).astype(np.float32)
+        normal = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(normal.transpose(2, 0, 1)[None].copy())
+
+
+class ImageEncoder:
+    """SigLIP vision tower and Redux embedder on one device; tokens of recent pictures are kept.
+
+    ``presence`` is entered for as long as their weights must be there.
+    """
+
+    def __init__(
+        self,
+        siglip: Any,
+        embedder: Any,
+        preprocessing: Preprocessing,
+        presence: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self._presence = presence or nullcontext()
+        self._siglip = siglip
+        self._embedder = embedder
+        self._preprocessing = preprocessing
+        self.cache: LRU[bytes, Tensor] = LRU(CACHE_BYTES, tensor_bytes)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens, which come row by row: 27 × 27 of FLUX.1-Redux."""
+        patch = self._patch
+        return self._preprocessing.height // patch, self._preprocessing.width // patch
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image, fit: Fit = "squash") -> Tensor:
+        """Redux tokens ``(N, D)`` of one picture, D the transformer's text width.
+
+        The same for the same preprocessed pixels, and not to be changed.
+        """
+        pixels = self._preprocessing.apply(image, fit)
+        return self.cache.get(digest(pixels), lambda: self._embed(pixels))
+
+    def coverage(self, image: Image.Image, fit: Fit, mask: Image.Image | None) -> Tensor:
+        """How much of each token's square is picture, and white in ``mask``: 0…1 on the grid."""
+        rows, columns = self.grid
+        size = (self._preprocessing.width, self._preprocessing.height)
+        covered = coverage(Frame(to_rgb(image).size, size, fit), mask)
+        # what is left of the encoder's square beside its patches is seen by no token
+        patches = covered.crop((0, 0, columns * self._patch, rows * self._patch))
+        shares = patches.resize((columns, rows), Image.Resampling.BOX)
+        return torch.from_numpy(np.asarray(shares, np.float64) / 255)
+
+    @property
+    def _patch(self) -> int:
+        return int(self._siglip.config.patch_size)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        with self._presence:
+            pixels = pixels.to(self._siglip.device, self._siglip.dtype)
+            hidden = self._siglip(pixel_values=pixels).last_hidden_state
+            tokens: Tensor = self._embedder(hidden).image_embeds[0]
+        return tokens
+
+
+# --- Framing --------------------------------------------------------------------------------------
+
+# DOC How a picture of any shape is put into the square that the image encoder sees.
+# DOC
+# DOC A mask goes the same way as the picture that it belongs to. PIL only. Knows no tokens.
+
+PAPER = (255, 255, 255)
+"""What letterboxes are filled with: transparent pictures are seen on it, too."""
+Box = tuple[float, float, float, float]
+
+
+class Frame(NamedTuple):
+    """A picture of ``source`` width and height becomes one of ``size``.
+
+    ``squash`` gives up its proportions, ``center`` what is beyond the middle, ``letterbox`` room.
+    For a picture of the shape of ``size`` they are the same.
+    """
+
+    source: tuple[int, int]
+    size: tuple[int, int]
+    fit: Fit
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        """Width and height of the part of the source that is used, around its middle."""
+        if self.fit != "center":
+            return self.source
+        scale = min(self.source[0] / self.size[0], self.source[1] / self.size[1])
+        return self.size[0] * scale, self.size[1] * scale
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """Width and height of the part of the result that shows it, around its middle."""
+        if self.fit != "letterbox":
+            return self.size
+        scale = min(self.size[0] / self.source[0], self.size[1] / self.source[1])
+        return max(1, round(self.source[0] * scale)), max(1, round(self.source[1] * scale))
+
+    def box(self, size: tuple[int, int]) -> Box:
+        """``seen`` as a part of a picture of ``size`` that is stretched over the source."""
+        left, top = (
+            (whole - part) / 2 * given / whole
+            for whole, part, given in zip(self.source, self.seen, size, strict=True)
+        )
+        return left, top, size[0] - left, size[1] - top
+
+
+def frame(picture: Image.Image, into: Frame) -> Image.Image:
+    """An RGB picture in its frame, by PIL's bicubic resampling."""
+    left, top, *_ = map(round, into.box(picture.size))
+    width, height = (max(1, round(part)) for part in into.seen)
+    seen = picture.crop((left, top, left + width, top + height))  # else its edges would show
+    inner = seen.resize(into.inner, Image.Resampling.BICUBIC)
+    return _middle(inner, Image.new("RGB", into.size, PAPER))
+
+
+def coverage(into: Frame, mask: Image.Image | None = None) -> Image.Image:
+    """What counts in the frame, as grey levels: white where there is picture, and ``mask`` white.
+
+    The mask is stretched over the picture, whatever its size.
+    """
+    given = Image.new("L", (1, 1), 255) if mask is None else to_rgb(mask).convert("L")
+    inner = given.resize(into.inner, Image.Resampling.BOX, box=into.box(given.size))
+    return _middle(inner, Image.new("L", into.size, 0))
+
+
+def _middle(inner: Image.Image, paper: Image.Image) -> Image.Image:
+    """``inner`` in the middle of ``paper``."""
+    if inner.size == paper.size:
+        return inner
+    left, top = (paper.width - inner.width) // 2, (paper.height - inner.height) // 2
+    paper.paste(inner, (left, top))
+    return paper

@@ -1,0 +1,93 @@
+"""From a request's pictures to sets of Redux tokens: what counts, how coarsely, and how much.
+
+A token that stands for several, or for a part of one, says so by its weight, so that pooling keeps
+the picture's part in attention. Knows no text and no transformer.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from redux_pipelines.conditioning.image import ImageEncoder
+from redux_pipelines.conditioning.tokens import Tokens
+from redux_pipelines.contract.batching import weights_of
+from redux_pipelines.contract.types import GenerationRequest
+from redux_pipelines.errors import RequestError
+
+LEAST_COVERAGE = 0.5
+"""Of a token's square: those with less do not count, those with more do, as if it were all."""
+
+
+@torch.inference_mode()
+def redux_tokens(encoder: ImageEncoder, request: GenerationRequest) -> tuple[Tokens, ...]:
+    """All pictures of ``request`` that count at all, in their order.
+
+    Raises ``RequestError`` for a mask that leaves nothing of its picture.
+    """
+    sets: list[Tokens] = []
+    pairs = zip(request.pictures, weights_of(request), strict=True)
+    for place, (picture, weight) in enumerate(pairs):
+        if weight == 0.0:
+            continue
+        mask = request.mask if place == 0 else None
+        kept = None
+        if mask is not None or request.fit == "letterbox":
+            kept = encoder.coverage(picture, request.fit, mask) >= LEAST_COVERAGE
+            _check(kept)
+        values = encoder.encode(picture, request.fit)
+        for pooled, mass in pool(values, encoder.grid, request.redux_pooling, kept):
+            sets.append(Tokens(pooled, log_weight=math.log(weight * mass)))
+    return tuple(sets)
+
+
+def worth_pictures(request: GenerationRequest, grid: tuple[int, int]) -> int:
+    """How many pictures not pooled have as many tokens, at least 1; masks are not looked at."""
+    count = sum(weight > 0.0 for weight in weights_of(request))
+    left = math.prod(min(side, request.redux_pooling) for side in grid)
+    return max(1, math.ceil(count * left / math.prod(grid)))
+
+
+def pool(
+    values: Tensor, grid: tuple[int, int], side: int, kept: Tensor | None = None
+) -> Iterator[tuple[Tensor, float]]:
+    """Averages over a grid of ``side`` × ``side`` equal areas, and how many tokens each replaces.
+
+    ``values (N, D)`` lie row by row on ``grid``, of which tokens that are not ``kept`` are left
+    out. An area that cuts a token has its share of it, so that without ``kept`` all areas replace
+    as many. Areas of equal mass come together, ``(M, D)``; where a grid has no more than ``side``,
+    its tokens come as they are.
+    """
+    if kept is not None and bool(kept.all()):
+        kept = None
+    if side >= max(grid):
+        yield values if kept is None else values[kept.flatten().to(values.device)], 1.0
+        return
+    rows, columns = (_shares(count, min(side, count)) for count in grid)
+    present = torch.ones(grid, dtype=torch.int64) if kept is None else kept.long()
+    masses = (rows @ present @ columns.T).flatten()  # whole numbers, of parts of a token
+    parts = rows.shape[0] * columns.shape[0]
+    kind = torch.promote_types(values.dtype, torch.float32)
+    weighted = values.reshape(*grid, -1).to(kind)
+    weighted = weighted * present[..., None].to(weighted)
+    sums = torch.einsum("ir,jc,rcd->ijd", rows.to(weighted), columns.to(weighted), weighted)
+    means = sums.flatten(0, 1) / masses.clamp_min(1)[:, None].to(weighted)
+    for mass in sorted(set(masses[masses > 0].tolist())):
+        yield means[(masses == mass).to(means.device)].to(values.dtype), mass / parts
+
+
+def _shares(count: int, areas: int) -> Tensor:
+    """Of each area (rows) in each of ``count`` tokens in line, in parts of 1 / ``areas``."""
+    area, token = torch.arange(areas)[:, None] * count, torch.arange(count) * areas
+    ends = torch.minimum(area + count, token + areas)
+    return (ends - torch.maximum(area, token)).clamp_min(0)
+
+
+def _check(kept: Tensor) -> None:
+    if not kept.any():
+        raise RequestError(
+            "the mask leaves nothing of image: for none of its parts that a token stands for "
+            f"({kept.shape[1]} × {kept.shape[0]} of them) half or more of it is white. Make the "
+            "white part larger, or leave the mask out"
+        )

@@ -1,0 +1,1 @@
+"""What callers and pipelines agree on. Imports no torch."""

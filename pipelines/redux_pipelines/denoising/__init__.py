@@ -1,0 +1,1 @@
+"""The transformer as a denoiser: our engine, diffusers, and step caches."""

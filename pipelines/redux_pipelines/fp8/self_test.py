@@ -1,0 +1,104 @@
+"""Whether a device multiplies in fp8, and does so rightly: asked at start-up, before weights load.
+
+Fails closed: hardware that has no e4m3, a product that raises, and one whose numbers are off are
+each a reason for not using it. Knows no model but its width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redux_kernels.dispatch import SM_89
+from redux_kernels.reference import quantize_rows
+from redux_pipelines.fp8.linear import Fp8Linear
+
+FLUX_WIDTH = 3072
+
+MAX_ERROR = 2e-2
+"""Allowed of the product, against the same e4m3 numbers multiplied in float32. Rounding to bfloat16
+costs .0017; sums in tensor cores that keep 14 bits cost up to .02 on single numbers, says the
+DeepSeek-V3 report (arXiv 2412.19437, 3.3.2). A scale or a layout that is wrong costs far more."""
+
+MAX_LOSS = 5e-2
+"""Allowed of quantisation and product together, against a matmul of what was quantised. The test's
+numbers lose .026, measured on a CPU at widths of 256 and 3072."""
+
+_CPU_WIDTH = 256  # a CPU would need seconds for more
+_ROWS = (1, 67, 320)  # one folded text token; a tail in every tile; several tiles
+_REASON_LENGTH = 300
+
+
+def refusal(device: torch.device, dtype: torch.dtype, width: int = FLUX_WIDTH) -> str | None:
+    """Why transformers of this ``width`` and ``dtype`` must not run in fp8 there; None: they may.
+
+    Runs the self-test. A CPU is allowed to: it is slow there, and good for measuring.
+    """
+    tested = min(width, _CPU_WIDTH) if device.type == "cpu" else width
+    return (
+        hardware_refusal(device)
+        or _kind_refusal(device, dtype, width)
+        or _run(device, dtype, tested)
+    )
+
+
+def hardware_refusal(device: torch.device) -> str | None:
+    """Why ``device`` has no e4m3 arithmetic for us, or None."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"fp8 runs on CUDA devices and CPUs, not on {device.type!r}"
+    if getattr(torch.version, "hip", None) is not None:
+        return "fp8 is written for NVIDIA GPUs, this torch is built for ROCm"
+    found = torch.cuda.get_device_capability(device)
+    if found < SM_89:
+        return (
+            f"fp8 needs compute capability 8.9 (Ada, Hopper or newer), "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+        )
+    return None
+
+
+def _kind_refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    if device.type == "cpu":
+        return None
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        return f"on a GPU fp8 products come out in bfloat16, and the dtype asked for is {name}"
+    if width % 16:
+        return f"on a GPU fp8 needs widths that are multiples of 16, and the model's is {width}"
+    return None
+
+
+@torch.inference_mode()
+def _run(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The self-test. Whatever goes wrong is a reason."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    weight, bias = draw(3 * width, width) / width**0.5, draw(3 * width)
+    try:
+        layer = Fp8Linear.of(weight, bias)
+        for rows in _ROWS:
+            x = draw(1, rows, width)
+            if reason := _compare(layer, x, F.linear(x, weight, bias).float()):
+                return f"the self-test of fp8 failed: {reason}"
+    except Exception as error:
+        return f"the self-test of fp8 failed: {type(error).__name__}: {error}"[:_REASON_LENGTH]
+    return None
+
+
+def _compare(layer: Fp8Linear, x: Tensor, unquantized: Tensor) -> str | None:
+    got = layer(x).float()
+    q, row_scale = quantize_rows(x)
+    weight = layer.weight.float() * layer.weight_scale
+    same = F.linear(q.float() * row_scale, weight, layer.bias.float())
+    for want, allowed, against in (
+        (same, MAX_ERROR, "the same numbers in float32"),
+        (unquantized, MAX_LOSS, f"a product in {str(x.dtype).removeprefix('torch.')}"),
+    ):
+        error = float((got - want).norm() / want.norm())
+        if not error <= allowed:  # NaN is not
+            return f"{x.shape[1]} rows are off by {error:.2g} of {against} (allowed: {allowed:g})"
+    return None

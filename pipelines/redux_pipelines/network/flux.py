@@ -1,0 +1,318 @@
+"""FLUX's transformer, for folded text and modulations that are computed beforehand.
+
+What does not change over a request (modulations, RoPE, embedded text) comes in ready. FoldedRows are T of
+text before L of the image; blocks hand on a ``Residual``, whose last addition waits for the norm
+that follows, and may change what they are given: for inference only. Query, key and value are one
+projection; a single block's MLP goes with them; the last block leaves out what only text rows would
+need. Follows black-forest-labs/flux ``model.py``. Knows no checkpoints and no requests.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redux_pipelines.attention.groups import Attention, Groups
+from redux_pipelines.errors import WeightsError
+from redux_pipelines.fp8.linear import Fp8Linear
+from redux_pipelines.network.layers import Rope
+from redux_pipelines.network.modulation import (
+    DOUBLE_ROWS,
+    FINAL_ROWS,
+    SINGLE_ROWS,
+    ModulationWeights,
+)
+from redux_pipelines.network.operators import Operators, Residual
+
+MLP_RATIO = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FluxParams:
+    """Sizes of a FLUX.1 transformer, in BFL's words; the defaults are FLUX.1-dev's."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    guidance_embed: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "FluxParams":
+        """Sizes stated by diffusers' ``transformer/config.json``, with its defaults.
+
+        Raises ``WeightsError`` for a network that is not FLUX.1's.
+        """
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        params = cls(
+            in_channels=config["in_channels"],
+            out_channels=config.get("out_channels") or config["in_channels"],
+            vec_in_dim=config["pooled_projection_dim"],
+            context_in_dim=config["joint_attention_dim"],
+            hidden_size=heads * head_dim,
+            num_heads=heads,
+            depth=config["num_layers"],
+            depth_single_blocks=config["num_single_layers"],
+            axes_dim=tuple(config.get("axes_dims_rope", cls().axes_dim)),
+            guidance_embed=config.get("guidance_embeds", False),
+        )
+        if config.get("patch_size", 1) != 1 or sum(params.axes_dim) != head_dim:
+            raise WeightsError(
+                f"the transformer has patch_size={config.get('patch_size', 1)} and "
+                f"axes_dims_rope={params.axes_dim}: FLUX.1 has 1, and axes that add up to "
+                f"attention_head_dim={head_dim}"
+            )
+        return params
+
+
+@dataclass(frozen=True, slots=True)
+class BlockContext:
+    """What all blocks of a run share: text, positions, key groups, attention.
+
+    ``txt`` is ``(T, H)``, or ``(B, T, H)`` for each image. ``rope`` is in the form of
+    ``operators``. Sizes are read off tensors, never kept as numbers: a compiler would make a graph
+    for each.
+    """
+
+    txt: Tensor
+    rope: Rope
+    groups: Groups
+    attention: Attention
+    operators: Operators
+
+    @property
+    def txt_rows(self) -> int:
+        """Rows of text before those of the image."""
+        return self.txt.shape[-2]
+
+    def attend(
+        self, qk: Tensor, v: Tensor, into: Tensor | None = None, first_query: int = 0
+    ) -> Tensor:
+        """Attention of rows from ``first_query`` on: ``(B, Q, H)``, in ``into`` if it is given.
+
+        ``qk (B, S, 2, heads, D)``, ``v (B, S, heads, D)``; ``into`` shares no memory with them.
+        """
+        q, k = (each.transpose(1, 2) for each in qk.unbind(2))
+        room = None if into is None else into.view(*into.shape[:2], *qk.shape[3:]).transpose(1, 2)
+        out = self.attention(q[:, :, first_query:], k, v.transpose(1, 2), self.groups, room)
+        return out.transpose(1, 2).flatten(2)
+
+
+class Stream(nn.Module):
+    """The weights of one of the two streams, image or text, of a double block."""
+
+    def __init__(self, hidden_size: int, head_dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qk_norm = nn.Parameter(torch.empty(2 * head_dim))
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.mlp_in = nn.Linear(hidden_size, MLP_RATIO * hidden_size)
+        self.mlp_out = nn.Linear(MLP_RATIO * hidden_size, hidden_size)
+
+    def mlp(self, stream: Residual, mod: Tensor, operators: Operators) -> Residual:
+        """The stream after its MLP; ``mod (6, H)``."""
+        x, y = operators.normed_mlp(stream, mod[3], mod[4], self.mlp_in, self.mlp_out)
+        return Residual(x, y, mod[5])
+
+
+class DoubleBlock(nn.Module):
+    """Image and text with weights of their own and one attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.img = Stream(hidden_size, hidden_size // num_heads)
+        self.txt = Stream(hidden_size, hidden_size // num_heads)
+
+    def forward(
+        self, txt: Residual, img: Residual, mod: Tensor, joint: BlockContext
+    ) -> tuple[Residual, Residual]:
+        """Both streams after the block; ``mod (12, H)``."""
+        mods = (mod[DOUBLE_ROWS:], mod[:DOUBLE_ROWS])
+        txt_x, img_x, attn = self._attend((txt, img), mods, joint)
+        ops, end = joint.operators, joint.txt_rows
+        after_txt = Residual(txt_x, ops.linear(attn[:, :end], self.txt.proj), mods[0][2])
+        after_img = Residual(img_x, ops.linear(attn[:, end:], self.img.proj), mods[1][2])
+        return self.txt.mlp(after_txt, mods[0], ops), self.img.mlp(after_img, mods[1], ops)
+
+    def _attend(
+        self, streams: tuple[Residual, Residual], mods: tuple[Tensor, Tensor], joint: BlockContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The settled streams, and attention ``(B, S, H)``.
+
+        Queries, keys and values are let go before the MLP needs its room.
+        """
+        (txt, img), end, ops = streams, joint.txt_rows, joint.operators
+        rows = end + img.x.shape[1]
+        qk, v = (new_heads(ops, img.x, rows, parts, self.num_heads) for parts in (2, 1))
+        settled = []
+        for stream, own, weights, first in (
+            (txt, mods[0], self.txt, 0),
+            (img, mods[1], self.img, end),
+        ):
+            x, qkv = ops.normed_linear(stream, own[0], own[1], weights.qkv)
+            rope = joint.rope.rows(first, first + x.shape[1])
+            ops.place_heads(qkv, weights.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
+            settled.append(x)
+        return settled[0], settled[1], joint.attend(qk, v[:, :, 0])
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side, over both streams with the same weights."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.linear1 = nn.Linear(hidden_size, (3 + MLP_RATIO) * hidden_size)
+        self.linear2 = nn.Linear((1 + MLP_RATIO) * hidden_size, hidden_size)
+        self.qk_norm = nn.Parameter(torch.empty(2 * (hidden_size // num_heads)))
+
+    def forward(self, stream: Residual, mod: Tensor, joint: BlockContext) -> Residual:
+        """Both streams, text first, after the block; ``mod (3, H)``."""
+        ops, rows = joint.operators, stream.x.shape[1]
+        own = ops.single_in(stream, mod[0], mod[1], self.linear1, self.linear2)
+        x, qkv, _ = own
+        qk = new_heads(ops, x, rows, 2, self.num_heads)
+        if ops.by_heads:
+            v = room = new_heads(ops, x, rows, 1, self.num_heads)[:, :, 0]
+        else:  # they stay where they are
+            v, room = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])[:, :, 2], None
+        ops.place_heads(qkv, self.qk_norm.view(2, -1), joint.rope, qk, room, 0)
+        y = ops.single_out(own, lambda into: joint.attend(qk, v, into), self.linear2)
+        return Residual(x, y, mod[2])
+
+    def forward_img(self, stream: Residual, mod: Tensor, joint: BlockContext) -> Residual:
+        """``forward`` of image rows alone; of text rows only keys and values are needed."""
+        ops, end, rows = joint.operators, joint.txt_rows, stream.x.shape[1]
+        txt, img = stream.rows(0, end), stream.rows(end, rows)
+        without_mlp = slice(0, 3 * stream.x.shape[-1])
+        _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self.linear1, without_mlp)
+        own = ops.single_in(img, mod[0], mod[1], self.linear1, self.linear2)
+        qk, v = (new_heads(ops, own.x, rows, parts, self.num_heads) for parts in (2, 1))
+        for qkv, first in ((txt_qkv, 0), (own.qkv, end)):
+            rope = joint.rope.rows(first, first + qkv.shape[1])
+            ops.place_heads(qkv, self.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
+        y = ops.single_out(
+            own, lambda into: joint.attend(qk, v[:, :, 0], into, first_query=end), self.linear2
+        )
+        return Residual(own.x, y, mod[2])
+
+
+def new_heads(ops: Operators, x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:
+    """Room for heads of ``x (B, n, H)``: ``(B, rows, parts, heads, D)``."""
+    batch, head_dim = len(x), x.shape[-1] // num_heads
+    if ops.by_heads:
+        return x.new_empty(parts, batch, num_heads, rows, head_dim).permute(1, 3, 0, 2, 4)
+    return x.new_empty(batch, rows, parts, num_heads, head_dim)
+
+
+class Flux(nn.Module):
+    """The whole network, without the order in which a request uses it.
+
+    ``blocks_ready``, if set, is called with a block's index right before that block runs: where
+    weights do not live on the device it brings them.
+    """
+
+    blocks_ready: Callable[[int], None] | None = None
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        hidden, heads = params.hidden_size, params.num_heads
+        self.params = params
+        self.img_in = nn.Linear(params.in_channels, hidden)
+        self.txt_in = nn.Linear(params.context_in_dim, hidden)
+        self.double_blocks = nn.ModuleList(DoubleBlock(hidden, heads) for _ in range(params.depth))
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(hidden, heads) for _ in range(params.depth_single_blocks)
+        )
+        self.final = nn.Linear(hidden, params.out_channels)
+        self.modulation = ModulationWeights(
+            hidden,
+            params.vec_in_dim,
+            depth=params.depth,
+            depth_single=params.depth_single_blocks,
+            guidance=params.guidance_embed,
+        )
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks in their order, double ones first."""
+        return (*self.double_blocks, *self.single_blocks)
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any of its layers multiplies in fp8."""
+        return any(isinstance(each, Fp8Linear) for each in self.modules())
+
+    @property
+    def num_blocks(self) -> int:
+        """Double and single blocks."""
+        return len(self.double_blocks) + len(self.single_blocks)
+
+    def forward(self, img: Tensor, txt: Tensor, mod: Tensor, joint: BlockContext) -> Tensor:
+        """Velocity of ``img (B, L, C)``.
+
+        ``txt (T, H)``, or ``(B, T, H)`` for each image, is embedded by ``txt_in``; ``mod`` is a
+        step of a ``Modulation``.
+        """
+        x = self.run(self.embed(img, txt), mod, joint, 0, self.num_blocks)
+        return self.project_out(x, mod, joint)
+
+    def embed(self, img: Tensor, txt: Tensor) -> Tensor:
+        """Text and image rows before the first block, ``(B, S, H)``."""
+        return torch.cat([txt.expand(len(img), -1, -1), self.img_in(img)], dim=1)
+
+    def run(self, x: Tensor, mod: Tensor, joint: BlockContext, first: int, end: int) -> Tensor:
+        """Rows ``x (B, S, H)``, which may be changed, after blocks ``first`` up to ``end``.
+
+        Double blocks count before single ones. After the very last block only image rows are
+        left: ``(B, L, H)``.
+        """
+        doubles = len(self.double_blocks)
+        if first < doubles:
+            x = self._run_doubles(x, mod, joint, range(first, min(end, doubles)))
+        stream = Residual(x)
+        for index in range(max(first, doubles), end):
+            self._ready(index)
+            block: Any = self.single_blocks[index - doubles]
+            run = block.forward_img if index == self.num_blocks - 1 else block
+            stream = run(stream, self._rows(mod, index), joint)
+        x = joint.operators.settle(stream)
+        ends_with_doubles = end == self.num_blocks == doubles
+        return x[:, joint.txt_rows :] if ends_with_doubles else x
+
+    def _run_doubles(self, x: Tensor, mod: Tensor, joint: BlockContext, blocks: range) -> Tensor:
+        end = joint.txt_rows
+        streams = Residual(x[:, :end]), Residual(x[:, end:])
+        for index in blocks:
+            self._ready(index)
+            streams = self.double_blocks[index](*streams, self._rows(mod, index), joint)
+        return torch.cat([joint.operators.settle(each) for each in streams], dim=1)
+
+    def _ready(self, index: int) -> None:
+        if self.blocks_ready is not None:
+            self.blocks_ready(index)
+
+    def project_out(self, x: Tensor, mod: Tensor, joint: BlockContext) -> Tensor:
+        """Velocity ``(B, L, C)`` from what the last block left."""
+        scale, shift = mod[-FINAL_ROWS:]
+        return joint.operators.normed_linear(Residual(x), shift, scale, self.final)[1]
+
+    def _rows(self, mod: Tensor, index: int) -> Tensor:
+        """The rows of a step's modulations that belong to a block."""
+        doubles = len(self.double_blocks)
+        if index < doubles:
+            return mod[2 * DOUBLE_ROWS * index :][: 2 * DOUBLE_ROWS]
+        return mod[2 * DOUBLE_ROWS * doubles + SINGLE_ROWS * (index - doubles) :][:SINGLE_ROWS]

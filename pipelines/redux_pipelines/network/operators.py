@@ -1,0 +1,268 @@
+"""What FLUX's blocks are made of: their linears with all that stands between two of them.
+
+Each kind computes the same. ``TorchOperators`` is plain torch, in place wherever it can be, and
+what every device falls back to; ``KernelOperators`` runs ``redux_kernels``, each of which replaces
+several passes over a GPU's rows; ``onednn_operators`` has one for CPUs. ``operator_choice`` takes
+the first that has proved itself. Knows no blocks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from redux_kernels.adaln import adaln, adaln_quantize
+from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
+from redux_kernels.gelu_into import gelu_into
+from redux_kernels.gelu_quantize import gelu_quantize
+from redux_kernels.qk_norm_rope import qk_norm_rope
+from redux_kernels.quantize_rows import quantize_rows
+from redux_pipelines.fp8.linear import ALL, Fp8Linear, Linear, project
+from redux_pipelines.network.layers import Rope, gelu_, modulate, norm_rope, within_range_
+
+
+class Residual(NamedTuple):
+    """A residual stream ``x (B, n, H)`` to which ``gate · y`` is still to be added.
+
+    ``y (B, n, H)`` and ``gate``, which is ``(H,)`` or for each image ``(B, 1, H)``, are None where
+    nothing is. The addition waits for the norm that follows it, so that one pass does both, across
+    the border of two blocks too.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+
+    def rows(self, first: int, end: int) -> "Residual":
+        """Rows ``first`` up to ``end``."""
+        y = None if self.y is None else self.y[:, first:end]
+        return Residual(self.x[:, first:end], y, self.gate)
+
+
+class SingleRows(NamedTuple):
+    """A single block's rows between its ``single_in`` and its ``single_out``.
+
+    The settled stream ``x (B, n, H)``, ``qkv (B, n, 3 H)``, and ``mlp``, what ``single_out`` wants
+    of the MLP. ``qkv`` may be part of ``mlp``: it is changed only once ``attend`` is done.
+    """
+
+    x: Tensor
+    qkv: Tensor
+    mlp: Tensor
+
+
+class Operators(Protocol):
+    """One implementation of all of them.
+
+    ``scale_offset`` is what the scales it is given have had added: 1 if it multiplies by them, 0 if
+    it adds the 1 itself. ``by_heads``: queries, keys and values are to lie head by head in memory,
+    each with its rows, and not row by row.
+    """
+
+    name: str
+    scale_offset: float
+    by_heads: bool
+
+    def rotation(self, table: Rope) -> Rope:
+        """``layers.rope_table`` in the form that ``place_heads`` reads, row by row."""
+        ...
+
+    def settle(self, stream: Residual) -> Tensor:
+        """``x + gate · y``."""
+        ...
+
+    def normed_linear(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
+    ) -> tuple[Tensor, Tensor]:
+        """The settled stream ``(B, n, H)``, and ``linear`` of its modulated LayerNorm.
+
+        ``shift`` and ``scale`` are ``(H,)`` or ``(B, 1, H)``; ``rows`` are those of the weight. The
+        stream's ``x`` may be changed in place.
+        """
+        ...
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """``linear`` of ``x (B, n, in)`` as it is: nothing is fused."""
+        ...
+
+    def place_heads(
+        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+    ) -> None:
+        """RMSNorm and RoPE of ``qkv (B, n, 3 H)`` into rows from ``first`` on.
+
+        ``qk (B, S, 2, heads, D)``; values go to ``v (B, S, heads, D)`` unless it is None.
+        ``weight (2, D)`` are the norms' weights of queries and keys.
+        """
+        ...
+
+    def normed_mlp(
+        self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """The settled stream, and ``down`` of GELU (tanh) of ``normed_linear`` by ``up``."""
+        ...
+
+    def single_in(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear1: Linear, linear2: Linear
+    ) -> SingleRows:
+        """What a single block computes before its attention, by ``linear1`` of the normed rows."""
+        ...
+
+    def single_out(self, rows: SingleRows, attend: "Attend", linear2: Linear) -> Tensor:
+        """``linear2`` of attention beside GELU of the MLP; changes what ``rows`` hold."""
+        ...
+
+
+Attend = Callable[[Tensor | None], Tensor]
+"""Attention's output ``(B, n, H)``, written to where it is told, if it is; never over values."""
+
+
+class _OneProjection:
+    """``single_in`` of those that keep together what ``linear1`` gives, ``(B, n, 7 H)``."""
+
+    def single_in(
+        self: Operators,
+        stream: Residual,
+        shift: Tensor,
+        scale: Tensor,
+        linear1: Linear,
+        linear2: Linear,
+    ) -> SingleRows:
+        """See ``Operators``. ``linear2`` has to wait for attention."""
+        x, up = self.normed_linear(stream, shift, scale, linear1)
+        return SingleRows(x, up[..., : 3 * x.shape[-1]], up)
+
+
+class TorchOperators(_OneProjection):
+    """Plain torch: the streams are changed in place, and a norm's affine map is the modulation."""
+
+    name = "torch"
+    scale_offset = 1.0
+    by_heads = True  # attention on a CPU is up to a tenth faster so, values and all
+
+    def rotation(self, table: Rope) -> Rope:
+        """See ``Operators``."""
+        return table
+
+    def settle(self, stream: Residual) -> Tensor:
+        """See ``Operators``."""
+        x, y, gate = stream
+        if y is None or gate is None:
+            return x
+        return within_range_(x.addcmul_(gate, y))
+
+    def normed_linear(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Operators``."""
+        x = self.settle(stream)
+        return x, project(linear, modulate(x, shift, scale), rows)
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """See ``Operators``."""
+        return project(linear, x)
+
+    def place_heads(
+        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+    ) -> None:
+        """See ``Operators``."""
+        rows = slice(first, first + qkv.shape[1])
+        parts = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])
+        norm_rope(parts[:, :, :2], weight[:, None], rope, qk[:, rows])
+        if v is not None:
+            v[:, rows] = parts[:, :, 2]
+
+    def normed_mlp(
+        self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Operators``."""
+        x, rows = self.normed_linear(stream, shift, scale, up)
+        return x, project(down, gelu_(rows))
+
+    def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
+        """See ``Operators``. Attention goes where the values were, beside the MLP."""
+        up, width = rows.mlp, rows.x.shape[-1]
+        up[..., 2 * width : 3 * width] = attend(None)
+        gelu_(up[..., 3 * width :])
+        return project(linear2, up.flatten(0, 1)[:, 2 * width :]).view(*up.shape[:2], -1)
+
+
+class KernelOperators(_OneProjection):
+    """``redux_kernels``: new rows instead of changed ones, each read and written once.
+
+    Before a linear in fp8 they leave as e4m3, with a scale each.
+    """
+
+    name = "kernels"
+    scale_offset = 0.0
+    by_heads = False  # flash attention reads rows
+
+    def rotation(self, table: Rope) -> Rope:
+        """See ``Operators``: one angle per pair, ``(S, D/2)``."""
+        return Rope(table.cos[:, 0, 0, ::2].contiguous(), table.sin[:, 0, 0, 1::2].contiguous())
+
+    def settle(self, stream: Residual) -> Tensor:
+        """See ``Operators``."""
+        x, y, gate = stream
+        return x if y is None or gate is None else torch.addcmul(x, gate, y)
+
+    def normed_linear(
+        self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Operators``."""
+        x, y, gate = stream
+        mod = _for_each(scale, x), _for_each(shift, x)
+        if isinstance(linear, Fp8Linear):
+            if y is None or gate is None:
+                q, row_scale = adaln_quantize(x, *mod)
+            else:
+                x, q, row_scale = gate_residual_adaln_quantize(x, y, _for_each(gate, x), *mod)
+            return x, linear.forward_quantized(q, row_scale, x.dtype, rows)
+        if y is None or gate is None:
+            h = adaln(x, *mod)
+        else:
+            x, h = gate_residual_adaln(x, y, _for_each(gate, x), *mod)
+        return x, project(linear, h, rows)
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """See ``Operators``."""
+        if isinstance(linear, Fp8Linear):
+            q, row_scale = quantize_rows(x)
+            return linear.forward_quantized(q, row_scale, x.dtype)
+        return project(linear, x)
+
+    def place_heads(
+        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+    ) -> None:
+        """See ``Operators``."""
+        q, k = (each.transpose(1, 2) for each in qk.unbind(2))
+        values = None if v is None else v.transpose(1, 2)
+        qk_norm_rope(qkv, weight[0], weight[1], rope.cos, rope.sin, q, k, values, first)
+
+    def normed_mlp(
+        self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Operators``."""
+        x, rows = self.normed_linear(stream, shift, scale, up)
+        if isinstance(down, Fp8Linear):
+            q, row_scale = gelu_quantize(rows)
+            return x, down.forward_quantized(q, row_scale, rows.dtype)
+        activated = torch.empty_like(rows)
+        gelu_into(rows, activated)
+        return x, project(down, activated)
+
+    def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
+        """See ``Operators``."""
+        up, width = rows.mlp, rows.x.shape[-1]
+        if isinstance(linear2, Fp8Linear):
+            q, row_scale = gelu_quantize(up[..., 3 * width :], attend(None))
+            return linear2.forward_quantized(q, row_scale, up.dtype)
+        both = up.new_empty(*up.shape[:2], 5 * width)
+        attend(both[..., :width])
+        gelu_into(up[..., 3 * width :], both, width)
+        return project(linear2, both)
+
+
+def _for_each(vector: Tensor, x: Tensor) -> Tensor:
+    """``(H,)`` or ``(B, 1, H)`` as ``(B, H)``, without a copy."""
+    return vector.view(-1, vector.shape[-1]).expand(len(x), -1)

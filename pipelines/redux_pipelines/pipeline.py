@@ -1,0 +1,295 @@
+"""The pipeline: encode a picture and a prompt, denoise, decode, crop.
+
+It steps diffusers' modules itself, as a generator, so that progress, cancelling and memory belong
+to the caller. Knows neither where checkpoints come from nor which transformer backend runs.
+"""
+
+import logging
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from redux_pipelines import devices, sampling
+from redux_pipelines.autoencoder import Autoencoder
+from redux_pipelines.conditioning.image import ImageEncoder
+from redux_pipelines.conditioning.redux_tokens import redux_tokens, worth_pictures
+from redux_pipelines.conditioning.text import TextEncoders
+from redux_pipelines.conditioning.tokens import Conditioning
+from redux_pipelines.contract.batching import check_together, has_text
+from redux_pipelines.contract.types import (
+    BatchEvent,
+    CacheStats,
+    CompilePlan,
+    CompileReport,
+    GenerationRequest,
+    ModelInfo,
+    Progress,
+    Quality,
+    Result,
+)
+from redux_pipelines.contract.validation import check_request
+from redux_pipelines.denoising.denoiser import Denoiser, PreparedDenoiser, Run
+from redux_pipelines.denoising.quality import TIERS
+from redux_pipelines.denoising.warm_up import compiled_mode, warm_up
+from redux_pipelines.devices import Clock, fence_on
+from redux_pipelines.errors import OutputError, RequestError
+from redux_pipelines.jobs import Job, Row, images_per_request, only, rows_of
+from redux_pipelines.memory.plan import Plan
+from redux_pipelines.sampling import Grid, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The loaded parts of a checkpoint, for one device in one dtype.
+
+    ``scheduler`` is a template that is copied, never stepped. ``plan`` says where the weights live.
+    ``has_fp8``: large layers of the transformer are not in ``dtype``, but in fp8.
+    """
+
+    image_encoder: ImageEncoder
+    text_encoders: TextEncoders
+    denoiser: Denoiser
+    autoencoder: Autoencoder
+    scheduler: Scheduler
+    device: torch.device
+    dtype: torch.dtype
+    plan: Plan
+    has_fp8: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        """For ``ModelInfo``: such as ``bfloat16``, or ``bfloat16 with fp8``."""
+        return str(self.dtype).removeprefix("torch.") + (" with fp8" if self.has_fp8 else "")
+
+
+class ReduxPipeline:
+    """FLUX.1 + Redux: variations of a picture.
+
+    With ``max_batch_size=1`` each image of a request is denoised on its own and is bitwise the
+    same however many are asked for; larger batches, of one request or of several, agree to about
+    one grey level in 255, unless the step cache of a ``quality`` below exact decides differently
+    for them: a batch decides as one.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        *,
+        name: str,
+        max_batch_size: int = 1,
+        quality: Quality = "exact",
+    ) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
+        _check_tier(components.denoiser, quality)
+        self._parts = components
+        self._quality = quality
+        self._max_batch_size = max_batch_size
+        self._info = ModelInfo(
+            name=name,
+            backend=components.denoiser.name,
+            device=str(components.device),
+            dtype=components.dtype_name,
+            size_multiple=sampling.PATCH * components.autoencoder.factor,
+            attention=components.denoiser.attention,
+        )
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded, and what of it runs compiled."""
+        return replace(self._info, compiled=compiled_mode(self._parts.denoiser))
+
+    def compile(self, plan: CompilePlan) -> CompileReport:
+        """See ``Pipeline``. Raises ``ValueError`` for another backend than the engine."""
+        sizes = tuple(
+            sampling.grid_for(width, height, self._info.size_multiple)
+            for width, height in plan.sizes
+        )
+        batches = (1,) if self._max_batch_size == 1 else (1, 2)
+        return warm_up(self._parts.denoiser, plan, sizes, batches)
+
+    def cache_stats(self) -> dict[str, CacheStats]:
+        """Those of the prompts, of the pictures, and of what the denoiser keeps."""
+        parts = self._parts
+        stats = {name: cache.stats for name, cache in parts.denoiser.caches.items()}
+        stats["prompts"] = parts.text_encoders.cache.stats
+        stats["pictures"] = parts.image_encoder.cache.stats
+        return stats
+
+    def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
+        """Check the request at once; then yield a ``Progress`` per step and one ``Result``.
+
+        Nothing is computed before the first ``next``. Closing the generator frees all it holds.
+        A step of a batch of images counts once for each. On a GPU the step last reported may
+        still be running. Raises ``RequestError``; ``DeviceMemoryError``, ``DeviceError`` and
+        ``OutputError`` once it runs.
+        """
+        return only(self.generate_batch([request]))
+
+    def generate_batch(
+        self, requests: Sequence[GenerationRequest]
+    ) -> Generator[BatchEvent, None, None]:
+        """Check all requests at once; then yield as ``Pipeline`` says, ``generate`` for the rest.
+
+        Images are taken in their order, ``max_batch_size`` at a time, half as many each time that
+        they do not fit into the device's memory. To be no longer interested in one request, let
+        its events pass by: its images are made with the others.
+        """
+        for request in requests:
+            check_request(request)
+            if has_text(request):
+                self._parts.text_encoders.require()
+        requests = [replace(each, quality=each.quality or self._quality) for each in requests]
+        check_together(requests)
+        quality = requests[0].quality or self._quality
+        _check_tier(self._parts.denoiser, quality)
+        for request in requests:
+            self._check_memory(request)
+        return self._run(requests, quality)
+
+    def _check_memory(self, request: GenerationRequest) -> None:
+        """Raise ``RequestError`` for what the plan of a GPU's memory has no room for."""
+        if self._parts.device.type != "cuda":
+            return
+        reason = self._parts.plan.refusal(
+            request.width,
+            request.height,
+            min(request.num_images, self._max_batch_size),
+            pictures=worth_pictures(request, self._parts.image_encoder.grid),
+            multiple=self._info.size_multiple,
+        )
+        if reason is not None:
+            raise RequestError(reason)
+
+    def _run(
+        self, requests: Sequence[GenerationRequest], quality: Quality
+    ) -> Generator[BatchEvent, None, None]:
+        with devices.translated(self._advice(requests[0])):
+            clock = Clock(self._parts.device)
+            grid = self._grid(requests[0])
+            jobs = [Job(each, quality) for each in requests]
+            prepared = []
+            for job in jobs:
+                prepared.append(self._prepare(job.request, grid))
+                clock.lap("encode_s", [job])
+            rows, size = rows_of(requests), self._max_batch_size
+            while rows:
+                chunk = rows[:size]
+                try:
+                    yield from self._make(chunk, jobs, prepared, grid, clock)
+                except RuntimeError as error:
+                    if len(chunk) == 1 or not devices.is_out_of_memory(error):
+                        raise
+                    size = len(chunk) // 2
+                    logger.warning("%d images do not fit, next %d: %s", len(chunk), size, error)
+                    devices.forget(error)
+                    continue
+                rows = [row for row in rows[size:] if jobs[row.request].error is None]
+                for place in images_per_request(chunk):
+                    if jobs[place].is_settled:
+                        yield place, jobs[place].end()
+
+    def _make(
+        self,
+        chunk: list[Row],
+        jobs: list[Job],
+        prepared: list[PreparedDenoiser],
+        grid: Grid,
+        clock: Clock,
+    ) -> Generator[BatchEvent, None, None]:
+        """Denoise and decode the images of ``chunk``; jobs get them, or what spoiled one."""
+        shares = images_per_request(chunk)
+        taking_part = [jobs[place] for place in shares]
+        together = self._parts.denoiser.join([prepared[row.request] for row in chunk])
+        run = together.start(TIERS[taking_part[0].quality])
+        img = yield from self._denoise(chunk, run, jobs, grid)
+        reused = run.reused
+        del run, together  # before decoding needs the room
+        clock.lap("denoise_s", taking_part)
+        images = [self._decode(each[None], grid) for each in img]
+        clock.lap("decode_s", taking_part)
+        for row, image in zip(chunk, images, strict=True):
+            jobs[row.request].take(image, reused=reused)
+
+    def _advice(self, request: GenerationRequest) -> str:
+        size = f"{request.width} × {request.height} pixels"
+        if self._parts.device.type == "cpu":
+            return f"an image of {size} needs more memory than there is: ask for a smaller one"
+        mode = self._parts.plan.mode
+        more = ", with fewer pictures" if request.images else ""
+        more += "" if mode == "offload" else ", or start the server with --memory offload"
+        return (
+            f"an image of {size} does not fit into what is free of the memory of "
+            f"{self._parts.device}, with --memory {mode}: ask for a smaller one{more}"
+        )
+
+    def _encode(self, request: GenerationRequest) -> Conditioning:
+        text = self._parts.text_encoders
+        txt, vec = text.encode(request.prompt) if has_text(request) else text.zeros()
+        redux = redux_tokens(self._parts.image_encoder, request)
+        return Conditioning(txt, redux, vec, guidance=float(request.guidance_scale))
+
+    def _denoise(
+        self, chunk: list[Row], run: Run, jobs: list[Job], grid: Grid
+    ) -> Generator[BatchEvent, None, Tensor]:
+        """Latent tokens ``(len(chunk), L, C)`` after all steps.
+
+        Inference mode is entered per step: held across a yield it would leak to the caller.
+        """
+        shares = images_per_request(chunk)
+        steps = jobs[chunk[0].request].request.num_inference_steps
+        scheduler = self._scheduler(steps, grid)
+        img = self._noise([row.seed for row in chunk], grid)
+        fence = fence_on(self._parts.device)
+        for step in range(steps):
+            img = _advance(run, scheduler, img, step)
+            previous, fence = fence, fence_on(self._parts.device)
+            if previous is not None:  # never more than one step queued beyond what is reported
+                previous.synchronize()
+            for place, images in shares.items():
+                yield place, jobs[place].progress(step + 1, images)
+        return img
+
+    @torch.inference_mode()
+    def _prepare(self, request: GenerationRequest, grid: Grid) -> PreparedDenoiser:
+        schedule = sampling.schedule_of(self._scheduler(request.num_inference_steps, grid))
+        return self._parts.denoiser.prepare(self._encode(request), schedule, grid)
+
+    def _grid(self, request: GenerationRequest) -> Grid:
+        return sampling.grid_for(request.width, request.height, self._info.size_multiple)
+
+    def _scheduler(self, steps: int, grid: Grid) -> Scheduler:
+        return sampling.start(self._parts.scheduler, steps, grid.tokens, self._parts.device)
+
+    def _noise(self, seeds: list[int], grid: Grid) -> Tensor:
+        channels = self._parts.autoencoder.channels
+        latents = torch.cat([sampling.noise(seed, channels, grid) for seed in seeds])
+        return sampling.pack(latents).to(self._parts.device, self._parts.dtype)
+
+    def _decode(self, img: Tensor, grid: Grid) -> Image.Image | OutputError:
+        """The picture of ``img (1, L, C)``, as large as the grid, or why there is none."""
+        try:
+            (image,) = self._parts.autoencoder.decode(sampling.unpack(img, grid))
+        except OutputError as error:
+            return error
+        return image
+
+
+@torch.inference_mode()
+def _advance(run: Run, scheduler: Scheduler, img: Tensor, step: int) -> Tensor:
+    velocity = run.predict(img, step)
+    return scheduler.step(velocity, scheduler.timesteps[step], img, return_dict=False)[0]
+
+
+def _check_tier(denoiser: Denoiser, quality: Quality) -> None:
+    if quality not in denoiser.qualities:
+        allowed = ", ".join(map(repr, denoiser.qualities))
+        raise RequestError(
+            f"quality={quality!r} is not available with the backend {denoiser.name!r}, which has "
+            f"{allowed}: ask for that, or use the backend 'engine'"
+        )

@@ -1,0 +1,155 @@
+"""Whether a submit is let in, and what it is told if not. Stores nothing."""
+
+import asyncio
+import math
+
+from fastapi import Request
+
+from redux_server import metrics
+from redux_server.api.limits import RateLimit, Refusal
+from redux_server.api.services import Services
+from redux_server.database.connection import DATABASE_AWAY
+from redux_server.errors import (
+    ApiError,
+    BadRequest,
+    Conflict,
+    QueueFull,
+    TooManyRequests,
+    Unavailable,
+    no_database,
+)
+from redux_server.storage.disk import refuse_without_room
+from redux_server.tasks import task
+from redux_server.tasks.task import KeyFull
+
+MAX_IDEMPOTENCY_KEY = 255
+_SMALL_BODY = 64 * 2**10
+
+
+def check_draining(services: Services) -> None:
+    """Refuse everything once the server is stopping."""
+    if services.draining.is_on:
+        metrics.REJECTED.labels("draining").inc()
+        raise Unavailable(
+            "This server is stopping and accepts no task any more; nothing was started.",
+            headers={"Retry-After": "5"},
+        )
+
+
+def check_rate(key_id: str, services: Services) -> None:
+    """Refuse what comes faster than ``--rate-limit``."""
+    refuse_excess(services.rate, key_id, may=f"submit {services.settings.rate_limit} tasks")
+
+
+def check_disk(services: Services) -> None:
+    """Refuse everything while the disk is nearly full."""
+    refuse_without_room(
+        services.disk, refused="No task is accepted now", therefore="nothing was started"
+    )
+
+
+async def check_places(request: Request, repeat_key: str, services: Services) -> None:
+    """Refuse a large body for want of a place in the queue, without keeping any of it.
+
+    A small one is here as soon as we have looked. ``repeat_key`` is the idempotency key: what may
+    be a repeated request is read whatever the queue has.
+    """
+    if 0 <= int(request.headers.get("content-length", "-1")) <= _SMALL_BODY:
+        return
+    key_id = request.state.key_id
+    try:
+        found = await services.places.look(key_id)
+        if found is None:
+            return
+        knows = services.store.knows
+        is_repeated = bool(repeat_key) and await asyncio.to_thread(knows, key_id, repeat_key)
+    except DATABASE_AWAY:
+        raise no_database() from None
+    if is_repeated:
+        return
+    error = refusal(found, services)
+    if request.headers.get("expect", "").lower() == "100-continue":
+        error.headers["Connection"] = "close"  # whoever waits for our word need not send it at all
+    else:
+        await _discard_body(request)
+    raise error
+
+
+async def _discard_body(request: Request) -> None:
+    """Wait for its end.
+
+    Most clients read no answer before they have sent everything, and a connection whose answer was
+    given is not kept open for long: on a slow line they would find it closed, and no answer.
+    """
+    async for _ in request.stream():
+        pass
+
+
+def idempotency_key(request: Request) -> str:
+    """The request's idempotency key; empty if it has none.
+
+    Raises:
+        BadRequest: it cannot be one.
+    """
+    key: str | None = request.headers.get("idempotency-key")
+    if key is None:
+        return ""
+    if not (0 < len(key) <= MAX_IDEMPOTENCY_KEY and key.isascii() and key.isprintable()):
+        raise BadRequest(
+            f"Idempotency-Key must be 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters, "
+            f"such as a UUID; got {len(key)} characters."
+        )
+    return key
+
+
+def check_quality(quality: str | None, backend: str) -> None:
+    """Refuse at once what every worker of this server would fail."""
+    if quality not in (None, "exact") and backend != "engine":
+        raise BadRequest(
+            f'quality must be "exact": this server runs --backend {backend}, which has no other; '
+            f'got "{quality}".'
+        )
+
+
+def refusal(acceptance: task.Conflict | Refusal, services: Services) -> ApiError:
+    """What to raise for a task that was not accepted."""
+    if isinstance(acceptance, KeyFull):
+        metrics.REJECTED.labels("key_full").inc()
+        return QueueFull(
+            f"This API key has {services.settings.max_open_per_key} open tasks, as many as it may; "
+            "wait for one to end.",
+            headers={"Retry-After": "5"},
+        )
+    if isinstance(acceptance, task.QueueFull):
+        metrics.REJECTED.labels("queue_full").inc()
+        return QueueFull(
+            f"The queue is full ({services.settings.max_queue} open tasks); try again shortly.",
+            headers={"Retry-After": "5"},
+        )
+    metrics.REJECTED.labels("idempotency").inc()
+    what = (
+        "The task that this Idempotency-Key made was deleted"
+        if acceptance.is_gone
+        else "This Idempotency-Key came with another request before"
+    )
+    return Conflict(f"{what}; send a new key with a new request. Nothing was started.")
+
+
+# --- Refusing -------------------------------------------------------------------------------------
+
+# DOC What is refused whatever is brought: too much at once, or anything while the disk is full.
+
+
+def refuse_excess(rate: RateLimit, key_id: str, *, may: str) -> None:
+    """Count one of ``key_id``; ``may`` says what it may do, as in "submit 5 tasks".
+
+    Raises:
+        TooManyRequests: it comes faster than ``rate`` allows.
+    """
+    wait_s = rate.take(key_id)
+    if wait_s:
+        metrics.REJECTED.labels("rate_limit").inc()
+        raise TooManyRequests(
+            f"This API key may {may} a minute; the next one in {math.ceil(wait_s)} s.",
+            headers={"Retry-After": str(math.ceil(wait_s))},
+        )

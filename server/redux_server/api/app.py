@@ -1,0 +1,136 @@
+"""The FastAPI app: routes, errors, probes and middleware put together. Holds no logic."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from redux_server import __version__
+from redux_server.api import housekeeping, openapi
+from redux_server.api.auth import AuthMiddleware
+from redux_server.api.middleware import (
+    BodyLimit,
+    Cors,
+    RequestContext,
+    headers_of_a_crash,
+    loggable,
+)
+from redux_server.api.routes import (
+    account,
+    cancel,
+    lists,
+    models,
+    predictions,
+    service,
+    stream,
+    uploads,
+)
+from redux_server.api.routes.service import _probes
+from redux_server.api.services import Services
+from redux_server.errors import ApiError, error_response
+from redux_server.pictures.inline import MAX_BYTES
+
+BODY_LIMIT = MAX_BYTES * 4 // 3 + 2**20
+_log = structlog.get_logger("redux_server.api.app")
+
+
+def build_app(services: Services) -> FastAPI:
+    """The whole API over ``services``; starting the app starts their engine."""
+    app = FastAPIOffline(
+        title="FLUX Redux Server",
+        version=__version__,
+        summary="Image variations with FLUX.1 Redux, over the API of the hosted flux-pro-redux.",
+        description="Runs FLUX.1 [dev] with FLUX.1 Redux [dev], whose licence is non-commercial.",
+        lifespan=_lifespan,
+        docs_url=None,  # ours has a policy for scripts
+        redoc_url=None,
+        static_url=service.STATIC,
+        redirect_slashes=False,  # the place to go to would be made of the caller's Host header
+    )
+    app.state.services = services
+    app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
+    app.include_router(predictions.router)  # first: polls are most of the traffic
+    for module in (
+        cancel,
+        lists,
+        stream,
+        models,
+        account,
+        uploads,
+    ):
+        app.include_router(module.router)
+    app.include_router(predictions.catch_all)
+    app.include_router(_probes())
+    app.include_router(service.router)
+    app.add_middleware(
+        BodyLimit,
+        limit=BODY_LIMIT,
+        own_limit=lambda path: uploads.body_limit(path, services.uploads.max_bytes),
+    )
+    app.add_middleware(
+        AuthMiddleware, recognise=services.keys.recognise, remembers=services.keys.remembers
+    )
+    # Outside of what refuses, so that a page can read refusals; preflights come without a key.
+    app.add_middleware(Cors, origins=services.settings.cors_origins)
+    app.add_middleware(RequestContext)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _client_left)
+    app.add_exception_handler(Exception, _unexpected)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    await services.dispatch.start()
+    sweeper = housekeeping.start(services)
+    services.webhooks.dispatcher.start()
+    try:
+        yield
+    finally:
+        services.streams.close()
+        sweeper.cancel()
+        services.sync_mode.close()
+        await services.dispatch.stop()
+        await asyncio.to_thread(services.webhooks.dispatcher.stop)
+        services.accept.close()
+        services.find.close()
+        services.places.close()
+
+
+async def _api_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error_response(error.status, error.message, error.name, error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    status, headers = error.status_code, error.headers
+    if status == 405 and request.scope.get("endpoint") is predictions.unknown_model:
+        status, headers = 404, None  # only the catch-all would take this path, by another method
+    messages = {
+        404: f"No path {request.url.path[:100]!r} here; /docs lists the paths.",
+        405: f"{request.method} is not possible on {request.url.path[:100]!r}; see /docs.",
+    }
+    message = messages.get(status, str(error.detail))
+    return error_response(status, message, "http_error", headers)
+
+
+async def _client_left(_request: Request, _error: Exception) -> JSONResponse:
+    # Nobody reads this; without it each broken upload would leave a traceback in the log.
+    return error_response(400, "The request's body ended early.", "incomplete_body")
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    _log.error("unexpected error", path=loggable(request.url.path), exc_info=error)
+    origins = request.app.state.services.settings.cors_origins
+    headers = headers_of_a_crash(request.url.path, request.headers.get("origin"), origins)
+    text = "Unexpected error; the server's log has the details."
+    return error_response(500, text, "internal_error", headers)

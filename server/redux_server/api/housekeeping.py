@@ -1,0 +1,114 @@
+"""What the API process does on its own: deletes what is old, reads gauges."""
+
+import asyncio
+import time
+
+import structlog
+
+from redux_server.api.services import Services
+from redux_server.dispatch.presence import WorkerState
+from redux_server.metrics import Gauges
+from redux_server.tasks.task import TASK_ID
+
+SWEEP_EVERY_S = 300.0
+FORGET_WORKERS_S = 3600.0
+STRAY_AFTER_S = 3600.0
+IDEMPOTENCY_KEYS_KEPT_S = 24 * 3600.0
+BALLAST_EVERY_S = 15.0
+_log = structlog.get_logger("redux_server.api.housekeeping")
+
+
+def start(services: Services) -> "asyncio.Task[None]":
+    """Sweep now and every few minutes, and keep the ballast on board, until cancelled."""
+
+    async def both() -> None:
+        await asyncio.gather(_sweep_forever(services), _hold_ballast(services))
+
+    return asyncio.create_task(both())
+
+
+def sweep(services: Services) -> int:
+    """Delete tasks that ended longer ago than they are kept, with their files; returns how many.
+
+    One whose webhook is still to be delivered waits for that.
+    """
+    oldest = time.time() - services.settings.retention_hours * 3600
+    deleted = 0
+    while ids := services.store.ended_before(oldest):
+        for task_id in ids:
+            services.blobs.delete_under(task_id)
+        services.store.delete(ids)
+        deleted += len(ids)
+    return deleted
+
+
+def sweep_strays(services: Services) -> int:
+    """Delete files of tasks that do not exist; returns of how many.
+
+    A picture sent inline is stored before its task is accepted, and the process may die between.
+    """
+    old = services.blobs.tasks_before(time.time() - STRAY_AFTER_S)
+    names = [name for name in sorted(old) if TASK_ID.fullmatch(name)]
+    strays = []
+    for start_ in range(0, len(names), 500):
+        batch = names[start_ : start_ + 500]
+        found = services.store.get(batch)
+        strays += [name for name, task in zip(batch, found, strict=True) if task is None]
+    for name in strays:
+        services.blobs.delete_under(name)
+    return len(strays)
+
+
+def sweep_uploads(services: Services) -> int:
+    """Delete uploads that are older than they are kept, and an hour; returns how many."""
+    return services.uploads.sweep()
+
+
+def sweep_idempotency_keys(services: Services) -> int:
+    """Free the idempotency keys that are a day old; returns how many."""
+    return services.store.forget_idempotency_keys(time.time() - IDEMPOTENCY_KEYS_KEPT_S)
+
+
+def gauges(services: Services) -> Gauges:
+    """The values that are read from the database, not counted."""
+    queue = services.store.queue_state()
+    alive = sum(w.state is WorkerState.READY for w in services.presence.all())
+    return {
+        ("num_tasks_waiting", "Tasks that wait for a worker."): queue.waiting,
+        ("num_tasks_running", "Tasks that a worker holds."): queue.running,
+        ("oldest_waiting_seconds", "Age of the oldest waiting task."): queue.oldest_waiting_s,
+        (
+            "num_webhooks_waiting",
+            "Webhooks not delivered yet.",
+        ): services.webhooks.outbox.count_open(),
+        ("workers_alive", "Workers that take tasks."): alive,
+    }
+
+
+def own_gauges(services: Services, *, is_database_up: bool) -> Gauges:
+    """The values that need no database."""
+    return {
+        ("database_up", "Whether the database answers."): float(is_database_up),
+        ("disk_free_bytes", "Free space where the data is."): services.disk.free_bytes(),
+    }
+
+
+async def _sweep_forever(services: Services) -> None:
+    while True:
+        try:
+            deleted = await asyncio.to_thread(sweep, services)
+            strays = await asyncio.to_thread(sweep_strays, services)
+            await asyncio.to_thread(sweep_idempotency_keys, services)
+            await asyncio.to_thread(services.presence.forget_gone, FORGET_WORKERS_S)
+            uploads = await asyncio.to_thread(sweep_uploads, services)
+            if deleted or strays or uploads:
+                _log.info("deleted old tasks", count=deleted, strays=strays, uploads=uploads)
+        except Exception as error:  # a full disk today must not end the sweeps of tomorrow
+            _log.error("sweep failed", exc_info=error)
+        await asyncio.sleep(SWEEP_EVERY_S)
+
+
+async def _hold_ballast(services: Services) -> None:
+    while True:
+        await asyncio.to_thread(services.ballast.hold)
+        await asyncio.sleep(BALLAST_EVERY_S)

@@ -1,0 +1,209 @@
+"""What a connection may take before any of our code has seen a request.
+
+uvicorn bounds neither the size of a request's head nor the time until it is complete, and it goes
+on reading a body after the answer was sent. This protocol does all three. The time that a body may
+take while it is still wanted is ``redux_server.api.middleware.BodyLimit``'s.
+"""
+
+import asyncio
+import json
+from asyncio import TimerHandle
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from redux_server import metrics
+from redux_server.errors import error_body
+
+MAX_HEAD_BYTES = 32 * 2**10
+MAX_TARGET_BYTES = 16 * 2**10
+MAX_HEADERS = 100
+_HEADER_FRAME_BYTES = 4  # ": " and the line's end
+_log = structlog.get_logger("redux_server.api.http_server")
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """One client's connection, closed when it takes more than a request needs.
+
+    ``head_s`` is how long a request's head may take, from the opening of the connection or from
+    its first byte; ``rest_s`` how long the rest of a body may take once it was answered.
+    """
+
+    head_s = 10.0
+    rest_s = 10.0
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._is_in_head = True
+        self._is_in_message = False
+        self._is_refused = False
+        self._head_bytes = 0  # as they came, a body that came along included
+        self._timer: TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock: who connects has something to say."""
+        super().connection_made(transport)
+        self._start_timer(self.head_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, unless this connection has used up its rights."""
+        if self._is_refused:
+            return
+        if self._is_in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._is_refused or not self._is_in_head:
+            return
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse_head()
+        elif not self._is_timed() and not self._is_answering():
+            self._start_timer(self.head_s)
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        self._is_in_message = True
+
+    def on_headers_complete(self) -> None:
+        """Let the request in, if its head is of a usual size."""
+        self._stop_timer()
+        self._is_in_head = False
+        size = sum(len(name) + len(value) + _HEADER_FRAME_BYTES for name, value in self.headers)
+        if len(self.url) > MAX_TARGET_BYTES:
+            self._refuse(414, f"The URL has {len(self.url)} bytes", f"{MAX_TARGET_BYTES}")
+        elif len(self.headers) > MAX_HEADERS:
+            given = f"The request has {len(self.headers)} headers"
+            self._refuse(431, given, f"{MAX_HEADERS}")
+        elif len(self.url) + size > MAX_HEAD_BYTES:
+            self._refuse_head()
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Part of a body."""
+        if not self._is_refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request's last byte; the next one's head follows."""
+        self._is_in_message = False
+        self._is_in_head = True
+        self._head_bytes = 0
+        if self._is_refused:
+            return
+        self._stop_timer()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Bound the rest of a body that nobody waits for any more."""
+        super().on_response_complete()
+        if self._is_in_message and self._timer is None and not self.transport.is_closing():
+            self._start_timer(self.rest_s)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, in the shape of all other refusals."""
+        self._answer(400, "http_error", "This is not a valid HTTP/1.1 request.")
+
+    def _is_timed(self) -> bool:
+        return self._timer is not None or self.timeout_keep_alive_task is not None
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, "The request line and headers are larger", f"{MAX_HEAD_BYTES} bytes")
+
+    def _refuse(self, status: int, given: str, allowed: str) -> None:
+        metrics.REJECTED.labels("head").inc()
+        _log.warning("request head refused", status=status)
+        self._answer(status, "too_large", f"{given}; allowed are at most {allowed}.")
+
+    def _answer(self, status: int, name: str, message: str) -> None:
+        """Answer without the app, and close."""
+        self._is_refused = True
+        body = json.dumps(error_body(status, message, name)).encode()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\ncache-control: no-store\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._time_is_over)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_is_over(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self._is_refused = True
+            self.transport.close()
+
+
+# --- Draining -------------------------------------------------------------------------------------
+
+# DOC Stopping without leaving anyone alone: no task is accepted any more, everything else goes on.
+# DOC
+# DOC At the first signal the server refuses submits and says so to load balancers (``/readyz``), while
+# DOC its workers finish what is on their devices; polls and downloads are answered meanwhile. Then it
+# DOC ends. A second signal ends it without waiting for that.
+
+
+class Draining:
+    """Whether this process is on its way out."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+
+
+class DrainingServer(uvicorn.Server):
+    """Serves until a signal, and then until ``drain`` is done."""
+
+    def __init__(
+        self, config: uvicorn.Config, draining: Draining, drain: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(config)
+        self._draining = draining
+        self._drain = drain
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def serve(self, *args: Any, **options: Any) -> None:
+        """As uvicorn does."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(*args, **options)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came: the first one drains, if there is anything to drain yet."""
+        if self._draining.is_on or not self.started or self._loop is None:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)  # what it would have done is done in the end
+        self._draining.is_on = True
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        assert self._loop is not None
+        self._ending = self._loop.create_task(self._finish())
+
+    async def _finish(self) -> None:
+        _log.info("stopping: no task is accepted any more")
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True

@@ -1,0 +1,131 @@
+"""Which models there are, and the form of their parameters."""
+
+from functools import cache
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from redux_server.api.dependencies import ServicesDep
+from redux_server.api.openapi import Success, responses
+from redux_server.api.prediction import envelope
+from redux_server.parameters import MODELS, PredictionRequest
+
+KIND = "image-to-image"
+_DESCRIPTION = (
+    "Variations of a picture with FLUX.1 Redux on this server. All its model names are names of "
+    "the one model that it runs."
+)
+router = APIRouter(tags=["models"])
+
+
+class Model(BaseModel):
+    """A model, and how it is called."""
+
+    model_id: str = Field(examples=[MODELS[0]])
+    name: str
+    description: str
+    type: str = Field(examples=[KIND])
+    base_price: float = Field(description="Always 0")
+    formula: str = Field(description="How the price follows from it")
+    sort_order: int
+    api_schema: dict[str, Any] = Field(
+        description="`api_schemas`: one entry with `type` model_run, `method`, `server`, "
+        "`api_path`, and the JSON schema of the parameters as `request_schema`"
+    )
+
+
+class ModelsEnvelope(Success):
+    """The answer with the models."""
+
+    data: list[Model]
+
+
+@router.get(
+    "/api/v3/models",
+    summary="List the models",
+    description="The names under which tasks can be submitted, each with the form of its "
+    "parameters.",
+    responses=responses(401, 503, model=ModelsEnvelope, description="The models"),
+)
+async def models(request: Request, services: ServicesDep) -> JSONResponse:
+    """Every name that a submit path has."""
+    server = (services.settings.public_url or str(request.base_url)).rstrip("/")
+    return JSONResponse(envelope([_entry(i, name, server) for i, name in enumerate(MODELS)]))
+
+
+def _entry(position: int, model_id: str, server: str) -> dict[str, Any]:
+    run = {
+        "type": "model_run",
+        "method": "POST",
+        "server": server,
+        "api_path": f"/api/v3/{model_id}",
+        "request_schema": request_form(),
+    }
+    return {
+        "model_id": model_id,
+        "name": model_id,
+        "description": _DESCRIPTION,
+        "type": KIND,
+        "base_price": 0,
+        "formula": "base_price",
+        "sort_order": position,
+        "api_schema": {"api_schemas": [run]},
+    }
+
+
+# --- Model form -----------------------------------------------------------------------------------
+
+# DOC The request's parameters as a form: a JSON schema as flat as form builders and tools expect it.
+# DOC
+# DOC Made of ``PredictionRequest`` itself, so that a parameter that is added there is in the form.
+
+# Whom to tell is no property of the image, and a form cannot know it.
+NOT_IN_THE_FORM = frozenset({"webhook", "webhook_url"})
+_KEPT = ("type", "properties", "required")
+
+
+@cache
+def request_form() -> dict[str, Any]:
+    """The form of a task; callers must not change it."""
+    return form_of(PredictionRequest, leave_out=NOT_IN_THE_FORM)
+
+
+def form_of(model: type[BaseModel], *, leave_out: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The JSON schema of ``model`` with ``x-order-properties``, and neither references nor nulls.
+
+    "This type or null" becomes this type: clients read a property's ``type`` and ``enum`` and know
+    no ``anyOf``, and to leave a parameter out is to give null.
+    """
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    properties = {
+        name: _flat(each, definitions)
+        for name, each in schema["properties"].items()
+        if name not in leave_out
+    }
+    form = {**schema, "properties": properties}
+    form["required"] = [name for name in schema.get("required", ()) if name in properties]
+    return {name: form[name] for name in _KEPT} | {"x-order-properties": list(properties)}
+
+
+def _flat(schema: Any, definitions: dict[str, Any]) -> Any:
+    """``schema`` without references, nulls and generated titles, at any depth."""
+    if isinstance(schema, list):
+        return [_flat(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if (reference := schema.get("$ref")) is not None:
+        named = definitions[reference.rpartition("/")[2]]
+        schema = {**named, **{name: schema[name] for name in schema if name != "$ref"}}
+    variants = [each for each in schema.get("anyOf", ()) if each != {"type": "null"}]
+    if len(variants) == 1:
+        schema = {**variants[0], **{name: schema[name] for name in schema if name != "anyOf"}}
+        return _flat(schema, definitions)
+    return {
+        name: _flat(value, definitions)
+        for name, value in schema.items()
+        if not (name == "title" and isinstance(value, str))
+        and not (name == "default" and value is None)
+    }

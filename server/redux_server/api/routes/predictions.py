@@ -1,0 +1,222 @@
+"""The task API: submit, poll, download. Paths are those of the hosted service."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
+
+from redux_server import metrics
+from redux_server.api.admission import (
+    check_disk,
+    check_draining,
+    check_places,
+    check_quality,
+    check_rate,
+    idempotency_key,
+    refusal,
+)
+from redux_server.api.answers import _held_answer, full_answer
+from redux_server.api.dependencies import ServicesDep, find_mine, read_json, services_of
+from redux_server.api.limits import Refusal
+from redux_server.api.openapi import (
+    IDEMPOTENCY_KEY,
+    RESULT_PATHS,
+    WEBHOOK_PARAMETER,
+    SecretEnvelope,
+    responses,
+)
+from redux_server.api.prediction import envelope
+from redux_server.api.services import Services
+from redux_server.database.connection import DATABASE_AWAY
+from redux_server.errors import BadRequest, NotFound, Unavailable, no_database
+from redux_server.parameters import MODELS, PredictionRequest, complaint, parse_request
+from redux_server.pictures.submitted import (
+    check_own_url,
+    forget_pictures,
+    has_inline_pictures,
+    sent_pictures,
+    store_pictures,
+)
+from redux_server.tasks.task import Acceptance, Created, NewTask, Replayed
+from redux_server.webhooks.callback import NO_BASE64, one_webhook
+
+router = APIRouter()
+catch_all = APIRouter()  # to be included last: its path takes any
+_log = structlog.get_logger("redux_server.api.routes.predictions")
+
+
+async def result(request: Request) -> Response:
+    """The state of a task, and its outputs once it is completed."""
+    services = await services_of(request)
+    task = await find_mine(request.path_params["task_id"], request, services)
+    return await full_answer(task, request, services, queue_position=await services.queue.of(task))
+
+
+# Polls are most of the traffic. Routes are tried in order, so theirs come first; and they are
+# Starlette's plain routes, which need a third less time than FastAPI's (openapi.py describes them).
+for _path in RESULT_PATHS:
+    router.add_route(_path, result, methods=["GET"])
+
+
+def _submit_operation(version: str, model: str) -> dict[str, Any]:
+    """Document a submit path; validation is ours, so that errors have the contract's shape."""
+    return {
+        "path": f"/api/{version}/{model}",
+        "tags": ["predictions"],
+        "summary": "Submit a task",
+        "operation_id": f"submit_{version}_{model.split('/')[1].replace('-', '_')}",
+        "include_in_schema": model == MODELS[0],
+        "responses": responses(400, 401, 404, 408, 409, 410, 413, 429, 503),
+        "openapi_extra": {
+            "parameters": [WEBHOOK_PARAMETER, IDEMPOTENCY_KEY],
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": PredictionRequest.model_json_schema()}},
+            },
+        },
+    }
+
+
+async def submit(request: Request, services: ServicesDep) -> Response:
+    """Accept a task durably and answer, unless told to wait; its picture is fetched afterwards."""
+    check_draining(services)
+    check_rate(request.state.key_id, services)
+    check_disk(services)
+    repeat_key = idempotency_key(request)
+    await check_places(request, repeat_key, services)
+    wanted, webhook = await _read_body(request)
+    bases = (str(request.base_url), services.settings.public_url)
+    for name, sent in sent_pictures(wanted):
+        check_own_url(sent, services.signer, bases, name=name)
+    check_quality(wanted.quality, services.settings.backend)
+    model = request.url.path.split("/", 3)[3]
+    new = NewTask(
+        key_id=request.state.key_id,
+        model=model,
+        input=wanted.parameters(),
+        request_id=request.state.request_id,
+        webhook_url=services.webhooks.register(webhook, str(request.base_url)) if webhook else None,
+        shape=wanted.shape,
+        idempotency_key=repeat_key,
+        digest=await asyncio.to_thread(wanted.digest, model, webhook) if repeat_key else "",
+    )
+    acceptance = await _accept(new, wanted, services)
+    headers = None
+    if isinstance(acceptance, Replayed):
+        headers = {"Idempotent-Replayed": "true"}
+    else:
+        services.dispatch.wake()
+    if wanted.enable_sync_mode:
+        return await _held_answer(acceptance.task, request, services, headers)
+    return await full_answer(acceptance.task, request, services, headers)
+
+
+for _version in ("v2", "v3"):
+    for _model in MODELS:
+        router.post(**_submit_operation(_version, _model))(submit)
+
+
+@router.get(
+    "/api/v3/webhook/secret",
+    tags=["webhooks"],
+    summary="Get the webhook secret",
+    operation_id="get_webhook_secret",
+    responses=responses(401, 503, model=SecretEnvelope, description="The secret"),
+)
+async def webhook_secret(request: Request, services: ServicesDep) -> JSONResponse:
+    """The secret that signs the webhooks of this key; made when it is first asked for."""
+    try:
+        secret = await asyncio.to_thread(services.webhooks.secret, request.state.key_id)
+    except DATABASE_AWAY:
+        raise no_database() from None
+    return JSONResponse(envelope({"secret": secret}), headers={"Cache-Control": "no-store"})
+
+
+@catch_all.post("/api/{version}/{path:path}", include_in_schema=False)
+async def unknown_model(version: str, path: str) -> Response:
+    """Say which models there are."""
+    raise NotFound(f"No model {path[:100]!r} here; available are {', '.join(MODELS)}.")
+
+
+async def _read_body(request: Request) -> tuple[PredictionRequest, str]:
+    """The parameters, and the URL to tell of the end (or ``""``)."""
+    body = await read_json(request, '{"image": "https://example.com/photo.jpg"}')
+    try:
+        wanted = parse_request(body)
+    except ValidationError as error:
+        raise BadRequest(complaint(error.errors(include_url=False))) from None
+    in_query = request.query_params.getlist("webhook")
+    webhook = one_webhook([*in_query, wanted.webhook, wanted.webhook_url])
+    if webhook and wanted.enable_base64_output:
+        raise BadRequest(NO_BASE64)
+    return wanted, webhook
+
+
+async def _accept(
+    new: NewTask, wanted: PredictionRequest, services: Services
+) -> Created | Replayed:
+    """Store the task and its pictures; nothing is left of one that was not created."""
+    async with _place(new, wanted, services) as refused:
+        # After looking for a place, which the first request with the key may have taken meanwhile.
+        acceptance = await _recall(new, services) if new.idempotency_key else None
+        acceptance = acceptance or refused or await _store(new, wanted, services)
+    if isinstance(acceptance, Created):
+        metrics.ACCEPTED.inc()
+    if isinstance(acceptance, Created | Replayed):
+        return acceptance
+    raise refusal(acceptance, services)
+
+
+@asynccontextmanager
+async def _place(
+    new: NewTask, wanted: PredictionRequest, services: Services
+) -> AsyncIterator[Refusal | None]:
+    """A place in the queue for the time that storing takes, or why there is none."""
+    if not has_inline_pictures(wanted):  # to ask for one costs as much as to be refused
+        yield None
+        return
+    async with AsyncExitStack() as held:
+        try:
+            refused = await held.enter_async_context(services.places.hold(new.key_id))
+        except DATABASE_AWAY:
+            raise no_database() from None
+        yield refused
+
+
+async def _store(new: NewTask, wanted: PredictionRequest, services: Services) -> Acceptance:
+    new.input.update(await store_pictures(wanted, new.id, services.blobs))
+    try:
+        acceptance = await services.accept(new)
+    except DATABASE_AWAY as error:
+        raise await _not_stored(new, error, services) from None
+    if not isinstance(acceptance, Created):
+        await forget_pictures(new.input, new.id, services.blobs)
+    return acceptance
+
+
+async def _not_stored(new: NewTask, error: Exception, services: Services) -> Unavailable:
+    """What to say of a task that the database did not take, or may have taken."""
+    metrics.REJECTED.labels("database").inc()
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        text = (  # then it needs its picture
+            "The database went away while the task was being stored, so it may have been accepted; "
+            "with an Idempotency-Key a repeated request makes no second one."
+        )
+    else:
+        await forget_pictures(new.input, new.id, services.blobs)
+        text = "The task could not be stored (database busy, or disk full); nothing was started."
+    return Unavailable(text, headers={"Retry-After": "5"})
+
+
+async def _recall(new: NewTask, services: Services) -> Acceptance | None:
+    """Look before a picture is stored: a replay must not store it again."""
+    try:
+        return await asyncio.to_thread(services.store.recall, new)
+    except DATABASE_AWAY:
+        raise no_database() from None

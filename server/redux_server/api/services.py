@@ -1,0 +1,105 @@
+"""Everything a route needs, built once by ``serve`` and handed to the app."""
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+from sqlalchemy import Engine
+
+from redux_server.api.auth import KeyRing
+from redux_server.api.coalescer import Coalescer
+from redux_server.api.following import Streams, SyncMode
+from redux_server.api.http_server import Draining
+from redux_server.api.limits import QueueReservations, RateLimit
+from redux_server.api.prediction import Presenter
+from redux_server.database.clock import clock_of
+from redux_server.dispatch.choice import Dispatch, build_dispatch
+from redux_server.dispatch.presence import Presence
+from redux_server.pictures.uploads import Uploads
+from redux_server.settings import ServerSettings
+from redux_server.storage.blobs import BlobStore
+from redux_server.storage.disk import Ballast, DiskSpace
+from redux_server.storage.opening import disk_space, open_ballast
+from redux_server.storage.signing import Signer, signing_secret
+from redux_server.tasks.listing import History
+from redux_server.tasks.queue_position import QueuePositions
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import Acceptance, NewTask, Task
+from redux_server.webhooks.service import Webhooks, build_webhooks
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The API process's parts. ``accept`` and ``find`` are the store's, batched."""
+
+    settings: ServerSettings
+    store: TaskStore
+    accept: Coalescer[NewTask, Acceptance]
+    find: Coalescer[str, Task | None]
+    places: QueueReservations
+    keys: KeyRing
+    rate: RateLimit
+    presence: Presence
+    blobs: BlobStore
+    signer: Signer
+    present: Presenter
+    webhooks: Webhooks
+    history: History
+    queue: QueuePositions
+    streams: Streams
+    disk: DiskSpace
+    ballast: Ballast
+    uploads: Uploads
+    sync_mode: SyncMode
+    dispatch: Dispatch
+    draining: Draining = field(default_factory=Draining)
+
+
+# --- Assembly -------------------------------------------------------------------------------------
+
+# DOC How the API process's parts fit together: the one place that knows all of them.
+
+
+def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Services:
+    """The API process's parts over a database and a store of pictures; nothing is started.
+
+    Raises:
+        KeyFileError: ``--api-keys-file`` cannot be used.
+    """
+    clock = clock_of(engine)
+    presence = Presence(engine, clock=clock)
+    store = TaskStore(
+        engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
+    )
+    keys = KeyRing(engine, file=settings.api_keys_file)
+    signer = Signer(signing_secret(engine), clock=time.time)
+    present = Presenter(settings, signer)
+    disk = disk_space(settings)
+    find = Coalescer(store.get, name="find")
+
+    of_all, of_a_key = settings.max_queue, settings.max_open_per_key
+    accept = partial(store.accept, max_open=of_all, max_open_per_key=of_a_key)
+    vacancies = partial(store.vacancies, max_open=of_all, max_open_per_key=of_a_key)
+
+    return Services(
+        settings=settings,
+        store=store,
+        accept=Coalescer(accept, name="accept"),
+        find=find,
+        places=QueueReservations(vacancies),
+        keys=keys,
+        rate=RateLimit(settings.rate_limit),
+        presence=presence,
+        blobs=blobs,
+        signer=signer,
+        present=present,
+        webhooks=build_webhooks(settings, engine, store, present, clock=clock),
+        history=History(engine),
+        queue=QueuePositions(engine),
+        streams=Streams(store.glance),
+        disk=disk,
+        ballast=open_ballast(settings),
+        uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),
+        sync_mode=SyncMode(find, limit_s=settings.sync_timeout_s),
+        dispatch=build_dispatch(settings, engine, store, presence),
+    )

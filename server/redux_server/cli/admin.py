@@ -1,0 +1,135 @@
+"""``flux-redux keys``: create, list, revoke."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import Engine
+
+from redux_pipelines.errors import ReduxError
+from redux_pipelines.loading.load import locate
+from redux_server.api.auth import KeyRing
+from redux_server.cli.client import note
+from redux_server.cli.progress import ProgressReport
+from redux_server.database.connection import connect, shown
+from redux_server.database.migration import (
+    SCHEMA_VERSION,
+    open_database,
+    schema_version,
+    upgrade_database,
+)
+from redux_server.settings import ModelSettings, ServerSettings, UsageError
+from redux_weights.layout import BASE_FILES
+
+MAX_PRIORITY = 10
+_MAX_NAME = 128
+
+
+def create(settings: ServerSettings, name: str, priority: int) -> int:
+    """Make a key; it is the last line printed, so that a script can take it."""
+    if abs(priority) > MAX_PRIORITY:
+        raise UsageError(f"--priority must be -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}")
+    if len(name) > _MAX_NAME:
+        raise UsageError(f"--name may have {_MAX_NAME} characters, got {len(name)}")
+    key = _ring(settings).create(name, priority=priority)
+    print(f"Key for {name!r}; it is not stored and not shown again:", file=sys.stderr)
+    print(key)
+    return 0
+
+
+def list_keys(settings: ServerSettings) -> int:
+    """One line a key: id, when it was made, whether it is valid, its priority, name."""
+    for key in _ring(settings).list():
+        made = datetime.fromtimestamp(key.created_at, UTC).strftime("%Y-%m-%d %H:%M")
+        state = "revoked" if key.revoked_at else "valid"
+        print(f"{key.id}  {made}  {state:<7}  {key.priority:>3}  {key.name}")
+    return 0
+
+
+def revoke(settings: ServerSettings, key_id: str) -> int:
+    """Make a key useless; running servers notice within two seconds."""
+    if _ring(settings).revoke(key_id):
+        print(f"revoked {key_id}")
+        return 0
+    print(f"flux-redux: no valid key {key_id!r}; see `flux-redux keys list`", file=sys.stderr)
+    return 1
+
+
+def _ring(settings: ServerSettings) -> KeyRing:
+    return KeyRing(open_database(settings.database))
+
+
+# --- Db cli ---------------------------------------------------------------------------------------
+
+# DOC ``flux-redux db``: which tables a database has, and bringing them up to date.
+
+
+def current(settings: ServerSettings) -> int:
+    """Print the version of the tables and the one this program needs; 1 when they differ."""
+    with _database(settings) as engine:
+        found = schema_version(engine)
+        print(f"{shown(engine.url)}: {found or 'no tables'} (this flux-redux: {SCHEMA_VERSION})")
+    return 0 if found == SCHEMA_VERSION else 1
+
+
+def upgrade(settings: ServerSettings) -> int:
+    """Bring the tables up to date; all of it or nothing."""
+    with _database(settings) as engine:
+        before, after = upgrade_database(engine)
+        done = "is up to date" if before == after else f"upgraded from {before or 'nothing'}"
+        print(f"{shown(engine.url)}: {after}, {done}")
+    return 0
+
+
+@contextmanager
+def _database(settings: ServerSettings) -> Iterator[Engine]:
+    engine = connect(settings.database)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+# --- Weights cli ----------------------------------------------------------------------------------
+
+# DOC ``flux-redux weights``: quantize. Finds the base, shows progress, says what was made.
+
+_MEBIBYTE = 2**20
+
+
+def quantize(settings: ModelSettings, out: str) -> int:
+    """Write ``--base`` with its transformer in fp8 to the new folder ``out``; the exit code.
+
+    Raises:
+        UsageError: no base was named.
+    """
+    if not settings.base:
+        raise UsageError("weights quantize needs --base: a diffusers folder or a Hub repository")
+    from redux_pipelines.loading.fp8_export import quantize_checkpoint
+
+    target = Path(out).expanduser().absolute()
+    try:
+        base = locate(
+            settings.base, BASE_FILES, option="--base", revision=settings.revision or None
+        )
+        with closing(ProgressReport()) as progress:
+            made = quantize_checkpoint(
+                base,
+                target,
+                report=lambda done, total: progress.show(
+                    "MiB written", done // _MEBIBYTE, total // _MEBIBYTE
+                ),
+            )
+    except ReduxError as error:
+        note(str(error))
+        return 1
+    note(
+        f"the transformer's {made.before_bytes / 1e6:,.1f} MB are now "
+        f"{made.after_bytes / 1e6:,.1f} MB; of the other files {made.linked} are hard links and "
+        f"{made.copied} copies. The base's licence holds for the new weights too: that of FLUX.1 "
+        "[dev] is non-commercial"
+    )
+    print(target)
+    return 0

@@ -1,0 +1,1 @@
+"""``flux-redux doctor``: what this machine has, and what is missing."""

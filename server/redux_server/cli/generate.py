@@ -1,0 +1,236 @@
+"""``flux-redux generate``: one request in this process, without a server.
+
+Shares the API's words for parameters and the worker's pipeline and safety checker. Loads torch
+only after everything that can be refused early has been checked.
+"""
+
+import argparse
+import json
+import re
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from redux_pipelines.contract.types import (
+    GenerationRequest,
+    ModelInfo,
+    OutputFormat,
+    Pipeline,
+    Quality,
+    Result,
+    SafetyChecker,
+)
+from redux_pipelines.errors import ImageError, ReduxError
+from redux_pipelines.images.files import encode
+from redux_pipelines.images.rgb import to_rgb
+from redux_server.cli.client import ClientError, make_folder, note, save
+from redux_server.cli.progress import ProgressReport
+from redux_server.cli.submit import note_caveat, read_parameters
+from redux_server.dispatch.local import devices
+from redux_server.parameters import ALLOWED, parse_size
+from redux_server.settings import ModelSettings, UsageError
+from redux_server.worker.inputs import Pictures, generation_request
+from redux_server.worker.model import (
+    cache_dir,
+    check_compile,
+    compile_plan,
+    describe_report,
+    wants_compile,
+)
+from redux_server.worker.outputs import provenance
+
+_FORMATS: dict[str, OutputFormat] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+}
+_STAGES = ("load_s", "encode_s", "denoise_s", "decode_s", "safety_s")
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Images fit to be shown, and how they came about. ``timings`` are seconds by stage."""
+
+    images: tuple[Image.Image, ...]
+    seeds: tuple[int, ...]
+    flags: tuple[bool, ...]
+    info: ModelInfo
+    timings: dict[str, float]
+    quality: Quality
+    reused_steps: int
+
+
+def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
+    """Make variations of one picture and write them; returns the exit code.
+
+    Raises:
+        UsageError: a parameter or path that cannot be used; nothing slow was done.
+    """
+    check_compile(settings)
+    asked = read_parameters(given, output_format=_format_of(Path(given.out)))
+    wanted = asked.parameters()
+    paths = _output_paths(Path(given.out), wanted["num_images"], asked.output_format)
+    try:
+        request = generation_request(wanted, _open_pictures(given))
+        make_folder(paths[0].parent)
+        made = _make(request, settings, is_checked=given.enable_safety_checker)
+        for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
+            chunks = provenance(made.info, request, seed=seed, quality=made.quality)
+            save(path, encode(image, chunks, asked.output_format))
+    except (ReduxError, ClientError) as error:
+        note(str(error))
+        return 1
+    _report(made, paths, as_json=given.json)
+    return 0
+
+
+def _format_of(out: Path) -> OutputFormat | None:
+    """The kind of file that a name stands for."""
+    return _FORMATS.get(out.suffix.lower())
+
+
+def _output_paths(out: Path, count: int, kind: OutputFormat) -> list[Path]:
+    """``OUT.png``, or ``OUT-0.png``, ``OUT-1.png``... for several images."""
+    if _format_of(out) != kind or out.is_dir():
+        names = " or ".join(suffix for suffix, each in _FORMATS.items() if each == kind)
+        raise UsageError(
+            f"--out must be the name of a {names} file (--output-format {kind}), got {str(out)!r}"
+        )
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+
+
+def _open_pictures(given: argparse.Namespace) -> Pictures:
+    mask = _open_picture(given.mask) if given.mask else None
+    return Pictures(_open_picture(given.image), tuple(map(_open_picture, given.images)), mask)
+
+
+def _open_picture(source: str) -> Image.Image:
+    if re.match(r"https?://", source, re.IGNORECASE):
+        raise UsageError("generate takes a file; download the picture, or use `flux-redux submit`")
+    try:
+        with Image.open(source) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(f"no such file: {source}") from None
+    except (OSError, ValueError, Image.DecompressionBombError, ImageError) as error:
+        raise ImageError(f"cannot read {source} as a picture: {error}") from None
+
+
+def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bool) -> _Made:
+    from redux_pipelines.images.safety import NullChecker, OpenNsfwChecker, black_out
+
+    started = time.perf_counter()
+    note(f"loading {settings.base or settings.model} ...")
+    pipeline = load(settings)
+    if wants_compile(settings):
+        report = pipeline.compile(compile_plan(settings, ((request.width, request.height),)))
+        for failure in report.failures:
+            note(failure)
+    checker: SafetyChecker = (
+        OpenNsfwChecker(threshold=settings.safety_threshold) if is_checked else NullChecker()
+    )
+    loaded = time.perf_counter()
+    note(f"seed {request.seed}")
+    result = _denoise(pipeline, request)
+    denoised = time.perf_counter()
+    flags = checker.check(result.images)
+    safety_s = time.perf_counter() - denoised
+    timings = {**result.timings, "load_s": loaded - started, "safety_s": safety_s}
+    return _Made(
+        images=black_out(result.images, flags),
+        seeds=result.seeds,
+        flags=flags,
+        info=pipeline.info,
+        timings={stage: round(timings.get(stage, 0.0), 4) for stage in _STAGES},
+        quality=result.quality,
+        reused_steps=result.reused_steps,
+    )
+
+
+def load(settings: ModelSettings) -> Pipeline:
+    """The pipeline of ``settings``. Raises ``UsageError`` for what this machine lacks."""
+    from redux_pipelines.devices import keep_freed_memory
+    from redux_pipelines.loading.load import load_pipeline
+
+    try:
+        pipeline = load_pipeline(**settings.pipeline_options())
+    except ValueError as error:  # an option this machine cannot serve, such as --device cuda
+        raise UsageError(str(error)) from error
+    if pipeline.info.device == "cpu":
+        keep_freed_memory()
+    return pipeline
+
+
+def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:
+    with closing(ProgressReport()) as progress:
+        for event in pipeline.generate(request):
+            if isinstance(event, Result):
+                return event
+            progress.show("step", event.step, event.total_steps)
+    raise RuntimeError("the pipeline ended without a result")
+
+
+def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:
+    note_caveat(made.info.name)
+    for path, is_flagged in zip(paths, made.flags, strict=True):
+        if is_flagged:
+            note(f"{path} is black: the safety checker withheld the image")
+        print(path)
+    if as_json:
+        summary = {
+            "seed": made.seeds[0],
+            "seeds": made.seeds,
+            "files": [str(path) for path in paths],
+            "has_nsfw_contents": made.flags,
+            "model": made.info.name,
+            "quality": made.quality,
+            "reused_steps": made.reused_steps,
+            "timings": made.timings,
+        }
+        print(json.dumps(summary))
+
+
+# --- Warmup ---------------------------------------------------------------------------------------
+
+# DOC ``flux-redux warmup``: compile the model now, so that the next start of a worker need not.
+
+
+def warmup(given: argparse.Namespace, settings: ModelSettings) -> int:
+    """Load, compile, compare, keep; prints seconds by stage. 1 if less than asked for was done.
+
+    Raises:
+        UsageError: settings with nothing to do, or a size that cannot be made.
+    """
+    check_compile(settings)
+    if not wants_compile(settings):
+        raise UsageError("nothing to warm up: give --compile full (or blocks), or --cuda-graphs N")
+    sizes = _parse_sizes(given.sizes)
+    started = time.perf_counter()
+    note(f"loading {settings.base or settings.model} ...")
+    try:
+        # Compiled code is kept by the kind of device: one of several equal GPUs is enough.
+        pipeline = load(replace(settings, device=devices(settings.device)[0]))
+    except ReduxError as error:
+        note(str(error))
+        return 1
+    print(f"load the model: {time.perf_counter() - started:.1f} s", flush=True)
+    if cache_dir() is None:
+        note("this user has no home directory, so nothing is kept; set XDG_CACHE_HOME")
+    report = pipeline.compile(compile_plan(settings, sizes))
+    for line in describe_report(report):
+        print(line)
+    return 1 if report.failures else 0
+
+
+def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple(parse_size(each) for each in text.split(","))
+    except ValueError:
+        allowed = ALLOWED["size"].replace("*", "x")
+        raise UsageError(f"--sizes must be sizes separated by commas, each {allowed}") from None

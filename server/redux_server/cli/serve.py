@@ -1,0 +1,181 @@
+"""``flux-redux serve``: checks what can be checked early, builds the parts, runs uvicorn."""
+
+import gc
+import signal
+import socket
+import sys
+from collections.abc import Iterable
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from textwrap import fill
+
+import uvicorn
+
+from redux_pipelines.loading.load import MINI, caveat
+from redux_server import __version__, logs
+from redux_server.api.app import build_app
+from redux_server.api.auth import KeyFileError
+from redux_server.api.http_server import BoundedHttpProtocol, DrainingServer
+from redux_server.api.services import Services, assemble
+from redux_server.database.migration import open_database
+from redux_server.dispatch.choice import check_dispatch
+from redux_server.net.guard import AddressPolicy
+from redux_server.settings import ServerSettings, UsageError
+from redux_server.storage.blobs import StorageError
+from redux_server.storage.buckets import BlobUrlError
+from redux_server.storage.opening import local_folder, open_pictures
+from redux_server.worker.model import check_compile
+from redux_weights.layout import find_missing
+
+_SAMPLE_EXPIRES = 2**33
+
+
+def serve(settings: ServerSettings) -> int:
+    """Serve until a signal. Raises ``UsageError`` for what the user has to change first."""
+    logs.configure(format_=settings.log_format, level=settings.log_level)
+    check(settings)
+    listener = _listen(settings)
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        services = build_services(settings)
+        _refuse_strangers(settings, services)
+        _greet(settings, services, listener.getsockname()[1])
+        config = uvicorn.Config(
+            build_app(services),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            http=BoundedHttpProtocol,
+            ws="none",
+            timeout_graceful_shutdown=10,
+        )
+        # uvicorn ends by raising the signal once more, which would kill us before `atexit` runs.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # What start-up made stays; not walking it at each collection halves the p99 of a busy API.
+        gc.collect()
+        gc.freeze()
+        DrainingServer(config, services.draining, lambda: _drain(services)).run(sockets=[listener])
+    finally:
+        listener.close()
+    return 0
+
+
+async def _drain(services: Services) -> None:
+    """Let go of those who wait for an end; what is on the devices is finished."""
+    services.sync_mode.close()
+    services.streams.close()
+    await services.dispatch.stop()
+
+
+def check(settings: ServerSettings) -> None:
+    """Find what would stop the server, before anything is started."""
+    if settings.redux and not settings.base:
+        raise UsageError("--redux needs --base: which FLUX.1 weights it goes with")
+    if settings.quality != "exact" and settings.backend != "engine":
+        raise UsageError(
+            f"--quality {settings.quality} needs --backend engine; "
+            f"{settings.backend} has only exact"
+        )
+    check_compile(settings)
+    check_dispatch(settings)
+    base, redux = Path(settings.base), Path(settings.redux)
+    if settings.base and base.is_dir() and redux.is_dir():
+        missing = find_missing(base, redux)
+        if missing:
+            raise UsageError("the weights are incomplete:\n  " + "\n  ".join(missing))
+    try:
+        local_folder(settings.blob_url, settings.blobs_dir)
+    except BlobUrlError as error:
+        raise UsageError(f"--blob-url {error}") from None
+    _check_hosts("--fetch-allow", settings.fetch_allow_entries)
+    _check_hosts("--webhook-allow", settings.webhook_allow_entries)
+
+
+def _check_hosts(flag: str, entries: Iterable[str]) -> None:
+    try:
+        AddressPolicy.from_entries(entries)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def build_services(settings: ServerSettings) -> Services:
+    """The API process's parts over the data directory of ``settings``."""
+    try:
+        blobs = open_pictures(settings)
+        blobs.check()
+    except (BlobUrlError, StorageError) as error:
+        raise UsageError(f"--blob-url {error}") from None
+    try:
+        return assemble(settings, open_database(settings.database), blobs)
+    except KeyFileError as error:
+        raise UsageError(str(error)) from None
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
+            "choose another --port (0 picks a free one) or --host"
+        ) from None
+    return listener
+
+
+def _refuse_strangers(settings: ServerSettings, services: Services) -> None:
+    if services.keys.is_empty() and not settings.is_loopback:
+        raise UsageError(
+            f"refusing to listen on {settings.host} while nobody has an API key; "
+            f"make one first: flux-redux keys create --name me --data-dir {settings.data_dir}"
+        )
+
+
+def _greet(settings: ServerSettings, services: Services, port: int) -> None:
+    """Say where we are; on the very first start, make a key and show how to use it."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = settings.public_url.rstrip("/") or f"http://{host}:{port}"
+    print(f"FLUX Redux Server {__version__} on {url}  (docs: {url}/docs)", flush=True)
+    text = None if settings.base else caveat(settings.model)
+    if text:
+        print("\n" + fill(text[0].upper() + text[1:] + ".", 88), flush=True)
+    if not services.keys.is_empty():
+        return
+    key = services.keys.create("first")
+    picture = sample(settings)
+    blob = f"sample/{picture.name}"
+    services.blobs.put(blob, picture.read_bytes())
+    sample_url = url + services.signer.path(blob, _SAMPLE_EXPIRES)
+    print(_FIRST_START.format(key=key, url=url, sample=sample_url), flush=True)
+
+
+_FIRST_START = """
+Your API key, shown this once (flux-redux keys create makes more):
+
+    {key}
+
+Try it as soon as {url}/readyz says "ready":
+
+    curl --location --request POST "{url}/api/v2/wavespeed-ai/flux-pro-redux" \\
+      --header "Content-Type: application/json" \\
+      --header "Authorization: Bearer {key}" \\
+      --data-raw '{{"image": "{sample}", "size": "512*512", "seed": 0}}'
+
+    curl --header "Authorization: Bearer {key}" \\
+      "{url}/api/v2/wavespeed-ai/flux/<the id from the answer>/result"
+"""
+
+
+# --- Sample ---------------------------------------------------------------------------------------
+
+# DOC The picture that ``demo`` and the first start of ``serve`` offer: one the model can do well.
+
+
+def sample(settings: ServerSettings) -> Traversable:
+    """An icon for the embedded model, trained on icons (though not on this one); else a photo."""
+    is_mini = settings.model == MINI and not settings.base
+    name = "sample-icon.png" if is_mini else "sample.jpg"
+    return files("redux_server").joinpath("static", name)

@@ -1,0 +1,153 @@
+"""Brings a database's tables up to date, with alembic. Knows no settings.
+
+Alembic's own command line is not needed: the revisions lie in ``migrations/versions`` inside the
+package, and the connection is handed to ``migrations/env.py``.
+"""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    MetaData,
+    String,
+    Table,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+)
+
+from redux_server.database.connection import (
+    DatabaseUnusable,
+    connect,
+    is_sqlite,
+    reader,
+    shown,
+    take_turns,
+)
+from redux_server.database.tables import metadata, tasks
+
+_FOLDER = Path(__file__).parent / "migrations"
+
+
+def upgrade_database(engine: Engine) -> tuple[str, str]:
+    """Bring the tables up to date in one transaction; returns the revisions before and after.
+
+    Raises:
+        DatabaseUnusable: the tables are newer than this version knows.
+    """
+    with engine.begin() as db:
+        take_turns(db, "upgrade")
+        if not is_sqlite(db):
+            db.execute(text("SET LOCAL statement_timeout = 0"))  # an index may take minutes
+        before = version_in(db)
+        refuse_newer(engine, before)
+        upgrade(db)
+        return before, version_in(db)
+
+
+def upgrade(db: Connection) -> None:
+    """Bring the tables up to date within the transaction of ``db``."""
+    config = _config()
+    config.attributes["connection"] = db
+    if version_in(db) == FIRST_VERSION and version.name not in inspect(db).get_table_names():
+        command.stamp(config, FIRST_VERSION)
+    command.upgrade(config, "head")
+
+
+def revisions() -> list[str]:
+    """All revisions there are, oldest first."""
+    found = ScriptDirectory.from_config(_config()).walk_revisions()
+    return [script.revision for script in reversed(list(found))]
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
+    return config
+
+
+# --- Database -------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = "0003"  # the newest revision in migrations/versions; they are numbered upwards
+FIRST_VERSION = "0001"  # what a database without a version is: it is older than they are
+version = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
+
+
+def open_database(url: str) -> Engine:
+    """Open the database at ``url``: a ``sqlite:///`` path or a ``postgresql://`` URL.
+
+    A SQLite file is made when there is none, and brought up to date when it is old: it is one
+    user's, who should not have to know. PostgreSQL is only looked at, because several processes
+    of several versions may be using it.
+
+    Raises:
+        DatabaseUnusable: an unknown kind of URL, nothing answers there, or its tables are older
+            or newer than this version's.
+        PermissionError: the SQLite file or its folder cannot be written.
+    """
+    engine = connect(url)
+    try:
+        _have_our_tables(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _have_our_tables(engine: Engine) -> None:
+    found = schema_version(engine)
+    if found == SCHEMA_VERSION:
+        return
+    refuse_newer(engine, found)
+    if is_sqlite(engine):
+        _bring_up_to_date(engine)
+        return
+    what = f"holds tables of version {found}" if found else "holds no tables yet"
+    raise DatabaseUnusable(
+        f"{shown(engine.url)} {what}, and this version of flux-redux needs {SCHEMA_VERSION}; "
+        "run `flux-redux db upgrade` with the same --database-url"
+    )
+
+
+def schema_version(engine: Engine) -> str:
+    """The revision of the tables; empty when there are none."""
+    with reader(engine).connect() as db:
+        return version_in(db)
+
+
+def version_in(db: Connection) -> str:
+    """The same, within a transaction."""
+    names = inspect(db).get_table_names()
+    if version.name in names:
+        return str(db.scalar(select(func.max(version.c.version_num))) or "")
+    return FIRST_VERSION if tasks.name in names else ""
+
+
+def refuse_newer(engine: Engine, found: str) -> None:
+    """Stop before a database that a later version of us has changed.
+
+    Raises:
+        DatabaseUnusable: it is one.
+    """
+    if found > SCHEMA_VERSION:
+        raise DatabaseUnusable(
+            f"{shown(engine.url)} holds tables of version {found}, newer than the {SCHEMA_VERSION} "
+            "that this version of flux-redux knows; install the newer flux-redux again"
+        )
+
+
+def _bring_up_to_date(engine: Engine) -> None:
+    with engine.begin() as db:  # holds the write lock: of several processes one does it
+        if version_in(db):
+            upgrade(db)
+        else:
+            metadata.create_all(db)
+            version.create(db)
+            db.execute(insert(version), {"version_num": SCHEMA_VERSION})

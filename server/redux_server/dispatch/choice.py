@@ -1,0 +1,108 @@
+"""Which engine ``--engine`` means, and what each needs before it can be built."""
+
+from importlib.util import find_spec
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from sqlalchemy import Engine as Database
+
+from redux_server.database.clock import clock_of
+from redux_server.database.connection import parse
+from redux_server.dispatch.celery import Turns
+from redux_server.dispatch.local import LocalWorkers
+from redux_server.dispatch.presence import Presence
+from redux_server.settings import ServerSettings, SettingsError
+from redux_server.storage.signing import signing_secret
+from redux_server.tasks.store import TaskStore
+
+# DOC The engine of API nodes whose workers look into the database by themselves.
+
+
+class NoDispatch:
+    """Does nothing: what is accepted is found within half a second."""
+
+    async def start(self) -> None:
+        """There is nothing to start."""
+
+    async def stop(self) -> None:
+        """There is nothing to stop; the workers are not ours."""
+
+    def wake(self) -> None:
+        """Nobody can be told."""
+
+
+# --- Services -------------------------------------------------------------------------------------
+
+
+class Dispatch(Protocol):
+    """What gets accepted tasks to workers."""
+
+    async def start(self) -> None:
+        """Start the workers, if they are ours."""
+        ...
+
+    async def stop(self) -> None:
+        """Let the workers finish what they hold, then end them; may be called again."""
+        ...
+
+    def wake(self) -> None:
+        """Say that there is work; may be called often and never blocks."""
+        ...
+
+
+_BROKERS = ("amqp", "amqps", "redis", "rediss", "sqs")
+
+
+def check_dispatch(settings: ServerSettings) -> None:
+    """Find what ``--engine`` lacks.
+
+    Raises:
+        SettingsError: a database that other machines cannot reach, no broker, or no Celery.
+    """
+    if settings.engine == "local":
+        return
+    if parse(settings.database).get_backend_name() == "sqlite":
+        raise SettingsError(
+            f"--engine {settings.engine} has its workers on other machines, which cannot share a "
+            "SQLite file; give --database-url postgresql://USER:PASSWORD@HOST/NAME"
+        )
+    if settings.engine == "celery":
+        _check_broker(settings.broker_url)
+
+
+def _check_broker(url: str) -> None:
+    scheme = urlsplit(url).scheme if url else ""
+    if scheme not in _BROKERS:
+        given = f"one that begins with {scheme!r}" if url else "none"
+        raise SettingsError(
+            f"--engine celery needs --broker-url, and {given} was given; it is "
+            "amqp://USER:PASSWORD@HOST:PORT/VHOST (RabbitMQ), redis://HOST or sqs://"
+        )
+    if find_spec("celery") is None:
+        raise SettingsError(
+            "--engine celery needs Celery, which is not installed; "
+            "run `pip install 'flux-redux-server[cluster]'`"
+        )
+
+
+def build_dispatch(
+    settings: ServerSettings, database: Database, store: TaskStore, presence: Presence
+) -> Dispatch:
+    """The engine of an API process. Celery is loaded only where it is used."""
+    if settings.engine == "local":
+        return LocalWorkers(settings, store, presence)
+    if settings.engine == "sql":
+        return NoDispatch()
+    from redux_server.dispatch.celery import (
+        CeleryDispatch,
+        CeleryTicketQueue,
+        Reconciler,
+        TicketPublisher,
+        queue_name,
+        ticket_app,
+    )
+
+    app = ticket_app(settings.broker_url, queue_name(signing_secret(database)))
+    publisher = TicketPublisher(lambda: CeleryTicketQueue(app))
+    duties = Turns(database, clock=clock_of(database))
+    return CeleryDispatch(publisher, Reconciler(store, presence, duties, publisher.fill_up_to))

@@ -1,0 +1,166 @@
+"""The embedded engine: worker processes on this machine, one per device, kept alive."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from redux_server.dispatch.device import is_free, lock_path, worker_id
+from redux_server.dispatch.presence import (
+    EXIT_CANNOT_LOAD,
+    EXIT_DEVICE_FAILED,
+    Presence,
+    WorkerState,
+)
+from redux_server.settings import ServerSettings, to_environment
+from redux_server.tasks.store import TaskStore
+
+_MAX_PAUSE_S = 30.0
+_HEALTHY_S = 60.0  # a worker that lived this long is restarted at once
+_WORKER = (sys.executable, "-m", "redux_server", "worker", "--supervised")
+_log = structlog.get_logger("redux_server.dispatch.local")
+
+
+class LocalWorkers:
+    """Starts a worker per device, wakes them when work arrives, restarts those that die.
+
+    A worker's tasks are taken back the moment its process is gone, not when its lease runs out.
+    ``command`` starts a worker; its settings come by the environment.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        store: TaskStore,
+        presence: Presence,
+        *,
+        command: Sequence[str] = _WORKER,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._presence = presence
+        self._command = command
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._supervisors: list[asyncio.Task[None]] = []
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start one supervised worker per device."""
+        self._supervisors = [
+            asyncio.create_task(self._supervise(device))
+            for device in devices(self._settings.device)
+        ]
+
+    def wake(self) -> None:
+        """Tell every worker that there is work."""
+        for process in self._processes.values():
+            pipe = process.stdin
+            # A worker that is busy or loading reads later; one line is then as good as many.
+            if pipe is not None and pipe.transport.get_write_buffer_size() == 0:
+                with contextlib.suppress(ConnectionError, RuntimeError):
+                    pipe.write(b"\n")
+
+    async def stop(self) -> None:
+        """Let workers finish what is on their device, within the drain time, then end them."""
+        self._stopping.set()
+        for process in self._processes.values():
+            if process.stdin is not None:
+                process.stdin.close()
+        if not self._supervisors:
+            return
+        patience_s = self._settings.drain_timeout_s
+        _, late = await asyncio.wait(self._supervisors, timeout=patience_s)
+        if late:
+            _log.warning("workers did not finish in time; their tasks go back to the queue")
+            for process in self._processes.values():
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+            await asyncio.wait(late)
+
+    async def _supervise(self, device: str) -> None:
+        pause_s = 0.0
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            try:
+                # What a worker of before last said of itself must not count for this one.
+                await asyncio.to_thread(self._say, device, "starting")
+                code = await self._run_one(device)
+                released = await asyncio.to_thread(self._take_back, device, code)
+                _log.log(
+                    logging.INFO if self._stopping.is_set() else logging.ERROR,
+                    "worker ended",
+                    device=device,
+                    exit_code=code,
+                    tasks_returned=released,
+                )
+            except Exception as error:  # no memory for a process, a full disk: try again later
+                _log.error("cannot keep the worker alive", device=device, exc_info=error)
+            lived_s = time.monotonic() - started
+            pause_s = 0.0 if lived_s > _HEALTHY_S else min(_MAX_PAUSE_S, max(0.5, pause_s * 2))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+        with contextlib.suppress(SQLAlchemyError):
+            await asyncio.to_thread(self._presence.leave, self._name(device))
+
+    def _take_back(self, device: str, code: int) -> int:
+        # A server that was killed leaves its worker to finish. Ours then only waited for the
+        # device, under the same name, and what is leased under it is still being worked on.
+        if not is_free(lock_path(self._settings, device)):
+            return 0
+        name = self._name(device)
+        has_crashed = not self._stopping.is_set()
+        if has_crashed and code not in (EXIT_CANNOT_LOAD, EXIT_DEVICE_FAILED):
+            # those would have said more than we know
+            self._say(device, f"ended with code {code}, is being restarted")
+        return self._store.release(name, has_crashed=has_crashed)
+
+    def _say(self, device: str, detail: str) -> None:
+        self._presence.announce(self._name(device), device, WorkerState.LOADING, detail)
+
+    def _name(self, device: str) -> str:
+        return worker_id(self._settings.data_dir, device)
+
+    async def _run_one(self, device: str) -> int:
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            env={
+                # Idle OpenMP threads that spin would take the cores from the API and each other.
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **os.environ,
+                **to_environment(replace(self._settings, device=device)),
+            },
+            # Ctrl-C in a terminal reaches the whole group; the worker must outlive it to finish.
+            start_new_session=True,
+        )
+        self._processes[device] = process
+        try:
+            if self._stopping.is_set() and process.stdin is not None:
+                process.stdin.close()
+            return await process.wait()
+        finally:
+            del self._processes[device]
+
+
+def devices(setting: str) -> list[str]:
+    """The devices to start a worker for.
+
+    ``auto`` is every NVIDIA GPU that this process may see, else the CPU. Does not load torch.
+    """
+    if setting != "auto":
+        return [part.strip() for part in setting.split(",") if part.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        count = len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    else:
+        driver = Path("/proc/driver/nvidia/gpus")
+        count = len(list(driver.iterdir())) if driver.is_dir() else 0
+    return [f"cuda:{i}" for i in range(count)] or ["cpu"]

@@ -1,0 +1,1 @@
+"""Outgoing connections, which never reach a private network unless allowed."""

@@ -1,0 +1,153 @@
+"""Fetch a caller's picture over http(s) without becoming a door into the operator's network.
+
+Holds ``ImageFetcher``: redirects, limits and what an answer must look like. Synchronous; knows
+nothing of pictures, tasks or the HTTP API. The rules on hosts and addresses are in
+``redux_server.net.guard``, the exchange under them in ``redux_server.net.client``.
+"""
+
+import tempfile
+import time
+from urllib.parse import urljoin
+
+import httpcore
+
+from redux_server import __version__
+from redux_server.net.client import (
+    Clock,
+    Connector,
+    Deadline,
+    GuardedClient,
+    Resolver,
+    connect,
+    resolve,
+)
+from redux_server.net.guard import AddressPolicy, FetchError, Reason, Target, parse_url, quoted
+
+SPOOL_BYTES = 512 * 1024
+USER_AGENT = f"flux-redux-server/{__version__}"
+
+_HEADERS = {
+    "User-Agent": USER_AGENT,
+    "Accept": "image/*, */*;q=0.5",
+    "Accept-Encoding": "identity",
+}
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_ANOTHER_WAY = "send the picture as a data URI or upload it"
+_USUAL_ADVICE = f"Check the URL, or {_ANOTHER_WAY}."
+_ADVICE: dict[Reason, str] = {
+    "address": f"Instead, {_ANOTHER_WAY}, or let the operator allow this host with --fetch-allow.",
+    "encoding": f"Instead, {_ANOTHER_WAY}.",
+    "redirect": "Give the final URL of the picture.",
+    "status": "Check that the URL opens without a login, and has not expired.",
+    "too_large": "Send a smaller picture.",
+    "tls": f"Instead, {_ANOTHER_WAY}.",
+}
+
+
+class ImageFetcher:
+    """Fetches pictures by URL, each over fresh sockets of its own. Safe to share among threads."""
+
+    def __init__(
+        self,
+        policy: AddressPolicy,
+        *,
+        deadline_s: float = 10.0,
+        max_bytes: int = 20 * 2**20,
+        max_redirects: int = 3,
+        resolver: Resolver = resolve,
+        connector: Connector = connect,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._deadline_s = deadline_s
+        self._max_bytes = max_bytes
+        self._max_redirects = max_redirects
+        self._client = GuardedClient(policy, resolver=resolver, connector=connector)
+        self._clock = clock
+
+    def fetch(self, url: str) -> bytes:
+        """Return the body that ``url`` leads to.
+
+        Raises:
+            FetchError: for every reason that lies with the URL, its host or the network.
+        """
+        deadline = Deadline(self._deadline_s, self._clock)
+        try:
+            return self._follow(url, deadline)
+        except FetchError as error:
+            advice = _ADVICE.get(error.reason, _USUAL_ADVICE)
+            raise FetchError(error.reason, f"{error.public_message} {advice}") from error
+
+    def _follow(self, url: str, deadline: Deadline) -> bytes:
+        for _ in range(self._max_redirects + 1):
+            target = parse_url(url)
+            exchange = self._client.request(
+                "GET",
+                target,
+                headers=_HEADERS,
+                deadline=deadline,
+                max_wire_bytes=2 * self._max_bytes + 2**18,  # room for headers and chunk framing
+            )
+            with exchange as response:
+                if response.status not in _REDIRECTS:
+                    return self._body(response, target, deadline)
+                url = _redirect_url(response, target)
+        raise FetchError(
+            "redirect", f"The URL redirects more than {self._max_redirects} times (or in a circle)."
+        )
+
+    def _body(self, response: httpcore.Response, target: Target, deadline: Deadline) -> bytes:
+        _check_answer(response, target)
+        if int(_header(response, b"content-length") or 0) > self._max_bytes:
+            raise self._too_large(target)
+        size_bytes = 0
+        # On disk beyond SPOOL_BYTES: many endless bodies at once must not fill the memory.
+        with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
+            for chunk in response.iter_stream():
+                size_bytes += len(chunk)
+                if size_bytes > self._max_bytes:
+                    raise self._too_large(target)
+                deadline.remaining_s()
+                spool.write(chunk)
+            spool.seek(0)
+            return spool.read()
+
+    def _too_large(self, target: Target) -> FetchError:
+        return FetchError(
+            "too_large",
+            f"The file at host {quoted(target.host)} has more than {self._max_bytes:,} bytes, the "
+            "largest that is fetched.",
+        )
+
+
+def _header(response: httpcore.Response, name: bytes) -> str:
+    values = [
+        value.decode("utf-8", "replace") for key, value in response.headers if key.lower() == name
+    ]
+    return ", ".join(values)
+
+
+def _redirect_url(response: httpcore.Response, target: Target) -> str:
+    location = _header(response, b"location")
+    try:
+        if location and location.isprintable():
+            return urljoin(target.url, location)
+    except ValueError:
+        pass
+    raise FetchError(
+        "redirect",
+        f"The host {quoted(target.host)} answered with a redirect (status {response.status}) to "
+        "no usable URL.",
+    )
+
+
+def _check_answer(response: httpcore.Response, target: Target) -> None:
+    host = quoted(target.host)
+    if response.status != 200:
+        raise FetchError(
+            "status", f"The host {host} answered with status {response.status}, not with 200."
+        )
+    encoding = _header(response, b"content-encoding").strip().lower()
+    if encoding not in ("", "identity"):
+        raise FetchError(
+            "encoding", f"The host {host} compressed its answer though asked for it as it is."
+        )

@@ -1,0 +1,371 @@
+"""Parameters that the hosted endpoint does not have: what users of Redux ask for beside it.
+
+Nobody who leaves them out notices them. Their words are those of ``redux_pipelines.contract.types``. Knows
+nothing of the other parameters but that ``image`` is the first picture.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema
+
+from redux_pipelines.contract.batching import has_text, is_solitary, weights_of
+from redux_pipelines.contract.types import (
+    EMPTY_PROMPTS,
+    FITS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_PICTURES,
+    MAX_POOLING,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_WEIGHT,
+    MIN_GUIDANCE,
+    MIN_SIDE,
+    OUTPUT_FORMATS,
+    QUALITIES,
+    EmptyPrompt,
+    Fit,
+    OutputFormat,
+    Quality,
+)
+
+IMAGE_FORMS: Final = "an http(s) URL, a data URI (data:image/png;base64,...) or base64 of a picture"
+
+
+def one_of(names: tuple[str, ...]) -> str:
+    """What a parameter with these values takes, in the words of an error message."""
+    return "one of " + ", ".join(f'"{name}"' for name in names)
+
+
+EXTENSIONS_ALLOWED: Final = {
+    "images": f"an array of pictures, at most {MAX_PICTURES} with that of image, "
+    f"each {IMAGE_FORMS}",
+    "image_weights": f"an array of numbers from 0 to {MAX_WEIGHT:g}, one for each picture: that of "
+    "image first, then those of images",
+    "redux_strength": f"a number from 0 to {MAX_WEIGHT:g}",
+    "redux_pooling": f"an integer from 1 to {MAX_POOLING}",
+    "fit": one_of(FITS),
+    "mask": IMAGE_FORMS,
+    "empty_prompt": one_of(EMPTY_PROMPTS),
+    "output_format": one_of(OUTPUT_FORMATS),
+}
+
+
+def _whole(value: Any) -> Any:
+    """Let 28.0 pass as 28 (JavaScript and JSON know one kind of number); never true as 1."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+# Neither a URL nor base64: no picture, whatever is in it.
+_FILE_NAME = re.compile(r"(?![a-z]{2,}:)[^\n]*\.[A-Za-z]{3,4}", re.IGNORECASE)
+Whole = Annotated[int, BeforeValidator(_whole)]
+Picture = Annotated[str, Field(min_length=1)]
+Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
+
+
+class Extensions(BaseModel):
+    """Beside the parameters of the hosted endpoint, after which the schema lists them."""
+
+    images: list[Picture] = Field(
+        [],
+        max_length=MAX_PICTURES - 1,
+        description="More pictures to vary at the same time, each given like image. Without image "
+        "the first of them takes its place; one that is image again, at their head, counts once.",
+    )
+    image_weights: list[Weight] = Field(
+        [],
+        max_length=MAX_PICTURES,
+        description="How much each picture counts: one number per picture, that of image first. "
+        "Left out, each counts 1; 0 leaves a picture out.",
+        examples=[[1.0, 0.5]],
+    )
+    redux_strength: float = Field(
+        1.0,
+        ge=0,
+        le=MAX_WEIGHT,
+        description="How much the pictures count against the prompt: 1 is Redux as it is, 2 the "
+        "same pictures twice, 0 leaves them out.",
+    )
+    redux_pooling: Whole = Field(
+        MAX_POOLING,
+        ge=1,
+        le=MAX_POOLING,
+        description=f"How finely the pictures are seen: their {MAX_POOLING} x {MAX_POOLING} tokens "
+        "are averaged to so many a side. Fewer keep less of the layout and leave more to the "
+        "prompt.",
+    )
+    fit: Fit = Field(
+        "squash",
+        description="How pictures that are no squares become the square that Redux sees: squash "
+        "distorts them, letterbox keeps them whole, center cuts out the middle.",
+    )
+    mask: Picture | None = Field(
+        None,
+        description="Which part of image counts: a picture, given like image and stretched over "
+        "it, that is white there and black elsewhere.",
+    )
+    empty_prompt: EmptyPrompt = Field(
+        "zeros",
+        description="What an empty prompt is: no text at all (zeros), or the empty text (encode).",
+    )
+    output_format: OutputFormat = Field(
+        "png", description="The kind of file of the generated images."
+    )
+
+    @field_validator("image_weights")
+    @classmethod
+    def _one_for_each_picture(cls, weights: list[float], info: ValidationInfo) -> list[float]:
+        images = info.data.get("images")  # not there if they are wrong themselves
+        if weights and images is not None and len(weights) != 1 + len(images):
+            raise ValueError("as many as pictures")
+        return weights
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema with these parameters after all others: forms are built from it."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = schema["properties"]
+        for name in Extensions.model_fields:
+            properties[name] = properties.pop(name)
+        return schema
+
+    def steering(self) -> dict[str, Any]:
+        """What was asked for, pictures aside: no more than differs from the defaults."""
+        return {
+            name: getattr(self, name)
+            for name, field in Extensions.model_fields.items()
+            if name not in ("images", "mask") and getattr(self, name) != field.default
+        }
+
+
+def with_first_image(body: dict[str, Any]) -> dict[str, Any]:
+    """``body``, the first of its ``images`` in the place of an ``image`` that is not there.
+
+    Where it is there and they begin with it too, it counts once: so do clients that send both.
+    """
+    images = body.get("images")
+    if not isinstance(images, list) or not images:
+        return body
+    image = body.get("image", images[0])
+    rest = images[1:] if _is_again(images[0], image) else images
+    return {**body, "image": image, "images": rest}
+
+
+def _is_again(first: Any, image: Any) -> bool:
+    """Whether ``first`` stands for ``image``.
+
+    wavespeed-mcp 0.1.27 leaves there what it was told by its user, be it base64 or the name of a
+    local file, and sends in ``image`` what it made of that.
+    """
+    if not isinstance(first, str) or not isinstance(image, str):
+        return first is image
+    return first == image or image.endswith(f",{first}") or bool(_FILE_NAME.fullmatch(first))
+
+
+# --- Schemas --------------------------------------------------------------------------------------
+
+MAX_SEED = 9_999_999_999
+MAX_PROMPT = 10_000
+MODELS: Final = (
+    "wavespeed-ai/flux-pro-redux",
+    "wavespeed-ai/flux-redux-pro",
+    "wavespeed-ai/flux-redux-dev",
+)
+_SIZE = re.compile(r"(\d{1,9})\s*[*x×]\s*(\d{1,9})", re.IGNORECASE)
+_EXAMPLE_IMAGE = (
+    "https://d2g64w682n9w0w.cloudfront.net/media/images/1745413935078739480_xIVRNKGD.png"
+)
+# What each parameter takes, in the words of an error message.
+ALLOWED: Final = {
+    "image": IMAGE_FORMS,
+    "prompt": f"a text of at most {MAX_PROMPT} characters",
+    "size": f'"WIDTH*HEIGHT", each from {MIN_SIDE} to {MAX_SIDE}, such as "1024*1024"',
+    "seed": f"an integer from -1 (random) to {MAX_SEED}",
+    "num_inference_steps": f"an integer from 1 to {MAX_STEPS}",
+    "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
+    "num_images": f"an integer from 1 to {MAX_IMAGES}",
+    "enable_safety_checker": "true or false",
+    "enable_sync_mode": "true or false",
+    "enable_base64_output": "true or false",
+    "webhook_url": "an https URL",
+    "webhook": "an https URL",
+    "quality": one_of(QUALITIES),
+    **EXTENSIONS_ALLOWED,
+}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels of ``"1024*768"`` (``x`` is understood too).
+
+    Raises:
+        ValueError: not of that form, or a side out of range.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("not a size")
+    width, height = int(match[1]), int(match[2])
+    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
+        raise ValueError("out of range")
+    return width, height
+
+
+def _check_size(text: str) -> str:
+    width, height = parse_size(text)
+    return f"{width}*{height}"
+
+
+class PredictionRequest(Extensions):
+    """Parameters of one task. Unknown fields are ignored; null means absent."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    image: str = Field(
+        min_length=1,
+        description="The URL of the image to generate an image from. A data URI or plain base64 "
+        "is taken too. The picture is fetched after the task is accepted.",
+        examples=[_EXAMPLE_IMAGE],
+    )
+    prompt: str = Field(
+        "", max_length=MAX_PROMPT, description="The prompt to generate an image from."
+    )
+    size: Annotated[str, AfterValidator(_check_size)] = Field(
+        "1024*1024",
+        description=f"The size of the generated image, {MIN_SIDE} ~ {MAX_SIDE} per dimension.",
+        examples=["1024*1024"],
+    )
+    seed: Whole = Field(
+        -1,
+        ge=-1,
+        le=MAX_SEED,
+        description="The same seed and the same prompt given to the same version of the model "
+        "will output the same image every time. -1 (or none) picks one and reports it.",
+    )
+    num_inference_steps: Whole = Field(
+        28, ge=1, le=MAX_STEPS, description="The number of inference steps to perform."
+    )
+    guidance_scale: float = Field(
+        3.5,
+        ge=MIN_GUIDANCE,
+        le=MAX_GUIDANCE,
+        description="How close the model is to stick to the prompt (FLUX's distilled guidance).",
+    )
+    num_images: Whole = Field(
+        1, ge=1, le=MAX_IMAGES, description="The number of images to generate."
+    )
+    enable_safety_checker: bool = Field(
+        True, description="If set to true, the safety checker will be enabled."
+    )
+
+    enable_sync_mode: bool = Field(
+        False,
+        description="If set to true, the answer comes when the task has ended, or after "
+        "`--sync-timeout-s` as `processing` with the code 5004, to be polled.",
+    )
+    enable_base64_output: bool = Field(
+        False,
+        description="If set to true, outputs are the images as base64 instead of their URLs. Not "
+        "possible with a webhook.",
+    )
+    quality: Quality | None = Field(
+        None,
+        description="An extension of this server. exact computes every step; balanced and fast "
+        "reuse work between steps. Left out, it is what the server was started with.",
+    )
+
+    webhook_url: str | None = Field(
+        None,
+        description="An https URL that is told when the task has ended, with the prediction "
+        "object as its body. The query parameter webhook says the same.",
+        examples=["https://example.com/hooks/redux"],
+    )
+    webhook: str | None = Field(None, description="Another name of webhook_url.")
+
+    def parameters(self) -> dict[str, Any]:
+        """What the answer depends on, but pictures; with a seed, extras only if asked for."""
+        values = self.model_dump(
+            exclude={
+                *("image", "webhook", "webhook_url", "enable_sync_mode"),
+                *Extensions.model_fields,
+            }
+            | ({"quality"} if self.quality is None else set())
+            | (set() if self.enable_base64_output else {"enable_base64_output"})
+        )
+        if self.seed == -1:
+            values["seed"] = secrets.randbelow(2**31)
+        return values | self.steering()
+
+    @property
+    def shape(self) -> str:
+        """What has to be equal for tasks to be denoised together: see ``batching.BatchKey``.
+
+        Empty for a task that shares a batch with none.
+        """
+        if is_solitary(self):
+            return ""
+        text = "prompt" if has_text(self) else ""
+        shape = f"{self.size}/{self.num_inference_steps}/{self.quality or ''}/{text}"
+        counting = (weights_of(self), self.redux_pooling)
+        if counting == ((1.0,), MAX_POOLING):
+            return shape
+        return f"{shape}/{hashlib.sha256(repr(counting).encode()).hexdigest()[:16]}"
+
+    def digest(self, *more: str) -> str:
+        """SHA-256 of the request, before a seed is picked, and of what ``more`` makes the task.
+
+        Defaults are left out: it stays the same when a later version has more parameters. Whether
+        to wait is no part of what is wanted: who waited in vain may ask again without.
+        """
+        text = self.model_dump_json(exclude_defaults=True, exclude={"enable_sync_mode"})
+        return hashlib.sha256(json.dumps([text, *more]).encode()).hexdigest()
+
+
+def parse_request(body: Any) -> PredictionRequest:
+    """Validate a decoded JSON body.
+
+    Raises:
+        pydantic.ValidationError: see ``complaint`` for its text.
+    """
+    if isinstance(body, dict):
+        body = with_first_image({name: each for name, each in body.items() if each is not None})
+    return PredictionRequest.model_validate(body)
+
+
+def complaint(errors: Sequence[Any], allowed: Mapping[str, str] = ALLOWED) -> str:
+    """One sentence per wrong parameter: its name, what is allowed, what was given."""
+    return " ".join(_complain(error, allowed) for error in errors)
+
+
+def _complain(error: Any, allowed: Mapping[str, str]) -> str:
+    if not error["loc"]:
+        return f"The body must be a JSON object, got {_shown(error['input'])}."
+    name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{name} is required: {allowed[name]}."
+    return f"{name} must be {allowed[name]}; got {_shown(error['input'])}."
+
+
+def _shown(value: Any) -> str:
+    """A caller's value in JSON's words and in ASCII: it may be nested or no valid Unicode."""
+    if isinstance(value, list | dict):
+        return f"an array of {len(value)}" if isinstance(value, list) else "an object"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

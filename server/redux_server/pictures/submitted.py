@@ -1,0 +1,174 @@
+"""The pictures of a submit: URLs are noted as they are, inline ones stored before the task is.
+
+All are looked at before any is stored; a request with one that is no picture stores nothing.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import structlog
+
+from redux_server import metrics
+from redux_server.errors import BadRequest, Unavailable
+from redux_server.parameters import PredictionRequest
+from redux_server.pictures import inline as inline_image
+from redux_server.storage.blobs import BlobStore
+from redux_server.storage.signing import Signer
+
+MAX_URL = 8192
+_log = structlog.get_logger("redux_server.pictures.submitted")
+
+
+class _Given(NamedTuple):
+    """A picture of a request: what an error calls it, what was sent, its name if it is stored."""
+
+    name: str
+    sent: str
+    stored_as: str
+
+
+def has_inline_pictures(wanted: PredictionRequest) -> bool:
+    """Whether ``store_pictures`` would have something to store, or to complain of."""
+    return not all(_is_url(sent) for _, sent in sent_pictures(wanted))
+
+
+async def store_pictures(
+    wanted: PredictionRequest, task_id: str, blobs: BlobStore
+) -> dict[str, Any]:
+    """What to note as the task's pictures: their URLs, or where inline ones were put.
+
+    Raises:
+        BadRequest: one is neither a URL nor a picture.
+        Unavailable: they cannot be stored; none is.
+    """
+    given = list(_given(wanted))
+    inline: dict[str, bytes] = {}
+    for each in given:
+        if _is_url(each.sent):
+            _check_url(each)
+        else:
+            data = await asyncio.to_thread(inline_image.decode, each.sent, each.name)
+            inline[each.stored_as] = data
+    await _store(inline, task_id, blobs)
+    noted = [
+        f"blob:{task_id}/{each.stored_as}" if each.stored_as in inline else each.sent
+        for each in given
+    ]
+    pictures: dict[str, Any] = {"image": noted[0]}
+    if wanted.images:
+        pictures["images"] = noted[1 : 1 + len(wanted.images)]
+    if wanted.mask is not None:
+        pictures["mask"] = noted[-1]
+    return pictures
+
+
+async def forget_pictures(given: dict[str, Any], task_id: str, blobs: BlobStore) -> None:
+    """Delete what ``store_pictures`` put; URLs put nothing, and their refusal must stay cheap."""
+    noted = [given["image"], *given.get("images", ()), given.get("mask", "")]
+    if any(each.startswith("blob:") for each in noted):
+        await _delete(task_id, blobs)
+
+
+def sent_pictures(wanted: PredictionRequest) -> Iterator[tuple[str, str]]:
+    """What an error calls each picture of a request, and what was sent for it."""
+    for given in _given(wanted):
+        yield given.name, given.sent
+
+
+def _given(wanted: PredictionRequest) -> Iterator[_Given]:
+    yield _Given("image", wanted.image, "input")
+    for place, sent in enumerate(wanted.images):
+        yield _Given(f"images[{place}]", sent, f"input-{place + 1}")
+    if wanted.mask is not None:
+        yield _Given("mask", wanted.mask, "mask")
+
+
+async def _store(inline: dict[str, bytes], task_id: str, blobs: BlobStore) -> None:
+    for name, data in inline.items():
+        try:
+            await asyncio.to_thread(blobs.put, f"{task_id}/{name}", data)
+        except OSError as error:
+            metrics.REJECTED.labels("blobs").inc()
+            _log.warning("an input picture could not be stored", reason=str(error))
+            if len(inline) > 1:
+                await _delete(task_id, blobs)
+            raise Unavailable(
+                "The picture could not be stored (disk full, or its store away); nothing was "
+                "started.",
+                headers={"Retry-After": "5"},
+            ) from None
+
+
+async def _delete(task_id: str, blobs: BlobStore) -> None:
+    with contextlib.suppress(OSError):  # the sweep of strays will find it
+        await asyncio.to_thread(blobs.delete_under, task_id)
+
+
+def _is_url(sent: str) -> bool:
+    return re.match(r"https?:", sent, re.IGNORECASE) is not None
+
+
+def _check_url(given: _Given) -> None:
+    url = given.sent
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and len(url) <= MAX_URL and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable or any(character.isspace() for character in url):
+        raise BadRequest(f"{given.name} must be a complete http(s) URL; got {url[:80]!r}.")
+
+
+# --- Own urls -------------------------------------------------------------------------------------
+
+# DOC URLs of this very server that come back as a task's image.
+# DOC
+# DOC A file URL carries its proof in its path (see ``redux_server.storage.signing.Signer``), so the worker reads
+# DOC the file from the store, whatever host the URL names, and never over the network. Here those are
+# DOC refused that cannot lead anywhere, while the client still listens.
+
+_PORTS = {"http": 80, "https": 443}
+
+
+def check_own_url(url: str, signer: Signer, bases: Iterable[str], *, name: str = "image") -> None:
+    """Refuse a URL of ours that is over, or was not made by us. Others pass.
+
+    ``bases`` are the URLs that this server goes by; empty ones are none. ``name`` is that of the
+    parameter.
+
+    Raises:
+        BadRequest: the text says what to do.
+    """
+    if signer.key_of(url) is not None:
+        if signer.is_over(url):
+            raise BadRequest(
+                f"{name} is a file URL of this server whose time is over; upload the picture "
+                "again, or run the task that made it again."
+            )
+        return
+    own = {_origin(base) for base in bases if base}
+    try:
+        origin, path = _origin(url), urlsplit(url).path
+    except ValueError:
+        return  # what is wrong with it is said elsewhere
+    if origin not in own:
+        return
+    if "/uploads/" in path:
+        raise BadRequest(
+            f"{name} is the URL that a file is sent to by PUT; give the download_url that came "
+            "with it instead."
+        )
+    if "/files/" in path:
+        raise BadRequest(
+            f"{name} is no file URL that this server has made: its signature does not match. "
+            "Give it exactly as it was in outputs or download_url."
+        )
+
+
+def _origin(url: str) -> tuple[str, int | None]:
+    parts = urlsplit(url)
+    return (parts.hostname or "").rstrip("."), parts.port or _PORTS.get(parts.scheme.lower())

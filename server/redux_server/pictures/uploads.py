@@ -1,0 +1,271 @@
+"""Pictures that clients bring before they ask for a task: taken in, kept for a time, swept.
+
+Any file that is no picture of a kind we take is refused while it arrives, so that we never serve
+pages or programs of strangers. Knows no HTTP beyond the errors that it raises.
+"""
+
+import asyncio
+import hashlib
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from redux_server import metrics
+from redux_server.api.limits import RateLimit
+from redux_server.errors import BadRequest, Conflict, Gone, NotFound, TooLarge, TooManyRequests
+from redux_server.pictures.decode import sniff
+from redux_server.pictures.incoming import Incoming, nameless_file, refused_by_store
+from redux_server.settings import ServerSettings
+from redux_server.storage.blobs import BlobStore
+from redux_server.storage.disk import DiskSpace, refuse_without_room
+from redux_server.storage.signing import Signer
+
+# DOC Upload tickets: the right to store one file, in the path of the URL that it is sent to.
+# DOC
+# DOC A ticket is kept nowhere. What it allows stands in it, under a seal that only we can make; nothing
+# DOC of a client's file name is in it, nor in the key of what it stores. Knows no store and no HTTP.
+
+PREFIX = "upload-"
+TICKET_S = 3600.0
+EXTENSIONS = {
+    "png": "png", "jpg": "jpg", "jpeg": "jpg", "jfif": "jpg", "webp": "webp", "gif": "gif",
+    "bmp": "bmp", "avif": "avif",
+}  # fmt: skip
+_PURPOSE = "upload"
+_TICKET = re.compile(
+    r"(?P<seal>[0-9a-f]{32})\.(?P<text>(?P<expires_at>[0-9]{1,12})\.(?P<size>[0-9]{1,10})\."
+    r"(?P<owner>[0-9a-f]{8})\.(?P<id>[0-9a-f]{32})\.(?P<extension>[a-z]{3,4}))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadTicket:
+    """The right to store one file of exactly ``size_bytes`` under ``key``, once."""
+
+    key: str
+    size_bytes: int
+    owner: str
+    expires_at: float
+    text: str
+
+    def check_length(self, given: str | None) -> None:
+        """Refuse a body that says of itself that it has another length.
+
+        Raises:
+            BadRequest: it does.
+        """
+        if given is not None and given.isdecimal() and int(given) != self.size_bytes:
+            raise self.wrong_size(f"{int(given):,}")
+
+    def wrong_size(self, given: str) -> BadRequest:
+        """What to raise for a body of another length."""
+        return BadRequest(
+            f"The body has {given} bytes, but the upload was announced with {self.size_bytes:,}; "
+            "send the file as it is, or ask for another upload URL."
+        )
+
+
+class UploadTickets:
+    """Writes and reads tickets. ``clock`` gives Unix seconds."""
+
+    def __init__(self, signer: Signer, *, clock: Callable[[], float] = time.time) -> None:
+        self._signer = signer
+        self._clock = clock
+
+    def issue(self, key_id: str, name: str, content_type: str, size_bytes: int) -> UploadTicket:
+        """A ticket for a file of that name, type and size."""
+        extension = _extension(name, content_type)
+        expires_at = int(self._clock() + TICKET_S)
+        text = f"{expires_at}.{size_bytes}.{owner_of(key_id)}.{secrets.token_hex(16)}.{extension}"
+        return self.read(f"{self._signer.seal(_PURPOSE, text)}.{text}")
+
+    def read(self, text: str) -> UploadTicket:
+        """The ticket that ``issue`` wrote as ``text``.
+
+        Raises:
+            NotFound: we did not.
+            Gone: its time is over.
+        """
+        match = _TICKET.fullmatch(text)
+        seal = self._signer.seal(_PURPOSE, match["text"]) if match else ""
+        if match is None or not secrets.compare_digest(seal, match["seal"]):
+            raise NotFound("No such upload; POST /api/v3/media/uploads gives a URL to send it to.")
+        if int(match["expires_at"]) < self._clock():
+            raise Gone("The time to send this file is over; ask for another upload URL.")
+        return UploadTicket(
+            key=key_of(match["id"], match["extension"]),
+            size_bytes=int(match["size"]),
+            owner=match["owner"],
+            expires_at=float(match["expires_at"]),
+            text=text,
+        )
+
+
+def key_of(id_: str, extension: str) -> str:
+    """Where the upload ``id_`` is kept."""
+    return f"{PREFIX}{id_}/picture.{extension}"
+
+
+def owner_of(key_id: str) -> str:
+    """Whom to count an upload for, in a form that may stand in a URL."""
+    return hashlib.sha256(key_id.encode()).hexdigest()[:8]
+
+
+def _extension(name: str, content_type: str) -> str:
+    """What the URL of a picture ends in, as far as it can be told before it has come."""
+    suffix = name.rpartition(".")[2].lower()
+    subtype = content_type.partition(";")[0].rpartition("/")[2].strip().lower()
+    return EXTENSIONS.get(suffix) or EXTENSIONS.get(subtype) or "png"
+
+
+MAX_OPEN = 64
+MAX_OPEN_PER_OWNER = 32
+GRACE_S = 3600.0  # a task that came with a URL in its last minute may have to wait
+_STORED_AT_ONCE = 2
+
+
+class Uploads:
+    """Takes files in. They grow in ``folder``; ``clock`` gives Unix seconds.
+
+    For use from one event loop. What is refused for its number, size or kind is refused before it
+    has all come.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        *,
+        blobs: BlobStore,
+        signer: Signer,
+        disk: DiskSpace,
+        folder: Path,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.max_bytes = settings.max_upload * 2**20
+        self.rate = RateLimit(settings.rate_limit)
+        self.tickets = UploadTickets(signer, clock=clock)
+        self._kept_s = settings.upload_retention_hours * 3600
+        self._blobs = blobs
+        self._signer = signer
+        self._disk = disk
+        self._folder = folder
+        self._clock = clock
+        self._open: Counter[str] = Counter()
+        self._storing = asyncio.Semaphore(_STORED_AT_ONCE)
+
+    def issue(self, key_id: str, name: str, content_type: str, size_bytes: int) -> UploadTicket:
+        """A ticket for a file of that name, type and size.
+
+        Raises:
+            TooLarge: no file may have that size.
+            Unavailable: there is no room on the disk.
+        """
+        if size_bytes > self.max_bytes:
+            raise self._too_large(f"The file has {size_bytes:,} bytes")
+        self._check_room()
+        return self.tickets.issue(key_id, name, content_type, size_bytes)
+
+    @contextmanager
+    def receive(self, key_id: str) -> Iterator[Incoming]:
+        """A place for one file of the owner of the API key ``key_id``.
+
+        Raises:
+            TooManyRequests: as many are arriving as may at a time.
+            Unavailable: there is no room on the disk.
+        """
+        excess = self._too_large("The file is larger")
+        with self._place(owner_of(key_id), self.max_bytes, excess) as incoming:
+            yield incoming
+
+    @contextmanager
+    def receive_for(self, ticket: UploadTicket) -> Iterator[Incoming]:
+        """A place for the file of ``ticket``. Raises as ``receive`` does."""
+        excess = ticket.wrong_size("more")
+        with self._place(ticket.owner, ticket.size_bytes, excess) as incoming:
+            yield incoming
+
+    async def keep(self, incoming: Incoming) -> str:
+        """Store a whole file under a key of its own; returns the key.
+
+        Raises:
+            BadRequest: it is no picture of a kind that we take.
+            Unavailable: the store does not take it.
+        """
+        async with self._storing, incoming.whole() as data:
+            extension = EXTENSIONS[(sniff(bytes(data[:64])) or "").lower()]
+            key = key_of(secrets.token_hex(16), extension)
+            with refused_by_store():
+                await asyncio.to_thread(self._blobs.put, key, data)
+        return key
+
+    async def redeem(self, ticket: UploadTicket, incoming: Incoming) -> None:
+        """Store a whole file where ``ticket`` says. The same file once more changes nothing.
+
+        Raises:
+            BadRequest: not of the size that was told, or no picture of a kind that we take.
+            Conflict: another file is there, which a task may be using.
+            Unavailable: the store does not take it.
+        """
+        async with self._storing, incoming.whole() as data:
+            if len(data) != ticket.size_bytes:
+                raise ticket.wrong_size(f"{len(data):,}")
+            with refused_by_store():
+                is_there = await asyncio.to_thread(self._create, ticket.key, data)
+        if not is_there:
+            raise Conflict(
+                "Another file was stored with this upload URL, and stays; ask for another URL."
+            )
+
+    def download_path(self, key: str) -> str:
+        """The path at which anyone may fetch ``key``, as long as it is kept."""
+        return self._signer.path(key, self._clock() + self._kept_s)
+
+    def sweep(self) -> int:
+        """Delete what was stored longer ago than it is kept, and some grace; returns how many."""
+        old = self._blobs.tasks_before(self._clock() - self._kept_s - GRACE_S)
+        folders = sorted(name for name in old if name.startswith(PREFIX))
+        for folder in folders:
+            self._blobs.delete_under(folder)
+        return len(folders)
+
+    @contextmanager
+    def _place(self, owner: str, limit: int, excess: Exception) -> Iterator[Incoming]:
+        if self._open.total() >= MAX_OPEN or self._open[owner] >= MAX_OPEN_PER_OWNER:
+            metrics.REJECTED.labels("uploads_open").inc()
+            raise TooManyRequests(
+                f"Too many uploads are under way ({MAX_OPEN} may be, {MAX_OPEN_PER_OWNER} of one "
+                "API key); wait for one to end.",
+                headers={"Retry-After": "5"},
+            )
+        self._check_room()
+        self._open[owner] += 1
+        try:
+            with nameless_file(self._folder) as file:
+                yield Incoming(file, limit=limit, excess=excess, check_room=self._check_room)
+        finally:
+            self._open[owner] -= 1
+            self._open += Counter()  # drops those that have none
+
+    def _create(self, key: str, data: memoryview) -> bool:
+        """Whether ``data`` is what is under ``key`` now."""
+        try:
+            self._blobs.create(key, data)
+        except FileExistsError:
+            return self._blobs.get(key) == data
+        return True
+
+    def _check_room(self) -> None:
+        refuse_without_room(
+            self._disk, refused="No upload is taken now", therefore="nothing was kept of it"
+        )
+
+    def _too_large(self, given: str) -> TooLarge:
+        return TooLarge(
+            f"{given}; allowed are at most {self.max_bytes:,} bytes ({self.max_bytes >> 20} MiB). "
+            "Send a smaller picture, or a task with its URL."
+        )

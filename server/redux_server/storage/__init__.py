@@ -1,0 +1,1 @@
+"""Where pictures are kept: a folder or a bucket, with signed paths."""

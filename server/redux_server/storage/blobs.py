@@ -1,0 +1,248 @@
+"""Where pictures are kept, and the signed URLs under which anyone may fetch them.
+
+A key is ``{task}/{attempt}/{name}``: a worker that was given up for dead writes under its own
+attempt and never over its successor's output. The signature stands in the path, so that a URL
+still ends in a file name, and so that a URL of ours is known as ours whatever host it came by.
+``Blobs`` here is a folder; ``redux_server.storage.buckets`` has the same over an object store.
+"""
+
+import errno
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, ObjectStore
+
+if TYPE_CHECKING:  # obstore has them in its stubs only
+    from obstore import GetOptions, GetResult
+
+
+_CHUNK_BYTES = 256 * 2**10
+_LIST_CHUNK = 1000  # what one request to S3 can list, and delete
+
+
+class StorageError(OSError):
+    """The store of pictures does not take, give or delete right now; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBlob:
+    """A blob, or a part of one, on its way: ``size_bytes`` is that of the whole.
+
+    ``e_tag`` is quoted, as HTTP writes it, or empty.
+    """
+
+    size_bytes: int
+    e_tag: str
+    chunks: AsyncIterator[bytes]
+
+
+class BlobStore(Protocol):
+    """Named byte strings. Every method may be called from any thread.
+
+    A reader sees all of a blob or none, and what was put is there after a power cut too. Where a
+    method says nothing else it raises ``StorageError``, or another ``OSError``, for a store that
+    does not do its work.
+    """
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Store ``data`` under ``key``, replacing what was there."""
+        ...
+
+    def create(self, key: str, data: bytes | memoryview) -> None:
+        """Store ``data`` under ``key``, once: of two at a time one gets through.
+
+        Raises:
+            FileExistsError: there is something, which stays as it is.
+        """
+        ...
+
+    def get(self, key: str) -> bytes:
+        """The bytes under ``key``.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        ...
+
+    async def open(self, key: str, *, first: int = 0, end: int | None = None) -> OpenBlob:
+        """The bytes under ``key`` from ``first`` to before ``end``, piece by piece.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        ...
+
+    def delete_under(self, prefix: str) -> None:
+        """Delete every blob whose key starts with the path ``prefix``."""
+        ...
+
+    def tasks_before(self, when: float) -> set[str]:
+        """The tasks whose newest blob was written before ``when`` (Unix seconds)."""
+        ...
+
+    def check(self) -> None:
+        """Find out whether the store can be used, in less than 5 s.
+
+        Raises:
+            StorageError: it cannot; the text says what to do.
+        """
+        ...
+
+
+class ObjectBlobs(ABC):
+    """What is the same over every store that obstore knows."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """See ``BlobStore``."""
+        self._write(key, data, "overwrite")
+
+    def create(self, key: str, data: bytes | memoryview) -> None:
+        """See ``BlobStore``."""
+        self._write(key, data, "create")
+
+    @abstractmethod
+    def _write(
+        self, key: str, data: bytes | memoryview, mode: Literal["create", "overwrite"]
+    ) -> None:
+        """Store ``data``; to ``create`` what is there already is a ``FileExistsError``."""
+
+    def get(self, key: str) -> bytes:
+        """See ``BlobStore``."""
+        with plain_errors():
+            return bytes(obstore.get(self._store, key).bytes())
+
+    async def open(self, key: str, *, first: int = 0, end: int | None = None) -> OpenBlob:
+        """See ``BlobStore``."""
+        with plain_errors():
+            options: GetOptions = {"range": {"offset": first} if end is None else (first, end)}
+            is_whole = not first and end is None
+            found = await obstore.get_async(self._store, key, options=None if is_whole else options)
+        e_tag = (found.meta["e_tag"] or "").removeprefix("W/").strip('"')
+        return OpenBlob(found.meta["size"], f'"{e_tag}"' if e_tag else "", _pieces(found))
+
+    def delete_under(self, prefix: str) -> None:
+        """See ``BlobStore``."""
+        with plain_errors():
+            for chunk in obstore.list(self._store, prefix, chunk_size=_LIST_CHUNK):
+                obstore.delete(self._store, [meta["path"] for meta in chunk])
+
+    def tasks_before(self, when: float) -> set[str]:
+        """See ``BlobStore``."""
+        newest: dict[str, float] = {}
+        with plain_errors():
+            for chunk in obstore.list(self._store, chunk_size=_LIST_CHUNK):
+                for meta in chunk:
+                    task = meta["path"].split("/", 1)[0]
+                    written = meta["last_modified"].timestamp()
+                    newest[task] = max(written, newest.get(task, 0.0))
+        return {task for task, written in newest.items() if written < when}
+
+
+class Blobs(ObjectBlobs):
+    """Named byte strings in a folder: atomic writes, flushed before they count as done.
+
+    With ``keep_free_bytes`` a picture that would leave less room than that on the disk is refused
+    as by a full one: what is left is for the database.
+    """
+
+    def __init__(self, folder: Path, *, keep_free_bytes: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = folder
+        self._keep_free_bytes = keep_free_bytes
+        super().__init__(LocalStore(folder, automatic_cleanup=True))
+
+    def _write(
+        self, key: str, data: bytes | memoryview, mode: Literal["create", "overwrite"]
+    ) -> None:
+        if self._keep_free_bytes:
+            free_bytes = shutil.disk_usage(self._folder).free
+            if free_bytes - len(data) < self._keep_free_bytes:
+                raise StorageError(errno.ENOSPC, "No space left for pictures", str(self._folder))
+        with plain_errors():
+            obstore.put(self._store, key, data, mode=mode)
+        path = self._folder / key
+        while path != self._folder.parent:
+            _flush(path)
+            path = path.parent
+
+    def get(self, key: str) -> bytes:
+        """See ``BlobStore``; a link out of the folder leads nowhere."""
+        self._check_inside(key)
+        return super().get(key)
+
+    async def open(self, key: str, *, first: int = 0, end: int | None = None) -> OpenBlob:
+        """See ``get``."""
+        self._check_inside(key)
+        return await super().open(key, first=first, end=end)
+
+    def _check_inside(self, key: str) -> None:
+        if not _is_inside(self._folder, key):
+            raise FileNotFoundError(key)
+
+    def check(self) -> None:
+        """See ``BlobStore``."""
+        if not os.access(self._folder, os.R_OK | os.W_OK | os.X_OK):
+            raise StorageError(f"{self._folder} cannot be read and written by this user")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn obstore's errors into ``StorageError``, but for those of a blob that is (not) there."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise StorageError("the bucket does not exist") from error
+        raise
+    except AlreadyExistsError as error:
+        raise FileExistsError(summary(error)) from error
+    except BaseError as error:
+        text = summary(error)
+        if "No space left" in text or "quota exceeded" in text:  # ENOSPC, EDQUOT
+            raise StorageError(errno.ENOSPC, text) from error
+        raise StorageError(text) from error
+
+
+def summary(error: Exception) -> str:
+    """What an obstore error says, on one line and without its debugging part."""
+    text = str(error).partition("\n\nDebug source")[0]
+    code = re.search(r"<Code>(.*?)</Code>", text)
+    message = re.search(r"<Message>(.*?)</Message>", text)
+    text = " ".join(re.sub(r"<[^>]*>.*", "", text, flags=re.DOTALL).split())
+    told = ": ".join(found[1] for found in (code, message) if found)
+    return f"{text} {told}".strip()[:500]
+
+
+async def _pieces(found: "GetResult") -> AsyncIterator[bytes]:
+    with plain_errors():
+        async for piece in found.stream(min_chunk_size=_CHUNK_BYTES):
+            yield bytes(piece)
+
+
+def _is_inside(folder: Path, key: str) -> bool:
+    """Whether ``key`` leads to a place below ``folder``, links followed."""
+    try:
+        return (folder / key).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, links in a circle
+        return False
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names are in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

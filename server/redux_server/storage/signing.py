@@ -1,0 +1,94 @@
+"""NEW MODULE redux_server.storage.opening.signing."""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from sqlalchemy import Engine, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from redux_server.database import connection, tables
+from redux_server.errors import Gone, NotFound
+
+_PATH = re.compile(r"/files/(?P<sig>[0-9a-f]{32})/(?P<exp>[0-9]{1,12})/(?P<key>[\w./-]{1,256})\Z")
+
+
+class Signer:
+    """Makes and checks ``/files/{signature}/{expiry}/{key}`` paths (HMAC-SHA-256, 128 bits)."""
+
+    def __init__(self, secret: bytes, *, clock: Callable[[], float]) -> None:
+        self._secret = secret
+        self._clock = clock
+
+    def path(self, key: str, expires_at: float) -> str:
+        """The path of ``key``, valid until ``expires_at`` (Unix seconds)."""
+        expiry = int(expires_at)
+        return f"/files/{self._signature(key, expiry)}/{expiry}/{key}"
+
+    def key_of(self, url: str) -> str | None:
+        """The blob key in a URL that we signed, expired or not; None for any other URL.
+
+        A proxy may have put something before our path.
+        """
+        try:
+            match = _PATH.search(urlsplit(url).path)
+        except ValueError:
+            return None
+        return self._key_in(match)
+
+    def is_over(self, url: str) -> bool:
+        """Whether the time of a URL that we signed is over."""
+        match = _PATH.search(urlsplit(url).path)
+        return match is not None and int(match["exp"]) < self._clock()
+
+    def open_key(self, path: str) -> str:
+        """The blob key of a path that is signed and not expired.
+
+        Raises:
+            NotFound: not a path of ours.
+            Gone: the time is over.
+        """
+        match = _PATH.match(path)
+        key = self._key_in(match)
+        if match is None or key is None:
+            raise NotFound("No such file.")
+        if int(match["exp"]) < self._clock():
+            raise Gone("This file was kept for a limited time, which is over; run the task again.")
+        return key
+
+    def seal(self, purpose: str, text: str) -> str:
+        """32 hex digits that only we can make of ``text``, and only for ``purpose``."""
+        return self._digest(f"{purpose}:{text}")  # a file's message begins with digits and a slash
+
+    def _key_in(self, match: "re.Match[str] | None") -> str | None:
+        if match is None:
+            return None
+        expected = self._signature(match["key"], int(match["exp"]))
+        return match["key"] if hmac.compare_digest(expected, match["sig"]) else None
+
+    def _signature(self, key: str, expiry: int) -> str:
+        return self._digest(f"{expiry}/{key}")
+
+    def _digest(self, message: str) -> str:
+        return hmac.new(self._secret, message.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def signing_secret(engine: Engine) -> bytes:
+    """The secret behind file URLs: made at the first start, shared by all who use the database."""
+    with connection.reader(engine).connect() as db:
+        found = db.scalar(select(tables.secrets.c.value).where(_IS_SIGNING))
+    if found is not None:
+        return bytes.fromhex(found)
+    try:
+        with engine.begin() as db:
+            value = secrets.token_hex(32)
+            db.execute(insert(tables.secrets), {"name": "file-urls", "value": value})
+    except IntegrityError:  # another process was first
+        return signing_secret(engine)
+    return bytes.fromhex(value)
+
+
+_IS_SIGNING = tables.secrets.c.name == "file-urls"

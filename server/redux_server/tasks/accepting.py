@@ -1,0 +1,188 @@
+"""Accepting tasks: the bound of the queue, and idempotency keys. Begins no transaction.
+
+An idempotency key belongs to the API key that sent it. The first request with it makes a task;
+later ones are answered with that task, or refused if they ask for something else.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, exists, func, insert, select, tuple_
+
+from redux_server.database.tables import idempotency, keys, tasks
+from redux_server.tasks.rows import (
+    COLUMNS,
+    IS_DELAYED,
+    IS_LEASED,
+    IS_QUEUED,
+    count,
+    new_row,
+    task_from,
+    task_of,
+)
+from redux_server.tasks.task import (
+    Acceptance,
+    Conflict,
+    Created,
+    FreePlaces,
+    KeyFull,
+    NewTask,
+    QueueFull,
+    Replayed,
+    Task,
+)
+
+_TICK_S = 1e-6
+_Known = dict[tuple[str, str], tuple[str, Task | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many tasks may be open: ``of_all``, and ``of_a_key`` (0: as many as of all)."""
+
+    of_all: int
+    of_a_key: int = 0
+
+
+def accept(
+    db: Connection, new: Sequence[NewTask], *, bounds: Bounds, now: float
+) -> list[Acceptance]:
+    """What becomes of each of ``new``, in the order given; what is created is inserted."""
+    room = _left_of_all(db, bounds)
+    by_key = OpenByKey(db, {task.key_id for task in new}, limit=bounds.of_a_key)
+    priorities = _priorities(db, {task.key_id for task in new})
+    known = _recall(db, new)
+    answers: list[Acceptance] = []
+    rows: list[dict[str, Any]] = []
+    for task in new:
+        answer = _answer_again(task, known)
+        if answer is None and not by_key.has_room(task.key_id):
+            answer = KeyFull()
+        if answer is None and len(rows) >= room:
+            answer = QueueFull()
+        if answer is None:
+            # A tick apart, so that the order within a batch is an order everywhere.
+            at = now + len(rows) * _TICK_S
+            rows.append(new_row(task, priority=priorities.get(task.key_id, 0), now=at))
+            by_key.add(task.key_id)
+            answer = Created(task_from(rows[-1]))
+            if task.idempotency_key:
+                known[task.key_id, task.idempotency_key] = task.digest, answer.task
+        answers.append(answer)
+    if rows:
+        db.execute(insert(tasks), rows)
+        _remember(db, new, answers, now)
+    return answers
+
+
+def vacancies(db: Connection, key_ids: Sequence[str], *, bounds: Bounds) -> list[FreePlaces]:
+    """How many tasks more ``accept`` would take of these API keys, in the order given."""
+    room = _left_of_all(db, bounds)
+    by_key = OpenByKey(db, set(key_ids), limit=bounds.of_a_key)
+    return [FreePlaces(room, by_key.left(key_id)) for key_id in key_ids]
+
+
+def knows(db: Connection, key_id: str, idempotency_key: str) -> bool:
+    """Whether that key has come before."""
+    mine = idempotency.c.key_id == key_id, idempotency.c.key == idempotency_key
+    return bool(db.scalar(select(exists().where(*mine))))
+
+
+def recall(db: Connection, new: NewTask) -> Acceptance | None:
+    """The answer that ``new``'s idempotency key has already; None where it is a new one."""
+    return _answer_again(new, _recall(db, [new]))
+
+
+def forget(db: Connection, when: float) -> int:
+    """Free the idempotency keys that came before ``when`` (Unix seconds); returns how many."""
+    return int(db.execute(delete(idempotency).where(idempotency.c.created_at < when)).rowcount)
+
+
+def _left_of_all(db: Connection, bounds: Bounds) -> int:
+    is_open = count(IS_QUEUED) + count(IS_LEASED) + count(IS_DELAYED)
+    return bounds.of_all - int(db.scalar(select(is_open)) or 0)
+
+
+def _priorities(db: Connection, key_ids: set[str]) -> dict[str, int]:
+    query = select(keys.c.id, keys.c.priority).where(keys.c.id.in_(key_ids))
+    return {id_: priority for id_, priority in db.execute(query)}
+
+
+def _recall(db: Connection, new: Sequence[NewTask]) -> _Known:
+    wanted = {(task.key_id, task.idempotency_key) for task in new if task.idempotency_key}
+    if not wanted:
+        return {}
+    pair = tuple_(idempotency.c.key_id, idempotency.c.key)
+    entries = db.execute(select(idempotency).where(pair.in_(wanted))).all()
+    ids = [entry.task_id for entry in entries]
+    rows = db.execute(select(*COLUMNS).where(tasks.c.id.in_(ids))) if ids else ()
+    first = {row.id: task_of(row) for row in rows}
+    return {
+        (entry.key_id, entry.key): (entry.digest, first.get(entry.task_id)) for entry in entries
+    }
+
+
+def _answer_again(new: NewTask, known: _Known) -> Acceptance | None:
+    found = known.get((new.key_id, new.idempotency_key)) if new.idempotency_key else None
+    if found is None:
+        return None
+    digest, task = found
+    if digest != new.digest or task is None:
+        return Conflict(is_gone=digest == new.digest)
+    return Replayed(task)
+
+
+def _remember(
+    db: Connection, new: Sequence[NewTask], answers: Sequence[Acceptance], now: float
+) -> None:
+    entries = [
+        {
+            "key_id": task.key_id,
+            "key": task.idempotency_key,
+            "digest": task.digest,
+            "task_id": task.id,
+            "created_at": now,
+        }
+        for task, answer in zip(new, answers, strict=True)
+        if task.idempotency_key and isinstance(answer, Created)
+    ]
+    if entries:
+        db.execute(insert(idempotency), entries)
+
+
+# --- Quota ----------------------------------------------------------------------------------------
+
+# DOC How many open tasks each API key has: counted by the database, so that it holds for all nodes.
+
+
+class OpenByKey:
+    """The open tasks of some keys within one transaction.
+
+    Exact where transactions that accept take turns. A ``limit`` of 0 is none, and counts nothing.
+    """
+
+    def __init__(self, db: Connection, key_ids: Set[str], *, limit: int) -> None:
+        self._limit = limit
+        self._open: Counter[str] = Counter()
+        if limit:
+            query = (
+                select(tasks.c.key_id, func.count())
+                .where(tasks.c.finished_at.is_(None), tasks.c.key_id.in_(key_ids))
+                .group_by(tasks.c.key_id)
+            )
+            self._open.update({key_id: count for key_id, count in db.execute(query)})
+
+    def has_room(self, key_id: str) -> bool:
+        """Whether ``key_id`` may have another open task."""
+        return self.left(key_id) > 0
+
+    def left(self, key_id: str) -> int:
+        """How many open tasks more ``key_id`` may have."""
+        return self._limit - self._open[key_id] if self._limit else sys.maxsize
+
+    def add(self, key_id: str) -> None:
+        """Count a task that was accepted in this transaction."""
+        self._open[key_id] += 1

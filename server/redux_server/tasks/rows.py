@@ -1,0 +1,92 @@
+"""A task as a row: conditions on it, how it is read, how it is ended. Begins no transaction."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, func, insert, select, update
+
+from redux_server.database.tables import tasks, webhooks
+from redux_server.tasks.task import NewTask, Outcome, Status, Task
+
+COLUMNS = tuple(tasks.c[name] for name in Task.__slots__)
+# Not IS NOT NULL, for which SQLite reads the whole table instead of the index.
+IS_QUEUED = tasks.c.queued_at >= 0
+IS_LEASED = tasks.c.lease_until >= 0
+IS_DELAYED = tasks.c.not_before >= 0
+_TOLD_OF = (Status.COMPLETED, Status.FAILED)
+
+
+def count(condition: ColumnElement[bool]) -> ScalarSelect[int]:
+    """How many tasks meet ``condition``."""
+    return select(func.count()).where(condition).select_from(tasks).scalar_subquery()
+
+
+def new_row(new: NewTask, *, priority: int, now: float) -> dict[str, Any]:
+    """The values of a task that is being accepted at ``now``."""
+    return {
+        "id": new.id,
+        "key_id": new.key_id,
+        "model": new.model,
+        "status": Status.CREATED,
+        "input": new.input,
+        "request_id": new.request_id,
+        "created_at": now,
+        "queued_at": now,
+        "priority": priority,
+        "shape": new.shape,
+        "webhook_url": new.webhook_url,
+    }
+
+
+def task_from(values: Mapping[str, Any]) -> Task:
+    """The task that ``new_row`` described."""
+    given = {name: values[name] for name in Task.__slots__ if name in values}
+    defaults: dict[str, Any] = {
+        "started_at": None,
+        "finished_at": None,
+        "attempt": 0,
+        "crashes": 0,
+        "progress_step": 0,
+        "outcome": None,
+    }
+    return Task(**{**defaults, **given})
+
+
+def task_of(row: Row[Any]) -> Task:
+    """The task in a row of ``COLUMNS``."""
+    values = dict(row._mapping)
+    values["status"] = Status(values["status"])
+    if values["outcome"] is not None:
+        outcome = values["outcome"]
+        values["outcome"] = Outcome(**{**outcome, "status": Status(outcome["status"])})
+    return Task(**values)
+
+
+def end(db: Connection, *which: ColumnElement[bool], outcome: Outcome, now: float) -> int:
+    """End the tasks that meet all of ``which``; returns how many.
+
+    Whoever asked for a webhook has it in the outbox with the same commit: there is no end without
+    its message, and no message without an end.
+    """
+    ended = db.execute(
+        update(tasks)
+        .where(*which)
+        .values(
+            status=outcome.status,
+            outcome=asdict(outcome),
+            finished_at=now,
+            queued_at=None,
+            lease_until=None,
+            not_before=None,
+        )
+        .returning(tasks.c.id, tasks.c.key_id, tasks.c.webhook_url)
+    ).all()
+    messages = [
+        {"task_id": id_, "key_id": key_id, "url": url, "created_at": now, "next_at": now}
+        for id_, key_id, url in ended
+        if url and outcome.status in _TOLD_OF
+    ]
+    if messages:
+        db.execute(insert(webhooks), messages)
+    return len(ended)

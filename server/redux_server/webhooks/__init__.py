@@ -1,0 +1,1 @@
+"""Webhooks: the outbox, and who sends what is in it."""

@@ -1,0 +1,66 @@
+"""What webhooks need, put together over a database and the settings."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy import Engine
+
+from redux_server.api.prediction import Presenter
+from redux_server.net.guard import AddressPolicy
+from redux_server.settings import ServerSettings
+from redux_server.tasks.store import TaskStore
+from redux_server.webhooks.callback import Callback, check_webhook
+from redux_server.webhooks.delivery import WebhookPoster, webhook_secret
+from redux_server.webhooks.outbox import Outbox
+from redux_server.webhooks.sender import WebhookSender
+
+_HOLD_MARGIN_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Webhooks:
+    """The API process's parts for webhooks."""
+
+    policy: AddressPolicy
+    outbox: Outbox
+    dispatcher: WebhookSender
+    engine: Engine
+
+    def register(self, url: str, base_url: str) -> str:
+        """What to note in a task whose end ``url`` is to be told.
+
+        Raises:
+            BadRequest: ``url`` would never be called.
+        """
+        return Callback(check_webhook(url, self.policy), base_url).stored()
+
+    def secret(self, key_id: str) -> str:
+        """What signs the webhooks of a key."""
+        return webhook_secret(self.engine, key_id)
+
+
+def build_webhooks(
+    settings: ServerSettings,
+    engine: Engine,
+    store: TaskStore,
+    present: Presenter,
+    *,
+    clock: Callable[[], float] = time.time,
+) -> Webhooks:
+    """ServicesDep over ``engine``, the database of ``store``, whose ``clock`` tells what is due.
+
+    Nothing is started yet.
+    """
+    policy = AddressPolicy.from_entries(settings.webhook_allow_entries)
+    outbox = Outbox(engine, hold_s=settings.webhook_timeout_s + _HOLD_MARGIN_S, clock=clock)
+    courier = WebhookPoster(
+        policy,
+        find=lambda task_id: store.get([task_id])[0],
+        render=present,
+        secret=partial(webhook_secret, engine),
+        scheme=settings.webhook_signature,
+        timeout_s=settings.webhook_timeout_s,
+    )
+    return Webhooks(policy, outbox, WebhookSender(outbox, courier.deliver), engine)

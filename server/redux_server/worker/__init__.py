@@ -1,0 +1,1 @@
+"""The worker process: claims tasks and makes their images."""

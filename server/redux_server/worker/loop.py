@@ -1,0 +1,263 @@
+"""The worker: takes tasks, has their images made, records how they ended.
+
+``step`` is one group of tasks from claim to finish, in plain order; a group is one task unless
+several are denoised together. A few identical lanes run it side by side, so that while one group is
+on the device the next one's pictures are being fetched and the last one's images are being checked,
+encoded and stored. Knows no HTTP and no torch, and neither pictures nor pipelines (``making``).
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from redux_pipelines.errors import DeviceError
+from redux_server import metrics
+from redux_server.storage.disk import Ballast
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import Task
+from redux_server.worker.batch import BatchRunner
+from redux_server.worker.leased import EndRecorder, LeasedTask
+from redux_server.worker.outputs import Postponed
+
+LANES = 3
+POLL_S = 0.5
+FAREWELL_S = 3.0
+"""How long the other lanes of a worker that lost its device may go on with what is off it."""
+_log = structlog.get_logger("redux_server.worker.loop")
+
+
+class Worker:
+    """Works off tasks on one device until stopped, or until the device is lost.
+
+    It looks for work every ``poll_s`` seconds and whenever it is woken. While a group is on its
+    device, it leaves what waits to idle workers for ``defer_s`` seconds before it takes a task that
+    can only wait for the device.
+
+    Up to ``max_batch_size`` images of tasks of one shape are denoised together; for the first of
+    them, the others have ``batch_timeout_s`` seconds to come.
+    """
+
+    def __init__(
+        self,
+        worker_id: str,
+        *,
+        store: TaskStore,
+        maker: BatchRunner,
+        ballast: Ballast | None = None,
+        max_batch_size: int = 1,
+        batch_timeout_s: float = 0.0,
+        heartbeat_s: float = 0.5,
+        poll_s: float = POLL_S,
+        defer_s: float = 0.0,
+    ) -> None:
+        self._id = worker_id
+        self._store = store
+        self._maker = maker
+        self._ballast = ballast or Ballast(Path(), size_bytes=0)
+        self._recorder = EndRecorder(store, self._ballast)
+        self._max_batch_size = max_batch_size
+        self._batch_timeout_s = batch_timeout_s
+        self._heartbeat_s = heartbeat_s
+        self._held: dict[str, LeasedTask] = {}
+        self._stopping = threading.Event()
+        self._poll_s = poll_s
+        self._defer_s = defer_s
+        self._work_arrived = threading.Event()
+        self._has_looked = threading.Event()
+        self._is_claiming = False
+        self._has_ended = threading.Event()
+        # One group at most waits for the device; more would keep it from other workers.
+        self._next_up = threading.Semaphore(1)
+        self._lanes_end_at = math.inf
+        self.device_failure: DeviceError | None = None
+
+    def wake(self) -> None:
+        """There may be work: look now instead of at the next poll."""
+        self._work_arrived.set()
+
+    def look(self, timeout_s: float) -> bool:
+        """Wake, and wait until the store was asked for work; False if that takes too long.
+
+        False at once while there is a group on the device, or images have nowhere to go: an idle
+        worker is to have the next task, and we look by ourselves as soon as there is room.
+        """
+        if not self._is_claiming or not self._maker.device_is_idle.is_set():
+            return False
+        self._has_looked.clear()
+        self.wake()
+        return self._has_looked.wait(timeout_s) and not self.is_stopping
+
+    @property
+    def is_stopping(self) -> bool:
+        """True once nothing more is claimed."""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """Claim nothing more; what is on the device is finished. Callable from a signal handler."""
+        self._stopping.set()
+        self._maker.stop()
+        self._work_arrived.set()
+        self._has_looked.set()
+
+    def run(self) -> None:
+        """Work until ``stop``; then return what was claimed but not begun.
+
+        Also ends when the device is lost, and sets ``device_failure``: nothing in this process can
+        use it again. A lane that still waits for something else is then left behind.
+        """
+        lanes = [
+            threading.Thread(target=self._lane, name=f"lane-{i}", daemon=True) for i in range(LANES)
+        ]
+        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        for thread in (*lanes, heart):
+            thread.start()
+        for lane in lanes:
+            while lane.is_alive() and time.monotonic() < self._lanes_end_at:
+                lane.join(0.1)
+        self._has_ended.set()
+        heart.join()
+        self._store.release(self._id, has_crashed=False)
+
+    def step(self) -> bool:
+        """Work off one group. False when none came before ``stop`` (or, once stopped, at once)."""
+        self._next_up.acquire()
+        waits = _Once(self._next_up.release)
+        try:
+            group = self._claim()
+            try:
+                self._work(group, waits)
+            finally:
+                for held in group:
+                    self._let_go(held)
+            return bool(group)
+        finally:
+            waits()
+
+    def _work(self, group: Sequence[LeasedTask], waits: Callable[[], None]) -> None:
+        try:
+            for held, outcome in self._maker.work(group, waits, has_left=self.wake):
+                if isinstance(outcome, Postponed):
+                    with held.logged():
+                        self._recorder.postpone(held, str(outcome))
+                elif outcome is not None:
+                    with held.logged():
+                        self._recorder.finish(held, outcome)
+                self._let_go(held)
+        except DeviceError as error:
+            self.stop()
+            for held in group:
+                if self._held.get(held.task.id) is held:
+                    self._recorder.give_back(held, str(error))
+            _log.error("the device failed, so this worker ends", exc_info=error)
+            self.device_failure = error
+            self._lanes_end_at = time.monotonic() + FAREWELL_S
+
+    def _lane(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.step()
+            except Exception as error:  # the database may be away; the lane must outlive that
+                _log.error("worker step failed", exc_info=error)
+                self._stopping.wait(1.0)
+
+    def _claim(self) -> list[LeasedTask]:
+        while not self._stopping.is_set():
+            self._maker.wait_until_usable()
+            claimed = self._look_for_work()
+            if claimed:
+                metrics.REDELIVERIES.inc(sum(task.crashes > 0 for task in claimed))
+                group = [self._hold(task) for task in claimed]
+                self._add_company(group)
+                return group
+        return []
+
+    def _look_for_work(self) -> list[Task]:
+        """Ask the store once, when others had their turn; if in vain, wait for the next time."""
+        self._is_claiming = True
+        try:
+            self._maker.device_is_idle.wait(self._defer_s)
+            self._work_arrived.clear()
+            if self.is_stopping:  # asked after clearing, so that the wake of ``stop`` is not lost
+                return []
+            claimed = self._store.claim(self._id)
+            self._has_looked.set()
+            if not claimed:
+                self._work_arrived.wait(self._poll_s)
+            return claimed
+        finally:
+            self._is_claiming = False
+
+    def _add_company(self, group: list[LeasedTask]) -> None:
+        """Claim more tasks of the first one's shape, as far as there is room for their images.
+
+        They are taken one by one, for each may want several images: the last may bring more than
+        there is room for, and these are then made after the others. What was ever given back by a
+        dead worker has no shape, and so no company.
+        """
+        shape, ends_at = group[0].task.shape, time.monotonic() + self._batch_timeout_s
+        while shape and not group[0].is_suspect and self._room(group) > 0:
+            if self._stopping.is_set():
+                return
+            self._work_arrived.clear()
+            try:
+                mates = self._store.claim(self._id, like=shape)
+            except SQLAlchemyError as error:  # those that are here need not suffer for it
+                _log.error("cannot look for company", exc_info=error)
+                return
+            group += [self._hold(task) for task in mates]
+            remaining_s = ends_at - time.monotonic()
+            if not mates and remaining_s <= 0:
+                return
+            if not mates:
+                self._work_arrived.wait(min(POLL_S, remaining_s))
+
+    def _room(self, group: Sequence[LeasedTask]) -> int:
+        images = sum(int(held.task.input["num_images"]) for held in group)
+        return self._max_batch_size - images
+
+    def _hold(self, task: Task) -> LeasedTask:
+        former = self._held.get(task.id)
+        if former is not None:  # a lane lost it while this process was frozen, another has it now
+            former.is_lost = True
+        held = self._held[task.id] = LeasedTask(task)
+        return held
+
+    def _let_go(self, held: LeasedTask) -> None:
+        if self._held.get(held.task.id) is held:
+            del self._held[held.task.id]
+
+    def _beat(self) -> None:
+        """Renew leases while ``run`` does, draining included."""
+        while not self._has_ended.wait(self._heartbeat_s):
+            try:
+                self._renew()
+            except SQLAlchemyError as error:
+                _log.error("heartbeat failed", exc_info=error)
+
+    def _renew(self) -> None:
+        held = dict(self._held)
+        if not held:
+            return
+        progress = {key: (each.task.attempt, each.step) for key, each in held.items()}
+        lease = self._ballast.make_room_for(lambda: self._store.renew(self._id, progress))
+        for task_id in lease.lost:
+            held[task_id].is_lost = True
+        for task_id in lease.cancelled:
+            held[task_id].is_cancelled = True
+
+
+class _Once:
+    """Calls ``action`` at the first call only."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
+
+    def __call__(self) -> None:
+        action, self._action = self._action, None
+        if action is not None:
+            action()

@@ -1,0 +1,219 @@
+"""The worker process: loads the pipeline, warms it up, then works until told to stop.
+
+The one module of the server that loads torch (through the pipeline).
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import NoReturn
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from redux_pipelines.contract.types import Pipeline, SafetyChecker
+from redux_pipelines.errors import ReduxError
+from redux_server import metrics
+from redux_server.database.clock import clock_of
+from redux_server.database.migration import open_database
+from redux_server.dispatch import device as device_lock
+from redux_server.dispatch.device import worker_id
+from redux_server.dispatch.presence import (
+    EXIT_CANNOT_LOAD,
+    EXIT_DEVICE_FAILED,
+    Presence,
+    WorkerState,
+)
+from redux_server.net.fetch import ImageFetcher
+from redux_server.net.guard import AddressPolicy
+from redux_server.settings import ServerSettings, SettingsError
+from redux_server.storage.blobs import BlobStore, StorageError
+from redux_server.storage.opening import open_ballast, open_pictures
+from redux_server.storage.signing import Signer, signing_secret
+from redux_server.tasks.store import TaskStore
+from redux_server.worker.batch import BatchRunner
+from redux_server.worker.inputs import ImageLoader
+from redux_server.worker.loop import POLL_S, Worker
+from redux_server.worker.model import _describe, _load
+
+_WAITING = "waiting for the previous worker of this device to end"
+_SLOW_POLL_S = 3.0  # of a worker that gets tickets, of which some may be lost
+_DEFER_S = 1.2 * POLL_S  # every idle worker has looked by then
+_log = structlog.get_logger("redux_server.worker.loop.main")
+
+
+def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) -> int:
+    """Run the worker of one device until a signal; returns an exit code.
+
+    A device that is lost ends the process from here, with ``EXIT_DEVICE_FAILED``.
+
+    With ``is_supervised``, each line on standard input means "there is work", and its end means
+    "your supervisor is gone: finish and leave".
+    """
+    supervisor = _Supervisor()
+    if is_supervised:
+        supervisor.listen()
+    else:
+        _show_metrics(settings)
+    has_tickets = settings.engine == "celery" and not is_supervised
+    engine = open_database(settings.database)
+    clock = clock_of(engine)
+    presence = Presence(engine, clock=clock)
+    name = worker_id(settings.data_dir, device)
+    store = _open_store(settings, engine, clock)
+
+    def announce(state: WorkerState, detail: str = "") -> None:
+        presence.announce(name, device, state, detail)
+
+    def say_waiting() -> None:
+        announce(WorkerState.LOADING, _WAITING)
+        _log.warning(_WAITING, device=device)
+
+    path = device_lock.lock_path(settings, device)
+    with presence.kept_alive(name), device_lock.holding(path, before_waiting=say_waiting):
+        store.release(name)  # left by a predecessor that died: the lock says it is gone
+        announce(WorkerState.LOADING)
+        with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
+            try:
+                blobs = open_pictures(settings)
+                blobs.check()
+                pipeline, safety = device_thread.submit(_load, settings, device).result()
+            except Exception as error:
+                announce(WorkerState.FAILED, _reason(error))
+                _log.error("cannot start", reason=str(error), exc_info=error)
+                return EXIT_CANNOT_LOAD
+            signer = Signer(signing_secret(engine), clock=time.time)
+            worker = Worker(
+                name,
+                store=store,
+                maker=_maker(settings, name, (blobs, signer), (pipeline, safety), device_thread),
+                ballast=open_ballast(settings),
+                max_batch_size=settings.max_batch_size,
+                batch_timeout_s=settings.batch_timeout / 1000,
+                poll_s=_SLOW_POLL_S if has_tickets else POLL_S,
+                defer_s=0.0 if is_supervised else _DEFER_S,
+            )
+            _stop_at_signals(worker)
+            supervisor.attach(worker)
+            announce(WorkerState.READY, _describe(pipeline, settings))
+            _log.info("worker ready", device=device, model=pipeline.info.name)
+            with _tickets(settings, engine, worker, wanted=has_tickets):
+                worker.run()
+                _end_if_lost(worker, announce)
+        presence.leave(name)
+    return 0
+
+
+def _stop_at_signals(worker: Worker) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+
+
+def _end_if_lost(worker: Worker, announce: Callable[[WorkerState, str], None]) -> None:
+    """End the process, at once, if ``worker`` lost its device."""
+    if worker.device_failure is not None:
+        with contextlib.suppress(SQLAlchemyError):  # whoever starts us again says so too
+            announce(WorkerState.FAILED, f"{worker.device_failure}; the worker has ended")
+        _end_process(EXIT_DEVICE_FAILED)
+
+
+def _end_process(code: int) -> NoReturn:
+    """End now: a lane may wait for something, and to tidy up a lost device may wait for ever."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _show_metrics(settings: ServerSettings) -> None:
+    if settings.metrics_port:
+        try:
+            metrics.serve(settings.host, settings.metrics_port)
+        except OSError as error:
+            raise SettingsError(
+                f"cannot show metrics on {settings.host}:{settings.metrics_port}: "
+                f"{error.strerror}; choose another --metrics-port or --host"
+            ) from None
+
+
+def _open_store(settings: ServerSettings, engine: Engine, clock: Callable[[], float]) -> TaskStore:
+    return TaskStore(
+        engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Why no work can be done, for whoever asks ``/readyz``."""
+    if isinstance(error, (ReduxError, ValueError, StorageError)):  # they say what to do
+        return str(error)
+    return f"{type(error).__name__} while loading the model; the worker's log says more"
+
+
+def _tickets(
+    settings: ServerSettings, engine: Engine, worker: Worker, *, wanted: bool
+) -> AbstractContextManager[None]:
+    """Take what the broker has for us meanwhile, if that is ``wanted``."""
+    if not wanted:
+        return nullcontext()
+    from redux_server.dispatch.celery import queue_name, ticket_app
+    from redux_server.dispatch.celery_worker import receiving
+
+    return receiving(ticket_app(settings.broker_url, queue_name(signing_secret(engine))), worker)
+
+
+def _maker(
+    settings: ServerSettings,
+    worker_id: str,
+    pictures: tuple[BlobStore, Signer],
+    model: tuple[Pipeline, SafetyChecker],
+    device: Executor,
+) -> BatchRunner:
+    blobs, signer = pictures
+    pipeline, safety = model
+    policy = AddressPolicy.from_entries(settings.fetch_allow_entries)
+    return BatchRunner(
+        images=ImageLoader(blobs, signer, ImageFetcher(policy)),
+        pipeline=pipeline,
+        safety=safety,
+        blobs=blobs,
+        worker_id=worker_id,
+        device=device,
+        force_safety=settings.force_safety_checker,
+    )
+
+
+class _Supervisor:
+    """The other end of standard input, while we wait, load and work."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._attaching = threading.Lock()
+
+    def listen(self) -> None:
+        """Start to pass on what it says."""
+        threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
+
+    def attach(self, worker: Worker) -> None:
+        """From now on there is someone to tell."""
+        with self._attaching:
+            self._worker = worker
+
+    def _listen(self) -> None:
+        # Not sys.stdin: a thread that blocks in it makes the interpreter abort at its exit.
+        while os.read(sys.stdin.fileno(), 4096):
+            if self._worker is not None:
+                self._worker.wake()
+        with self._attaching:
+            if self._worker is None:
+                # We hold no task yet. To wait for the device and load the model all the same
+                # would only keep it from the worker of the next supervisor.
+                os._exit(0)
+            self._worker.stop()

@@ -1,0 +1,109 @@
+"""How a worker keeps its images when their store is away or full: tries again, then later.
+
+Knows no tasks: the worker says which bytes go where, and what to do with ``Postponed``.
+"""
+
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from redux_pipelines.contract.batching import weights_of
+from redux_pipelines.contract.types import MAX_POOLING, GenerationRequest, ModelInfo, Quality
+from redux_server import __version__
+from redux_server.storage.blobs import BlobStore
+
+PROBE_EVERY_S = 5.0
+_PAUSES_S = (0.5, 2.0, 5.0)
+_log = structlog.get_logger("redux_server.worker.loop.outputs")
+
+
+class Postponed(Exception):
+    """The store of pictures is away or full. The task is as good as it was, but for later."""
+
+
+class RetryingStore:
+    """Puts and probes; shared by a worker's lanes.
+
+    After a failure ``wait_until_usable`` holds up whoever would begin new work, whose images would
+    have nowhere to go either, until a probe as large as what failed gets through.
+    """
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        *,
+        worker_id: str,
+        stopping: threading.Event,
+    ) -> None:
+        self._blobs = blobs
+        self._probe = f"probe/{worker_id.replace('/', '-').replace(':', '-')}"  # a folder
+        self._stopping = stopping
+        self._failed_bytes = 0
+
+    def put(self, key: str, data: bytes, *, check_wanted: Callable[[], None]) -> None:
+        """Store ``data``; ``check_wanted`` is called before each try and may raise.
+
+        Raises:
+            Postponed: it failed every time, or once and we are stopping.
+        """
+        for pause_s in (*_PAUSES_S, None):
+            check_wanted()
+            try:
+                return self._blobs.put(key, data)
+            except OSError as error:
+                _log.warning("an image could not be stored", key=key, reason=str(error))
+                self.note_failure(len(data))
+                if pause_s is None or self._stopping.wait(pause_s):
+                    raise Postponed(f"its images could not be stored: {error}") from error
+
+    def note_failure(self, size_bytes: int) -> None:
+        """Remember that the store did not do its work, with so many bytes."""
+        self._failed_bytes = max(1, size_bytes)
+
+    def wait_until_usable(self) -> None:
+        """Return at once unless the last thing heard of the store was a failure."""
+        while self._failed_bytes and not self._stopping.is_set() and not self._try():
+            self._stopping.wait(PROBE_EVERY_S)
+
+    def _try(self) -> bool:
+        try:
+            self._blobs.put(f"{self._probe}/now", bytes(self._failed_bytes))
+            self._blobs.delete_under(self._probe)
+        except OSError as error:
+            _log.warning("images still cannot be stored", reason=str(error))
+            return False
+        self._failed_bytes = 0
+        return True
+
+
+# --- Provenance -----------------------------------------------------------------------------------
+
+# DOC What an image says of itself, in the metadata of its file.
+
+
+def provenance(
+    info: ModelInfo, request: GenerationRequest, *, seed: int, quality: Quality
+) -> dict[str, str]:
+    """For ``image_files.encode``. Not the prompt: whoever has the image can read them.
+
+    Of the controls, those that were used.
+    """
+    chunks = {
+        "Software": f"FLUX Redux Server {__version__}",
+        "Model": f"{info.name} ({info.backend}, {info.dtype})",
+        "Seed": str(seed),
+        "Steps": str(request.num_inference_steps),
+        "Guidance": str(request.guidance_scale),
+        "Quality": quality,
+    }
+    weights = weights_of(request)
+    if weights != (1.0,):
+        chunks["Picture-Weights"] = ", ".join(f"{weight:g}" for weight in weights)
+    if request.redux_pooling < MAX_POOLING:
+        chunks["Pooling"] = str(request.redux_pooling)
+    if request.fit != "squash":
+        chunks["Fit"] = request.fit
+    if request.mask is not None:
+        chunks["Mask"] = "yes"
+    return chunks

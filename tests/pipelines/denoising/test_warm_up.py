@@ -1,0 +1,201 @@
+"""Between loading and the first request: compiled, compared, kept; or left as it was, and said."""
+
+import logging
+
+import pytest
+import torch
+from pipelines.test_cuda_graphs import FakeCapture, FakeReplay
+
+from pipelines.networks import diffusers_model, engine
+from redux_pipelines.compilation.compiled import compiled_graphs
+from redux_pipelines.contract.types import CompilePlan
+from redux_pipelines.denoising import warm_up as module
+from redux_pipelines.denoising.diffusers_backend import DiffusersDenoiser
+from redux_pipelines.denoising.quality import TIERS
+from redux_pipelines.denoising.warm_up import compiled_mode, warm_up
+from redux_pipelines.sampling import Grid
+
+GRIDS = (Grid(4, 6), Grid(5, 5))
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler_processes(monkeypatch, fresh_compiler):
+    # Inductor, whose processes these are, is loaded by none of the backends here.
+    monkeypatch.setattr(module, "_end_compiler_processes", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return diffusers_model()
+
+
+@pytest.fixture
+def denoiser(model):
+    return engine(model)
+
+
+@pytest.fixture(scope="module")
+def shallow_model():
+    return diffusers_model(num_layers=1, num_single_layers=1)
+
+
+@pytest.fixture
+def shallow(shallow_model):
+    """For what the number of blocks does not matter to: each of them takes its time to trace."""
+    return engine(shallow_model)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "full"])
+def test_it_compiles_compares_and_says_how_long_it_took(denoiser, mode):
+    report = warm_up(denoiser, CompilePlan(mode), GRIDS, (1,), backend="eager")
+    assert (report.mode, report.failures) == (mode, ())
+    # in full the step, and of the kinds of blocks those that a cut step needs
+    assert report.graphs == {"full": 1 + 4, "blocks": 5}[mode]
+    assert list(report.seconds) == ["4x6 tokens, batch 1", "5x5 tokens, batch 1"]
+    assert compiled_mode(denoiser) == mode
+
+
+def wrong(graph, inputs):
+    return lambda *given: [1.001 * each for each in graph(*given)]
+
+
+def not_a_number(graph, inputs):
+    return lambda *given: [each * float("nan") for each in graph(*given)]
+
+
+def crashing(graph, inputs):
+    def run(*_):
+        raise RuntimeError("illegal instruction")
+
+    return run
+
+
+def unable(graph, inputs):
+    raise RuntimeError("no such compiler")
+
+
+FAILURES = {
+    "wrong": (wrong, "is off by 1.0e-03, at most 1e-04 is allowed"),
+    "not a number": (not_a_number, "is off by nan"),
+    "crashing": (crashing, "illegal instruction"),
+    "unable": (unable, "no such compiler"),
+}
+
+
+@pytest.mark.parametrize(("backend", "reason"), FAILURES.values(), ids=FAILURES)
+def test_what_is_wrong_or_crashes_is_taken_back(shallow, tmp_path, backend, reason, caplog):
+    plan = CompilePlan("full", cache_dir=tmp_path)
+    with caplog.at_level(logging.WARNING):
+        report = warm_up(shallow, plan, GRIDS, (1,), backend=backend)
+    assert report.mode == "off"
+    assert compiled_mode(shallow) == "off"
+    (failure,) = report.failures
+    assert failure.startswith("not compiled: ")
+    assert reason in failure
+    assert "forward" not in vars(shallow.flux)
+    assert list(tmp_path.iterdir()) == []  # nothing wrong is kept
+
+
+def test_after_the_warm_up_a_step_cache_compiles_nothing_more(denoiser):
+    warm_up(denoiser, CompilePlan("full"), GRIDS, (1, 2), backend="eager")
+    graphs = compiled_graphs()
+    with torch.inference_mode():
+        for grid in (*GRIDS, Grid(6, 8), Grid(7, 3)):
+            for batch in (1, 2, 3):
+                run = module._prepared(denoiser, grid, batch).start(TIERS["fast"])
+                run.predict(module._noise(denoiser, grid, batch), 0)
+    assert compiled_graphs() == graphs
+
+
+def test_wrong_blocks_are_found_where_the_whole_step_is_right(shallow):
+    """The first graph is the step's."""
+    made = []
+
+    def second_is_wrong(graph, inputs):
+        made.append(graph)
+        return graph if len(made) == 1 else wrong(graph, inputs)
+
+    report = warm_up(shallow, CompilePlan("full"), GRIDS, (1,), backend=second_is_wrong)
+    assert report.mode == "off"
+    assert "a compiled step with a step cache of 4x6 tokens is off by" in report.failures[0]
+    assert not any("forward" in vars(block) for block in shallow.flux.blocks)
+
+
+def test_a_size_that_does_not_fit_is_passed_over(shallow, monkeypatch, caplog):
+    predict = module._predict
+
+    def fit(denoiser, grid, img):
+        if grid.tokens > 24:
+            raise torch.OutOfMemoryError("too large")
+        return predict(denoiser, grid, img)
+
+    monkeypatch.setattr(module, "_predict", fit)
+    with caplog.at_level(logging.WARNING):
+        report = warm_up(shallow, CompilePlan("full"), GRIDS, (1,), backend="eager")
+    assert (report.mode, report.failures) == ("full", ())
+    assert "does not fit" in caplog.text
+
+
+def test_nothing_planned_is_nothing_done(denoiser):
+    report = warm_up(denoiser, CompilePlan("off"), GRIDS, (1,), backend=unable)
+    assert (report.mode, report.cuda_graphs, report.failures) == ("off", 0, ())
+
+
+def test_diffusers_own_network_is_refused(model):
+    with pytest.raises(ValueError, match="'diffusers' cannot be compiled: use the backend 'engine"):
+        warm_up(DiffusersDenoiser(model), CompilePlan("full"), GRIDS, (1,), backend="eager")
+
+
+@pytest.mark.parametrize("mode", ["off", "full"])
+def test_cuda_graphs_are_tried_before_they_are_used(shallow, mode):
+    capture = FakeCapture()
+    plan = CompilePlan(mode, cuda_graphs=3)
+    report = warm_up(shallow, plan, GRIDS, (1,), backend="eager", capture=capture)
+    assert (report.mode, report.cuda_graphs, report.failures) == (mode, 3, ())
+    (replay,) = capture.made
+    assert replay.replays == 2
+    assert shallow.graphed.captured == 1
+
+
+class WrongReplay(FakeReplay):
+    def replay(self):
+        super().replay()
+        self.output[..., 0] += 1e-6
+
+
+GRAPH_FAILURES = {
+    "wrong": (WrongReplay, "gives other numbers"),
+    "unable": (FakeCapture(failures=9), "no step could be captured"),
+}
+
+
+@pytest.mark.parametrize(("capture", "reason"), GRAPH_FAILURES.values(), ids=GRAPH_FAILURES)
+def test_cuda_graphs_that_fail_are_not_used(denoiser, capture, reason):
+    report = warm_up(denoiser, CompilePlan("off", cuda_graphs=3), GRIDS, (1,), capture=capture)
+    assert report.cuda_graphs == 0
+    assert reason in report.failures[0]
+    assert denoiser.graphed is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has what must be missing")
+def test_without_a_gpu_cuda_graphs_are_refused_with_a_reason(denoiser):
+    report = warm_up(denoiser, CompilePlan("off", cuda_graphs=1), GRIDS, (1,))
+    assert report.cuda_graphs == 0
+    assert report.failures[0].startswith("no CUDA graphs: ")
+
+
+@pytest.mark.parametrize("plan", [CompilePlan("full"), CompilePlan("off", cuda_graphs=2)], ids=str)
+def test_streamed_blocks_are_not_compiled_as_a_whole(denoiser, plan):
+    denoiser.flux.blocks_ready = lambda index: None
+    report = warm_up(denoiser, plan, GRIDS, (1,), backend="eager", capture=FakeCapture())
+    assert (report.mode, report.cuda_graphs) == ("off", 0)
+    assert "streamed from host memory" in report.failures[0]
+    assert compiled_mode(denoiser) == "off"
+
+
+def test_streamed_blocks_may_be_compiled_each(denoiser):
+    ready = []
+    denoiser.flux.blocks_ready = ready.append
+    report = warm_up(denoiser, CompilePlan("blocks"), GRIDS, (1,), backend="eager")
+    assert (report.mode, report.failures) == ("blocks", ())
+    assert ready[:5] == [0, 1, 2, 3, 4]

@@ -1,0 +1,78 @@
+"""Which failures of a device are a lack of memory, which are final, and what is left of them."""
+
+import weakref
+
+import pytest
+import torch
+
+from redux_pipelines import devices
+from redux_pipelines.errors import DeviceError, DeviceMemoryError
+
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+)
+FINAL = (
+    torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might"),
+    torch.AcceleratorError("some other accelerator's words"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA driver error: invalid argument"),
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+)
+ORDINARY = (
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    ValueError("CUDA error: said by someone else"),
+    MemoryError("out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", [*NO_MEMORY, *FINAL, *ORDINARY], ids=str)
+def test_kinds_are_told_apart(error):
+    assert devices.is_out_of_memory(error) == (error in NO_MEMORY)
+    assert devices.is_final(error) == (error in FINAL)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_a_lack_of_memory_says_what_to_do(error):
+    with pytest.raises(DeviceMemoryError) as caught, devices.translated("ask for less"):
+        raise error
+    first_line = str(error).splitlines()[0]
+    assert str(caught.value) == f"ask for less ({first_line})"
+
+
+def test_a_final_failure_keeps_its_cause_for_the_log():
+    with (
+        pytest.raises(DeviceError, match=r"device-side assert triggered$") as caught,
+        devices.translated(""),
+    ):
+        raise FINAL[0]
+    assert caught.value.__cause__ is FINAL[0]
+
+
+@pytest.mark.parametrize("error", ORDINARY, ids=str)
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, devices.translated(""):
+        raise error
+    assert caught.value is error
+
+
+def test_what_the_failed_work_held_is_freed():
+    held = []
+
+    def work():
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(DeviceMemoryError) as caught, devices.translated("ask for less"):
+        work()
+    assert caught.value.__traceback__ is not None
+    assert held[0]() is None, "an error that is kept must not keep tensors"

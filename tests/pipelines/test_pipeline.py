@@ -1,0 +1,378 @@
+"""Parity with diffusers' pipelines, and what the generator promises its caller."""
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from redux_pipelines.contract.types import Progress, Result
+from redux_pipelines.denoising.denoiser import ExactRun
+from redux_pipelines.errors import RequestError
+from redux_pipelines.images.rgb import centre_crop
+from redux_pipelines.pipeline import ReduxPipeline
+
+PICTURES = (Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue"))
+
+
+class Oracle:
+    """FluxPriorReduxPipeline + FluxPipeline, given embeddings of this model's sizes.
+
+    The prior hard-codes 512 × 4096 zeros, and FluxPipeline its default size; neither is used.
+    """
+
+    def __init__(self, checkpoint):
+        from diffusers import FluxPipeline, FluxPriorReduxPipeline
+
+        self.base = FluxPipeline.from_pretrained(checkpoint.base)
+        self.base.set_progress_bar_config(disable=True)
+        self.prior = FluxPriorReduxPipeline.from_pretrained(
+            checkpoint.redux,
+            text_encoder=self.base.text_encoder,
+            tokenizer=self.base.tokenizer,
+            text_encoder_2=self.base.text_encoder_2,
+            tokenizer_2=self.base.tokenizer_2,
+        )
+
+    def text(self, prompt):
+        length = self.base.tokenizer_2.model_max_length
+        if prompt is None:
+            config = self.base.transformer.config
+            zeros = torch.zeros(1, length, config.joint_attention_dim)
+            return zeros, torch.zeros(1, config.pooled_projection_dim)
+        with torch.no_grad():
+            txt, vec, _ = self.base.encode_prompt(prompt, prompt, max_sequence_length=length)
+        return txt, vec
+
+    def images(self, request, *, encode_empty=False):
+        txt, vec = self.text(request.prompt if request.prompt or encode_empty else None)
+        prior = self.prior(request.image, prompt_embeds=txt, pooled_prompt_embeds=vec)
+        multiple = 2 * self.base.vae_scale_factor
+        return [
+            self.base(
+                prompt_embeds=prior.prompt_embeds,
+                pooled_prompt_embeds=prior.pooled_prompt_embeds,
+                height=-(-request.height // multiple) * multiple,
+                width=-(-request.width // multiple) * multiple,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                generator=torch.Generator().manual_seed(request.seed + index),
+            ).images[0]
+            for index in range(request.num_images)
+        ]
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny):
+    return Oracle(tiny)
+
+
+PARITY = {
+    "no prompt": {},
+    "a prompt": {"prompt": "a red fox in the snow"},
+    "an encoded empty prompt": {"empty_prompt": "encode"},
+    "four images": {"num_images": 4, "seed": 7},
+    "landscape": {"width": 768, "height": 512, "num_inference_steps": 4},
+    "portrait": {"width": 512, "height": 1024},
+    "one step": {"num_inference_steps": 1},
+    "guidance 1": {"guidance_scale": 1.0},
+    "guidance 20": {"guidance_scale": 20.0},
+}
+
+
+@pytest.fixture(scope="module")
+def backends(tiny, load):
+    return {name: load(tiny, backend=name) for name in ("engine", "diffusers")}
+
+
+@pytest.mark.parametrize("fields", PARITY.values(), ids=PARITY)
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_images_are_those_of_diffusers(
+    fields, backend, backends, oracle, request_for, finish, difference
+):
+    request = request_for(**fields)
+    ours = finish(backends[backend].generate(request)).images
+    theirs = oracle.images(request, encode_empty=request.empty_prompt == "encode")
+    assert len(ours) == len(theirs) == request.num_images
+    assert max(map(difference, ours, theirs)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["tiny_schnell", "tiny_f8"])
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_other_kinds_of_model_match_diffusers_too(
+    kind, backend, request, load, request_for, finish, difference
+):
+    checkpoint = request.getfixturevalue(kind)
+    wanted = request_for(prompt="a red fox")
+    ours = finish(load(checkpoint, backend=backend).generate(wanted)).images[0]
+    assert difference(ours, Oracle(checkpoint).images(wanted)[0]) <= 1
+
+
+def test_batched_images_agree_within_one_grey_level(
+    tiny, pipeline, load, request_for, finish, difference
+):
+    request = request_for(num_images=3)
+    alone = finish(pipeline.generate(request))
+    events = list(load(tiny, max_batch_size=2).generate(request))
+    assert [event.step for event in events[:-1]] == [2, 4, 5, 6]
+    assert events[-1].seeds == alone.seeds
+    assert max(map(difference, events[-1].images, alone.images)) <= 1
+
+
+def test_sizes_off_the_grid_are_the_centre_of_the_grid_size(
+    pipeline, request_for, finish, difference
+):
+    small = finish(pipeline.generate(request_for(width=520, height=1000))).images[0]
+    large = finish(pipeline.generate(request_for(width=576, height=1024))).images[0]
+    assert small.size == (520, 1000)
+    assert difference(small, large.crop((28, 12, 548, 1012))) == 0
+
+
+def test_image_i_is_bitwise_the_single_image_with_seed_plus_i(
+    pipeline, request_for, finish, difference
+):
+    four = finish(pipeline.generate(request_for(num_images=4, seed=10)))
+    assert four.seeds == (10, 11, 12, 13)
+    for seed, image in zip(four.seeds, four.images, strict=True):
+        single = finish(pipeline.generate(request_for(seed=seed))).images[0]
+        assert difference(image, single) == 0
+
+
+def test_the_same_request_gives_bitwise_the_same_image(pipeline, request_for, finish, difference):
+    request = request_for(prompt="twice")
+    first, second = (finish(pipeline.generate(request)).images[0] for _ in range(2))
+    assert difference(first, second) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"prompt": "a red fox"},
+        {"empty_prompt": "encode"},
+        {"guidance_scale": 5.0},
+        {"image": Image.new("RGB", (64, 64), "green")},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_input_changes_the_output(change, pipeline, request_for, finish):
+    request = request_for()
+    images = [
+        np.asarray(finish(pipeline.generate(wanted)).images[0]).astype(float)
+        for wanted in (request, replace(request, **change))
+    ]
+    assert np.abs(images[0] - images[1]).mean() > 1.0
+    assert images[0].std() > 10
+
+
+def test_guidance_is_not_given_to_a_model_without_it(
+    tiny_schnell, load, request_for, finish, difference
+):
+    pipeline = load(tiny_schnell)
+    low, high = (
+        finish(pipeline.generate(request_for(guidance_scale=scale))).images[0] for scale in (1, 20)
+    )
+    assert difference(low, high) == 0
+
+
+def test_repeats_are_served_from_caches(tiny, load, request_for, finish, difference):
+    pipeline, request = load(tiny), request_for(prompt="again")
+    first, second = (finish(pipeline.generate(request)).images[0] for _ in range(2))
+    assert difference(first, second) == 0
+    stats = pipeline.cache_stats()
+    assert set(stats) == {"modulations", "rotations", "prompts", "pictures"}
+    assert {(each.hits, each.misses, each.entries) for each in stats.values()} == {(1, 1, 1)}
+    finish(pipeline.generate(replace(request, seed=9, num_images=2)))
+    assert all(each.misses == 1 for each in pipeline.cache_stats().values())
+
+
+CHANGES = {
+    "a prompt": ({"prompt": "other"}, {"prompts", "modulations"}),
+    "a picture": ({"image": Image.new("RGB", (8, 8), "green")}, {"pictures"}),
+    "a size": ({"width": 576}, {"rotations", "modulations"}),  # sizes shift the schedule
+    "guidance": ({"guidance_scale": 2.0}, {"modulations"}),
+    "steps": ({"num_inference_steps": 3}, {"modulations"}),
+    "a seed": ({"seed": 5}, set()),
+}
+
+
+@pytest.mark.parametrize(("fields", "missed"), CHANGES.values(), ids=CHANGES)
+def test_caches_miss_what_changed(fields, missed, tiny, load, request_for, finish):
+    pipeline, request = load(tiny), request_for(prompt="first")
+    finish(pipeline.generate(request))
+    finish(pipeline.generate(replace(request, **fields)))
+    stats = pipeline.cache_stats()
+    assert {name for name, each in stats.items() if each.misses == 2} == missed
+
+
+def test_progress_counts_every_step_of_every_image(pipeline, request_for):
+    *steps, result = pipeline.generate(request_for(num_images=2, num_inference_steps=3))
+    assert steps == [Progress(step, 6) for step in range(1, 7)]
+    assert isinstance(result, Result)
+    assert set(result.timings) == {"encode_s", "denoise_s", "decode_s"}
+    assert all(seconds > 0 for seconds in result.timings.values())
+
+
+def test_inference_mode_does_not_leak_to_the_caller(pipeline, request_for):
+    for _ in pipeline.generate(request_for()):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+
+
+class _Spy:
+    """A denoiser that remembers weakly what it handed out."""
+
+    name = "spy"
+    attention = "spy"
+    qualities = ("exact",)
+    caches: ClassVar = {}
+
+    def __init__(self, denoiser):
+        self._denoiser = denoiser
+        self.tensors = []
+
+    def prepare(self, conditioning, schedule, grid):
+        picture = conditioning.redux[0].values
+        self.tensors += [weakref.ref(picture), weakref.ref(conditioning.vec)]
+        prepared = self._denoiser.prepare(conditioning, schedule, grid)
+        return _SpyPrepared(prepared, self.tensors)
+
+    def join(self, prepared):
+        (only,) = prepared
+        return only
+
+
+class _SpyPrepared:
+    def __init__(self, prepared, tensors):
+        self._prepared = prepared
+        self._tensors = tensors
+
+    def start(self, tier):
+        assert tier.cache is None
+        return ExactRun(self)
+
+    def predict(self, img, step):
+        velocity = self._prepared.predict(img, step)
+        self._tensors += [weakref.ref(img), weakref.ref(velocity)]
+        return velocity
+
+
+def test_closing_midway_frees_everything_at_once(pipeline, request_for):
+    spy = _Spy(pipeline._parts.denoiser)
+    spied = ReduxPipeline(replace(pipeline._parts, denoiser=spy), name="spied")
+    events = spied.generate(request_for(num_inference_steps=5))
+    gc.collect()
+    gc.disable()  # reference counts alone must do
+    try:
+        assert next(events) == Progress(1, 5)
+        assert next(events) == Progress(2, 5)
+        events.close()
+        picture, *others = spy.tensors
+        assert len(others) == 5
+        assert all(tensor() is None for tensor in others)
+        assert picture() is not None  # kept for the next request
+        pipeline._parts.image_encoder.cache.clear()
+        assert picture() is None
+    finally:
+        gc.enable()
+    assert list(events) == []
+
+
+def test_interleaved_generators_do_not_disturb_each_other(
+    pipeline, request_for, finish, difference
+):
+    first, second = request_for(num_inference_steps=3), request_for(seed=5, width=576)
+    alone = [finish(pipeline.generate(request)).images[0] for request in (first, second)]
+    running = [pipeline.generate(request) for request in (first, second)]
+    results = {}
+    while len(results) < 2:
+        for index, events in enumerate(running):
+            event = next(events, None)
+            if isinstance(event, Result):
+                results[index] = event.images[0]
+    assert [difference(results[index], alone[index]) for index in (0, 1)] == [0, 0]
+
+
+def test_a_bad_request_is_refused_before_the_first_step(pipeline, request_for):
+    with pytest.raises(RequestError, match=r"width is 100: .* from 512 to 1536"):
+        pipeline.generate(request_for(width=100))
+
+
+@pytest.fixture
+def planned(pipeline):
+    """A pipeline whose GPU, which is not there, has room for 1024 × 1024, or 768 × 768 twice.
+
+    Of two pictures or more only for 640 × 640.
+    """
+    parts = pipeline._parts
+    plan = replace(parts.plan, mode="resident", largest_sides=((1024, 768), *[(640, 640)] * 3))
+    parts = replace(parts, plan=plan, device=torch.device("cuda", 0))
+    return ReduxPipeline(parts, name="planned", max_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"width": 1024, "height": 1024}, None),
+        ({"width": 1536, "height": 640}, None),
+        ({"width": 1088, "height": 1024}, "1 image(s) at once of 1088x1024"),
+        ({"width": 768, "height": 768, "num_images": 4}, None),
+        ({"width": 768, "height": 832, "num_images": 2}, "2 image(s) at once of 768x832"),
+        ({"width": 768, "height": 832, "num_images": 4}, "2 image(s) at once of 768x832"),
+        ({"width": 640, "height": 640, "images": PICTURES}, None),
+        ({"width": 704, "height": 640, "images": PICTURES}, "704x640 from 3 pictures"),
+        ({"width": 1024, "height": 1024, "images": PICTURES, "redux_pooling": 1}, None),
+        ({"width": 1024, "height": 1024, "images": PICTURES, "image_weights": (1, 0, 0)}, None),
+    ],
+)
+def test_a_request_beyond_the_memory_plan_is_refused_at_once(
+    fields, refused, planned, request_for, monkeypatch
+):
+    def compute(*_):
+        raise AssertionError("nothing may be computed")
+
+    monkeypatch.setattr(type(planned._parts.denoiser), "prepare", compute)
+    monkeypatch.setattr(type(planned._parts.image_encoder), "encode", compute)
+    if refused is None:
+        planned.generate(request_for(**fields)).close()
+        return
+    with pytest.raises(RequestError) as raised:
+        planned.generate(request_for(**fields))
+    text = str(raised.value)
+    assert refused in text
+    assert "run the model with --memory offload" in text
+    side = 640 if "images" in fields else 1024 if fields.get("num_images", 1) == 1 else 768
+    assert f"room for up to {side}x{side} pixels" in text
+
+
+def test_a_cpu_has_no_plan_to_keep(pipeline, request_for):
+    """Its plan is made for a card without memory; only a GPU's says what fits."""
+    parts = replace(pipeline._parts, plan=replace(pipeline._parts.plan, largest_sides=((0,),)))
+    ReduxPipeline(parts, name="cpu").generate(request_for(width=1536, height=1536)).close()
+
+
+def test_max_batch_size_must_be_positive(pipeline):
+    with pytest.raises(ValueError, match="at least 1"):
+        ReduxPipeline(pipeline._parts, name="none", max_batch_size=0)
+
+
+def test_centre_crop_leaves_a_fitting_picture_alone():
+    image = Image.new("RGB", (8, 6))
+    assert centre_crop(image, 8, 6) is image
+    assert centre_crop(image, 5, 5).size == (5, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_bfloat16_on_a_gpu_looks_like_float32_on_a_cpu(tiny, pipeline, load, request_for, finish):
+    request = request_for(num_inference_steps=4)
+    reference = np.asarray(finish(pipeline.generate(request)).images[0]).astype(float)
+    fast = load(tiny, device="cuda", dtype="auto")
+    assert (fast.info.device, fast.info.dtype) == ("cuda", "bfloat16")
+    image = np.asarray(finish(fast.generate(request)).images[0]).astype(float)
+    mean_square = ((image - reference) ** 2).mean()
+    assert 10 * np.log10(255**2 / mean_square) > 20

@@ -1,0 +1,334 @@
+"""What a client may take of a connection, tried with raw sockets at a server in this process."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from redux_server.api.http_server import MAX_HEAD_BYTES, MAX_TARGET_BYTES, BoundedHttpProtocol
+from redux_server.api.middleware import BodyLimit
+from redux_server.errors import TooSlow
+
+HEAD_S = 0.5
+REST_S = 0.5
+SLOW_ANSWER_S = 4 * HEAD_S
+GET = b"GET /x HTTP/1.1\r\nHost: h\r\n"
+PATIENCE_S = 20.0  # of a test for what should take half a second
+
+
+@dataclass
+class Seen:
+    """Requests that reached the app, and how reading their bodies ended."""
+
+    paths: list[str] = field(default_factory=list)
+    endings: list[str] = field(default_factory=list)
+
+
+class Impatient(BoundedHttpProtocol):
+    head_s = HEAD_S
+    rest_s = REST_S
+
+
+def an_app(seen: Seen) -> ASGIApp:
+    """Answers ``/slow`` late, ``/no`` without reading the body, and others with its length."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.paths.append(scope["path"])
+        if scope["path"] == "/slow":
+            await asyncio.sleep(SLOW_ANSWER_S)
+        if scope["path"] == "/no":
+            await PlainTextResponse("no", status_code=401)(scope, receive, send)
+            return
+        try:
+            body = await Request(scope, receive).body()
+        except (TooSlow, ClientDisconnect) as error:
+            seen.endings.append(type(error).__name__)
+            await JSONResponse({}, status_code=408)(scope, receive, send)
+            return
+        await PlainTextResponse(str(len(body)))(scope, receive, send)
+
+    return BodyLimit(app, limit=2**20, patience_s=0.5)
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[int]:
+    """``app`` on a loopback port, as ``serve`` would run it but for its patience."""
+    config = uvicorn.Config(
+        app, http=Impatient, ws="none", lifespan="off", log_config=None, access_log=False,
+        timeout_keep_alive=1,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest.fixture(scope="module")
+def port(seen: Seen) -> Iterator[int]:
+    with serving(an_app(seen)) as port:
+        yield port
+
+
+def read_all(client: socket.socket) -> bytes:
+    """What the server says until it closes; a reset is a way of closing."""
+    said = b""
+    try:
+        while part := client.recv(65536):
+            said += part
+    except ConnectionResetError:
+        pass
+    return said
+
+
+def talk(port: int, *parts: bytes) -> bytes:
+    """Send ``parts`` at once and read until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(b"".join(parts))
+        return read_all(client)
+
+
+def drip(port: int, start: bytes, byte: bytes, *, every_s: float = 0.05) -> tuple[float, bytes]:
+    """Send ``start``, then ``byte`` for ever: the seconds until the server closed, and its words.
+
+    Fails if it takes ``PATIENCE_S``.
+    """
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        started = time.monotonic()
+        client.sendall(start)
+        client.settimeout(every_s)
+        said = b""
+        while (passed := time.monotonic() - started) < PATIENCE_S:
+            try:
+                if not (part := client.recv(65536)):
+                    return passed, said
+                said += part
+            except TimeoutError:
+                pass
+            except ConnectionResetError:
+                return passed, said
+            try:
+                client.sendall(byte)
+            except (BrokenPipeError, ConnectionResetError):
+                return passed, said
+        raise AssertionError(f"still open after {passed:.1f} s, said {said!r}")
+
+
+def refusal(said: bytes) -> tuple[int, dict[str, Any]]:
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert b"connection: close" in head and b"content-type: application/json" in head, said
+    return int(head.split()[1]), json.loads(body)
+
+
+# --- the size of heads ----------------------------------------------------------------------------
+
+
+def test_head_of_a_usual_size_passes(port: int) -> None:
+    headers = b"".join(b"X-%d: %b\r\n" % (number, b"v" * 200) for number in range(90))
+    assert len(headers) < MAX_HEAD_BYTES
+    assert talk(port, GET, headers, b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_target_of_the_largest_size_passes(port: int) -> None:
+    target = b"/" + b"a" * (MAX_TARGET_BYTES - 1)
+    said = talk(port, b"GET " + target, b" HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "says"),
+    [
+        (b"GET /" + b"a" * MAX_TARGET_BYTES + b" HTTP/1.1\r\nHost: h\r\n\r\n", 414, "The URL has"),
+        (GET + b"X: 1\r\n" * 100 + b"\r\n", 431, "101 headers"),
+        (GET + b"X: " + b"v" * MAX_HEAD_BYTES + b"\r\n\r\n", 431, "larger"),
+        (GET + b"".join(b"X: " + b"v" * 900 + b"\r\n" for _ in range(40)) + b"\r\n", 431, "larger"),
+        (GET + b"X: " + b"v" * (MAX_HEAD_BYTES + 1), 431, "larger"),
+        (b"GET /" + b"a" * (MAX_HEAD_BYTES + 1), 431, "larger"),
+        (b"X" * 40, 400, "not a valid HTTP/1.1 request"),
+        (b"\x16\x03\x01\x02\x00\x01", 400, "not a valid"),
+        (b"GET /x HTTP/1.1\r\nHost: h\r\nX Y: 1\r\n\r\n", 400, "not a valid"),
+        (GET + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400, "not a valid"),
+        (GET + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400, "not a valid"),
+        (GET + b"Content-Length: -1\r\n\r\n", 400, "not a valid"),
+        (GET + b"Content-Length: 99999999999999999999\r\n\r\n", 400, "not a valid"),
+        (b"GET \xff HTTP/1.1\r\nHost: h\r\n\r\n", 400, "not a valid"),
+        (b"CONNECT h:80 HTTP/1.1\r\nHost: h\r\n\r\n", 400, "not a valid"),
+    ],
+)
+def test_unusual_head_is_refused_before_the_app_sees_it(
+    port: int, seen: Seen, head: bytes, status: int, says: str
+) -> None:
+    before = list(seen.paths)
+    got, body = refusal(talk(port, head))
+    assert got == body["code"] == status
+    assert says in body["message"] and body["error"] == body["message"] and body["data"] is None
+    assert seen.paths == before
+
+
+def test_endless_header_is_cut_off_early(port: int) -> None:
+    sent = 0
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(GET + b"X: ")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while sent < 64 * 2**20:
+                sent += client.send(b"v" * 65536)
+    assert sent < 32 * 2**20, "the kernel's buffers, not ours"
+
+
+def test_second_request_of_a_connection_is_measured_for_itself(port: int) -> None:
+    padding = b"X: " + b"v" * (MAX_HEAD_BYTES // 2) + b"\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        for _ in range(5):
+            client.sendall(GET + padding)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+# --- the time of heads ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "byte"),
+    [(b"", b""), (b"GET /x HTTP/1.1\r\nX: ", b"v"), (GET, b"A: b\r\n"), (b"", b"\r\n")],
+    ids=["silence", "a header that goes on", "header after header", "empty lines"],
+)
+def test_head_that_does_not_end_is_given_up(port: int, start: bytes, byte: bytes) -> None:
+    seconds, said = drip(port, start, byte)
+    assert seconds > 0.5 * HEAD_S
+    assert said == b""
+
+
+def test_dripping_between_two_requests_is_given_up(port: int) -> None:
+    _, said = drip(port, GET + b"\r\n", b"\r\n")
+    assert said.count(b"HTTP/1.1 200") == 1
+
+
+def test_answer_that_takes_longer_than_a_head_may_is_waited_for(port: int) -> None:
+    request = b"GET /slow HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    started = time.monotonic()
+    assert talk(port, request).startswith(b"HTTP/1.1 200")
+    assert time.monotonic() - started > SLOW_ANSWER_S * 0.9
+
+
+def test_pipelined_requests_are_all_answered(port: int) -> None:
+    requests = b"GET /slow HTTP/1.1\r\nHost: h\r\n\r\n" + (GET + b"\r\n") * 3
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(requests)
+        assert read_all(client).count(b"HTTP/1.1 200") == 4
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+CHUNKED = b"POST /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "byte"),
+    [
+        (b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n", b"v"),
+        (b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n", b""),
+        (CHUNKED, b"1\r\nv\r\n"),
+        (CHUNKED, b""),
+    ],
+)
+def test_body_that_does_not_come_is_given_up(
+    port: int, seen: Seen, start: bytes, byte: bytes
+) -> None:
+    seen.endings.clear()
+    _, said = drip(port, start, byte)
+    assert said.startswith(b"HTTP/1.1 408")
+    assert seen.endings == ["TooSlow"]
+
+
+@pytest.mark.parametrize("byte", [b"1\r\nv\r\n", b""])
+def test_body_that_nobody_wants_is_not_read_for_ever(port: int, byte: bytes) -> None:
+    start = b"POST /no HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    _, said = drip(port, start, byte)
+    assert said.startswith(b"HTTP/1.1 401")
+
+
+def test_refusal_reaches_a_client_that_sends_its_body_first(port: int) -> None:
+    body = b"v" * 2**19
+    head = b"POST /no HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(head % len(body))
+        time.sleep(0.1)
+        assert client.recv(65536).startswith(b"HTTP/1.1 401")
+
+
+def test_client_that_goes_away_within_its_body_ends_the_request(port: int, seen: Seen) -> None:
+    seen.endings.clear()
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\nbegun")
+    ends_at = time.monotonic() + PATIENCE_S
+    while not seen.endings and time.monotonic() < ends_at:
+        time.sleep(0.02)
+    assert seen.endings[0] in ("ClientDisconnect", "TooSlow")
+
+
+def read_through(pauses_s: list[float], size: int, *, patience_s: float) -> int:
+    """The bytes of a body of which ``size`` come after each pause; raises what the limit raises."""
+    left = list(pauses_s)
+    read: list[int] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(left.pop())
+        return {"type": "http.request", "body": bytes(size), "more_body": bool(left)}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        read.append(len(await Request(scope, receive).body()))
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nothing to send")
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(BodyLimit(app, limit=2**30, patience_s=patience_s)(scope, receive, send))
+    return read[0]
+
+
+def test_each_byte_that_came_buys_time() -> None:
+    # 8 steps of 0.1 s are more than 0.4 s of patience, but 2^15 bytes a step are a second each.
+    assert read_through([0.1] * 8, 2**15, patience_s=0.4) == 8 * 2**15
+    with pytest.raises(TooSlow, match=r"allowed are 0\.4 s"):
+        read_through([0.1] * 8, 1, patience_s=0.4)
+
+
+def test_connection_is_waited_on_without_limit_once_the_body_is_there() -> None:
+    waited = []
+
+    async def receive() -> Message:
+        if not waited:
+            waited.append(True)
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await asyncio.sleep(0.5)
+        return {"type": "http.disconnect"}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nothing to send")
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(BodyLimit(app, limit=10, patience_s=0.1)(scope, receive, send))

@@ -1,0 +1,156 @@
+"""What doctor says of compilers, and of compiled code that earlier starts left."""
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from redux_pipelines.compilation.cache import ArtifactFile, machine_facts
+from redux_server import __version__
+from redux_server.cli.doctor import model
+from redux_server.cli.doctor.findings import Finding, Level
+from redux_server.cli.doctor.model import check_compile, check_compiler
+from redux_server.settings import ServerSettings
+from redux_server.worker.model import cache_dir
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerSettings:
+    """A machine with g++, and a cache folder of its own that is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    return ServerSettings(model="fake", data_dir=tmp_path / "data", device="cpu")
+
+
+def by_subject(findings: Iterator[Finding]) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in findings}
+
+
+def keep(monkeypatch: pytest.MonkeyPatch, **facts: str) -> int:
+    """Leave a file of compiled code as a worker does; its bytes."""
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code" * 500_000, None))
+    folder = cache_dir()
+    assert folder is not None
+    file = ArtifactFile(folder, {**machine_facts(CPU), "version": __version__, **facts})
+    assert file.save()
+    return file.path.stat().st_size
+
+
+def test_a_missing_c_compiler_is_noted(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    (finding,) = check_compiler(settings)
+    assert finding.level is Level.NOTE
+    assert "apt install gcc" in finding.text
+
+
+def test_a_machine_that_can_compile_says_with_what(settings: ServerSettings) -> None:
+    found = by_subject(check_compile(settings))["torch.compile"]
+    assert (found.level, found.text) == (
+        Level.OK,
+        "can compile for cpu, with /usr/bin/g++; it is off",
+    )
+    chosen = replace(settings, compile="blocks")
+    assert by_subject(check_compile(chosen))["torch.compile"].text.endswith("; --compile blocks")
+
+
+@pytest.mark.parametrize(("variable", "named"), [(None, "g++"), ("my-clang++", "my-clang++")])
+def test_a_missing_cpp_compiler_is_noted_by_the_name_torch_looks_for(
+    settings: ServerSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
+    named: str,
+) -> None:
+    if variable:
+        monkeypatch.setenv("CXX", variable)
+    present = {"g++", "gcc", "cc", "my-clang++"} - {named}
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in present else None)
+    found = by_subject(check_compile(settings))["torch.compile"]
+    assert found.level is Level.NOTE
+    assert f"the C++ compiler {named} is not there (apt install g++)" in found.text
+
+
+def test_a_gpu_needs_triton_too(settings: ServerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model, "_check_folder", lambda _: ())
+    chosen = replace(settings, device="cuda:0")
+    monkeypatch.setattr(model, "version", lambda name: f"3.7 of {name}")
+    (found,) = check_compile(chosen)
+    assert "can compile for cuda:0, with /usr/bin/g++ and triton 3.7 of triton" in found.text
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(model, "version", absent)
+    (found,) = check_compile(chosen)
+    assert found.level is Level.NOTE
+    assert "not for cuda:0" in found.text
+    assert "triton is not installed" in found.text
+
+
+def test_what_serve_refuses_is_missing(settings: ServerSettings) -> None:
+    chosen = replace(settings, compile="full", backend="diffusers")
+    assert by_subject(check_compile(chosen))["torch.compile"].level is Level.MISSING
+
+
+def test_an_empty_cache_says_what_fills_it_and_is_not_made(settings: ServerSettings) -> None:
+    found = by_subject(check_compile(settings))["compiled code"]
+    assert found.level is Level.OK
+    assert "none in " in found.text
+    assert "flux-redux warmup" in found.text
+    folder = cache_dir()
+    assert folder is not None
+    assert not folder.exists(), "doctor only looks"
+
+
+def test_what_is_kept_for_this_machine_and_version_is_told_from_the_rest(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = keep(monkeypatch, mode="full") + keep(monkeypatch, mode="blocks")
+    keep(monkeypatch, mode="full", version="0.0.0-other")
+    keep(monkeypatch, mode="full", processor="another GPU")
+    found = by_subject(check_compile(settings))["compiled code"]
+    assert found.text.startswith("4 file(s) in ")
+    assert found.text.endswith(
+        f"; 2 of {size / 1e6:.1f} MB for this machine, torch and version (blocks, full)"
+    )
+    assert f"{size / 1e6:.1f}" == "4.0"
+
+
+def test_only_files_of_others_are_said_to_be_of_no_use(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(monkeypatch, torch="1.0")
+    folder = cache_dir()
+    assert folder is not None
+    (folder / "junk.bin").write_bytes(b"\x00\xff no header")
+    (folder / "list.bin").write_bytes(b"[1, 2]\n")
+    found = by_subject(check_compile(settings))["compiled code"]
+    assert found.text.startswith("1 file(s) in ")
+    assert found.text.endswith("none of them for this machine, torch and version")
+
+
+def test_a_folder_that_cannot_be_written_is_noted(
+    settings: ServerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    found = by_subject(check_compile(settings))["compiled code"]
+    assert found.level is Level.NOTE
+    assert "cannot be written by this user" in found.text
+
+
+def test_a_user_without_a_home_is_told_what_to_set(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "cache_dir", lambda: None)
+    found = by_subject(check_compile(settings))["compiled code"]
+    assert found.level is Level.NOTE
+    assert "set XDG_CACHE_HOME" in found.text

@@ -1,0 +1,63 @@
+"""`flux-redux weights quantize` as a user meets it."""
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from redux_pipelines.loading import fp8_export
+from redux_pipelines.loading.load import load_pipeline
+from redux_pipelines.loading.tiny import build_tiny
+from redux_server.cli.main import run
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_a_checkpoint_is_made_and_serves(
+    tiny: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, redux = tiny
+    out = tmp_path / "fp8"
+    assert run(["weights", "quantize", "--base", str(base), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n"
+    assert "MB are now" in printed.err
+    assert "MiB written" in printed.err
+    assert "non-commercial" in printed.err
+    with safe_open(out / WEIGHTS, framework="pt") as file:
+        dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    assert "F8_E4M3" in dtypes
+    pipeline = load_pipeline(base=out, redux=redux, device="cpu", transformer_dtype="fp8")
+    assert pipeline.info.dtype == "float32 with fp8"
+
+
+def test_an_out_that_exists_is_refused(
+    tiny: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["weights", "quantize", "--base", str(tiny[0]), "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path} exists: choose another --out" in capsys.readouterr().err
+
+
+def test_a_base_that_is_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(["weights", "quantize", "--base", "/nowhere/at/all", "--out", str(out)]) == 1
+    assert "/nowhere/at/all is neither a directory nor a hub" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_ctrl_c_leaves_nothing_and_exits_as_shells_expect(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fp8_export.ShardWriter, "write", interrupted)
+    assert run(["weights", "quantize", "--base", str(tiny[0]), "--out", str(tmp_path / "a")]) == 130
+    assert list(tmp_path.iterdir()) == []

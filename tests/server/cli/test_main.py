@@ -1,0 +1,194 @@
+"""Verbs and flags: what is understood, refused, and said in how many lines."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from redux_server import __version__
+from redux_server.cli import demo, main
+from redux_server.cli.main import EXIT_USAGE, build_parser, run
+from redux_server.settings import ServerSettings, UsageError
+
+VERBS = (
+    ["serve"],
+    ["worker"],
+    ["generate"],
+    ["warmup"],
+    ["submit"],
+    ["cancel"],
+    ["demo"],
+    ["keys"],
+    ["keys", "create"],
+    ["keys", "list"],
+    ["keys", "revoke"],
+    ["weights"],
+    ["weights", "quantize"],
+    ["version"],
+    ["doctor"],
+)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(main.os.environ):
+        if name.startswith("FLUX_REDUX_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run([*verb, "--help"])
+    assert left.value.code == 0
+    assert f"usage: flux-redux {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    text = capsys.readouterr().out
+    for verb in VERBS:
+        assert re.search(rf"^    {verb[0]} ", text, re.MULTILINE)
+    assert "non-commercial" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "the following arguments are required: VERB; see `flux-redux --help`"),
+        (["serv"], "argument VERB: invalid choice: 'serv'"),
+        (["serve", "--prot", "1"], "unrecognized arguments: --prot 1"),
+        (["serve", "--port", "x"], "--port must be a whole number, got 'x'"),
+        (["submit"], "the following arguments are required: IMAGE; see `flux-redux submit --help`"),
+        (["submit", "a.png", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["weights", "quantize", "--base", "x"], "the following arguments are required: --out"),
+        (
+            ["weights", "quantize", "--out", "x"],
+            "weights quantize needs --base: a diffusers folder",
+        ),
+        (["serve", "--transformer-dtype", "int4"], "must be one of auto, same, fp8, got 'int4'"),
+        (["keys", "create"], "the following arguments are required: --name"),
+        (
+            ["keys", "create", "--name", "me", "--priority", "11"],
+            "--priority must be -10 to 10, got 11",
+        ),
+        (["cancel"], "the following arguments are required: ID; see `flux-redux cancel --help`"),
+        (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0, cuda:1"),
+        (["generate", "a.png", "--size", "9x9"], "size must be"),
+        (["submit", "a.png", "--quality", "best"], 'quality must be one of "exact", "balanced"'),
+        (["generate", "a.png", "--quality", "best"], "--quality must be one of exact, balanced"),
+        (["demo", "--num-images", "5"], "num_images must be an integer from 1 to 4; got 5."),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("flux-redux: ")
+    assert complaint in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_shortened_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    # What is unique today may not be tomorrow; scripts would break.
+    assert run(["submit", "a.png", "--num-im", "2"]) == EXIT_USAGE
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["version"], ["--version"]])
+def test_the_version_is_the_packages(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert run(verb) == 0
+    except SystemExit as left:
+        assert left.code == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_an_unknown_variable_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLUX_REDUX_DATADIR", "/x")
+    assert run(["keys", "list"]) == EXIT_USAGE
+    assert "unknown environment variable FLUX_REDUX_DATADIR" in capsys.readouterr().err
+
+
+def test_the_demo_is_small_by_default_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    given = build_parser().parse_args(["demo"])
+    assert (given.size, given.num_images) == ("512*512", 2)
+    given = build_parser().parse_args(["demo", "--size", "768*768", "--num-images", "1"])
+    assert (given.size, given.num_images) == ("768*768", 1)
+    with pytest.raises(SystemExit):
+        run(["demo", "--help"])
+    assert "(default: 512*512)" in capsys.readouterr().out
+
+
+def test_serve_refuses_a_tier_that_its_backend_lacks(tmp_path: Path) -> None:
+    from redux_server.cli.serve import check
+
+    given = ServerSettings(data_dir=tmp_path, quality="fast")
+    check(given)
+    with pytest.raises(UsageError, match="--quality fast needs --backend engine; diffusers has"):
+        check(replace(given, backend="diffusers"))
+
+
+def test_request_flags_have_the_defaults_of_the_api() -> None:
+    from redux_server.cli.submit import read_parameters
+    from redux_server.parameters import PredictionRequest
+
+    for verb in ("submit", "generate"):
+        given = build_parser().parse_args([verb, "a.png"])
+        assert read_parameters(given) == PredictionRequest(image="picture")
+
+
+def test_negative_seeds_are_values_not_flags() -> None:
+    assert build_parser().parse_args(["submit", "a.png", "--seed", "-1"]).seed == -1
+
+
+def test_ctrl_c_exits_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_version", interrupted)
+    assert run(["version"]) == 130
+
+
+def test_light_verbs_load_neither_torch_nor_a_web_framework() -> None:
+    code = (
+        "import sys; from redux_server.cli.main import build_parser; build_parser(); "
+        "print({'torch', 'fastapi', 'sqlalchemy', 'httpx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_the_demo_leaves_pictures_and_no_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    stop = demo._stop
+    monkeypatch.setattr(demo, "_stop", lambda process: (started.append(process), stop(process)))
+    monkeypatch.setenv("FLUX_REDUX_DATA_DIR", str(tmp_path / "mine"))
+    assert run(["demo", "--model", "fake", "--device", "cpu", "-o", str(tmp_path / "out")]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["input.jpg", "variation-0.png", "variation-1.png"]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(tmp_path / "out" / name) for name in names[1:]]
+    assert "was never trained" in printed.err
+    assert [process.poll() is not None for process in started] == [True]
+    assert not (tmp_path / "mine").exists(), "the user's own data is not touched"
+
+
+def test_a_demo_whose_server_cannot_start_shows_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert run(["demo", "--redux", str(tmp_path), "--device", "cpu", "-o", out]) == 1
+    error = capsys.readouterr().err
+    assert "the server ended with code 2" in error
+    assert "--redux needs --base" in error

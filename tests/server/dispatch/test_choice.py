@@ -1,0 +1,100 @@
+"""What each engine needs, and that a broker which is away is no concern of a request."""
+
+import asyncio
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from e2e.live import free_port
+from redux_server.cli.serve import check
+from redux_server.dispatch import choice
+from redux_server.dispatch.celery import Turns
+from redux_server.dispatch.choice import NoDispatch, build_dispatch, check_dispatch
+from redux_server.dispatch.local import LocalWorkers
+from redux_server.dispatch.presence import Presence
+from redux_server.settings import ServerSettings, SettingsError
+from redux_server.tasks.store import TaskStore
+
+POSTGRES = "postgresql://flux:hunter2@db/flux"
+RABBITMQ = "amqp://flux:hunter2@mq//"
+
+
+def settings(**given: Any) -> ServerSettings:
+    return ServerSettings(data_dir=Path("/nowhere"), model="fake", **given)
+
+
+@pytest.mark.parametrize("engine", ["sql", "celery"])
+def test_workers_elsewhere_cannot_use_sqlite(engine: str) -> None:
+    for more in ({}, {"database_url": "sqlite:////srv/tasks.db"}):
+        with pytest.raises(SettingsError, match="cannot share a SQLite file"):
+            check_dispatch(settings(engine=engine, broker_url=RABBITMQ, **more))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "none was given"),
+        ("mq:5672", "begins with 'mq'"),
+        ("http://:hunter2@mq", "begins with 'http'"),
+        ("sqla+sqlite:///hunter2.db", r"begins with 'sqla\+sqlite'"),
+    ],
+)
+def test_celery_needs_a_broker_that_loses_nothing_by_itself(url: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=f"needs --broker-url.*{said}.*amqp://") as caught:
+        check_dispatch(settings(engine="celery", database_url=POSTGRES, broker_url=url))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_celery_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=r"pip install 'flux-redux-server\[cluster\]'"):
+        check_dispatch(settings(engine="celery", database_url=POSTGRES, broker_url=RABBITMQ))
+
+
+@pytest.mark.parametrize("broker", [RABBITMQ, "redis://mq/0", "rediss://mq", "sqs://", "amqps://m"])
+def test_what_is_complete_passes(broker: str) -> None:
+    if importlib.util.find_spec("celery") is None:
+        pytest.skip("celery is not installed")
+    check(settings(engine="celery", database_url=POSTGRES, broker_url=broker))
+    check(settings(engine="sql", database_url=POSTGRES))
+    check(settings())
+
+
+def test_passwords_are_not_shown_with_the_settings() -> None:
+    shown = repr(settings(engine="celery", database_url=POSTGRES, broker_url=RABBITMQ))
+    assert "hunter2" not in shown
+
+
+def test_each_engine_is_what_it_is_called(database: Engine) -> None:
+    store, presence = TaskStore(database), Presence(database)
+    local = build_dispatch(settings(), database, store, presence)
+    assert isinstance(local, LocalWorkers)
+    sql = build_dispatch(settings(engine="sql"), database, store, presence)
+    assert isinstance(sql, NoDispatch)
+
+
+def test_a_broker_that_is_away_neither_fails_nor_delays_anything(database: Engine) -> None:
+    pytest.importorskip("celery", reason="celery is not installed (pip install '.[cluster]')")
+    away = settings(engine="celery", broker_url=f"amqp://guest@127.0.0.1:{free_port()}//")
+    engine = build_dispatch(away, database, TaskStore(database), Presence(database))
+
+    async def use() -> tuple[float, float]:
+        await engine.start()
+        began = time.monotonic()
+        for _ in range(1000):
+            engine.wake()
+        await asyncio.sleep(0)
+        woken_s = time.monotonic() - began
+        await asyncio.sleep(1.0)  # it is refused meanwhile
+        began = time.monotonic()
+        await engine.stop()
+        return woken_s, time.monotonic() - began
+
+    woken_s, stopped_s = asyncio.run(use())
+    assert woken_s < 1
+    assert stopped_s < 10
+    assert Turns(database).take("anything", every_s=1)

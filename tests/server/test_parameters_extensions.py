@@ -1,0 +1,414 @@
+"""Parameters beside those of the hosted endpoint: from the request to what a pipeline is given."""
+
+import base64
+import io
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from e2e.live import a_picture, data_uri
+from redux_pipelines.contract.batching import batch_key, is_solitary
+from redux_pipelines.contract.types import GenerationRequest
+from redux_pipelines.fake import FakePipeline
+from redux_server.api.prediction import prediction, public_input
+from redux_server.database.tables import tasks
+from redux_server.net.guard import FetchError
+from redux_server.parameters import MODELS, Extensions, PredictionRequest, complaint, parse_request
+from redux_server.tasks.task import Status, Task
+from redux_server.worker.inputs import ImageGone, Pictures, generation_request, load_pictures
+from server.in_process import Api, Clock
+from server.worker_bench import Bench, Images
+
+PATH = f"/api/v3/{MODELS[0]}"
+URL, OTHER_URL = "https://example.com/a.png", "https://example.com/b.png"
+RED, BLUE = a_picture(40, 40, "red"), a_picture(40, 40, "blue")
+STEERED: dict[str, Any] = {
+    "image_weights": [1.0, 0.5],
+    "redux_strength": 0.8,
+    "redux_pooling": 9,
+    "fit": "letterbox",
+    "empty_prompt": "encode",
+    "output_format": "webp",
+}
+
+
+def stored(api: Api, task_id: str) -> Task:
+    (task,) = api.services.store.get([task_id])
+    assert task is not None
+    return task
+
+
+def files(api: Api) -> list[str]:
+    folder = api.services.settings.blobs_dir
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+# --- parsing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"images": [], "image_weights": [], "mask": None},
+        {"images": None, "redux_strength": 1, "redux_pooling": 27.0, "fit": "squash"},
+        {"empty_prompt": "zeros", "output_format": "png"},
+    ],
+)
+def test_absent_null_empty_and_default_are_the_same_request(body: dict[str, Any]) -> None:
+    plain = parse_request({"image": URL, "seed": 3})
+    given = parse_request({"image": URL, "seed": 3, **body})
+    assert given == plain
+    assert given.parameters() == plain.parameters()
+    assert (given.digest(), given.shape) == (plain.digest(), plain.shape)
+    assert not set(plain.parameters()) & set(Extensions.model_fields)
+
+
+def test_what_was_asked_for_is_among_the_parameters() -> None:
+    asked = parse_request({"image": URL, "images": [OTHER_URL], **STEERED})
+    assert STEERED.items() <= asked.parameters().items()
+
+
+def test_first_of_images_stands_in_for_an_image_that_is_not_there() -> None:
+    alone = parse_request({"images": [URL, OTHER_URL], "image_weights": [1, 2], "seed": 1})
+    both = parse_request({"image": URL, "images": [OTHER_URL], "image_weights": [1, 2], "seed": 1})
+    assert alone == both
+    assert parse_request({"image": None, "images": [URL] * 4}).images == [URL] * 3
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"images": [OTHER_URL] * 4}, "images must be an array of pictures, at most 4"),
+        ({"images": [5]}, "images must be an array"),
+        ({"images": [""]}, "images must be an array"),
+        ({"images": URL}, "images must be an array"),
+        ({"image_weights": [1, 2]}, "image_weights must be an array of numbers from 0 to 10, one"),
+        ({"images": [OTHER_URL], "image_weights": [1]}, "got an array of 1"),
+        ({"image_weights": [-0.1]}, "image_weights must be an array of numbers from 0 to 10"),
+        ({"image_weights": ["1"]}, 'got "1"'),
+        ({"image_weights": [True]}, "got true"),
+        ({"redux_strength": 10.1}, "redux_strength must be a number from 0 to 10; got 10.1"),
+        ({"redux_strength": float("nan")}, "redux_strength must be a number"),
+        ({"redux_pooling": 0}, "redux_pooling must be an integer from 1 to 27; got 0"),
+        ({"redux_pooling": 28}, "redux_pooling must be an integer from 1 to 27; got 28"),
+        ({"redux_pooling": 2.5}, "got 2.5"),
+        ({"fit": "crop"}, 'fit must be one of "squash", "letterbox", "center"; got "crop"'),
+        ({"mask": ""}, "mask must be an http(s) URL"),
+        ({"mask": [URL]}, "mask must be an http(s) URL"),
+        ({"empty_prompt": "none"}, 'empty_prompt must be one of "zeros", "encode"; got "none"'),
+        ({"output_format": "gif"}, 'output_format must be one of "png", "jpeg", "webp"'),
+    ],
+    ids=str,
+)
+def test_bad_value_is_named_with_what_is_allowed(body: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse_request({"image": URL, **body})
+    assert text in complaint(caught.value.errors(include_url=False))
+
+
+@pytest.mark.parametrize(
+    ("image", "first"),
+    [
+        (URL, URL),
+        (data_uri(RED), data_uri(RED)),
+        (data_uri(RED), data_uri(RED).partition(",")[2]),  # what wavespeed-mcp was given
+        (data_uri(RED), "/home/me/my icons/red.png"),
+        (data_uri(RED), "red.jpeg"),
+    ],
+    ids=["URL", "data URI", "its base64", "its file", "its file's name"],
+)
+def test_image_that_is_named_again_counts_once(image: str, first: str) -> None:
+    asked = parse_request({"image": image, "images": [first, OTHER_URL], "image_weights": [1, 2]})
+    assert (asked.image, asked.images) == (image, [OTHER_URL])
+    assert parse_request({"image": image, "images": [first]}).images == []
+
+
+def test_another_picture_at_the_head_of_images_is_one_more() -> None:
+    for other in (OTHER_URL, data_uri(BLUE), data_uri(BLUE).partition(",")[2]):
+        assert parse_request({"image": data_uri(RED), "images": [other]}).images == [other]
+
+
+@pytest.mark.parametrize("images", [[], [5], "x"], ids=str)
+def test_images_of_no_use_do_not_stand_in_for_image(images: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse_request({"images": images})
+    assert "image " in complaint(caught.value.errors(include_url=False))
+
+
+def test_schema_lists_extensions_last_with_their_limits_for_a_form() -> None:
+    schema = PredictionRequest.model_json_schema()
+    names = list(schema["properties"])
+    assert names[0] == "image"
+    assert names[-len(Extensions.model_fields) :] == list(Extensions.model_fields)
+    assert schema["required"] == ["image"]
+    strength, pooling = (schema["properties"][f"redux_{name}"] for name in ("strength", "pooling"))
+    assert (strength["minimum"], strength["maximum"], strength["default"]) == (0, 10, 1)
+    assert (pooling["minimum"], pooling["maximum"], pooling["default"]) == (1, 27, 27)
+    assert schema["properties"]["fit"]["enum"] == ["squash", "letterbox", "center"]
+    assert all("description" in each for each in schema["properties"].values())
+
+
+# --- what may share a batch -----------------------------------------------------------------------
+
+VARIETY: list[dict[str, Any]] = [
+    {},
+    {"prompt": "a fox"},
+    {"empty_prompt": "encode"},
+    {"redux_strength": 0.5},
+    {"image_weights": [0.5]},
+    {"redux_strength": 0.25, "image_weights": [2.0]},
+    {"redux_pooling": 9},
+    {"redux_pooling": 9, "redux_strength": 0.5},
+    {"images": [OTHER_URL]},
+    {"images": [OTHER_URL], "image_weights": [1.0, 1.0]},
+    {"images": [OTHER_URL], "image_weights": [1.0, 0.5]},
+    {"images": [OTHER_URL], "image_weights": [0.5, 1.0]},
+    {"images": [OTHER_URL], "redux_strength": 0.5},
+    {"fit": "center"},
+    {"output_format": "jpeg"},
+    {"size": "512*512"},
+    {"quality": "fast"},
+    {"mask": OTHER_URL},
+    {"fit": "letterbox"},
+]
+
+
+def as_the_worker_has_it(asked: PredictionRequest) -> GenerationRequest:
+    picture = Image.new("RGB", (9, 9))
+    mask = None if asked.mask is None else picture
+    return generation_request(
+        asked.parameters(), Pictures(picture, (picture,) * len(asked.images), mask)
+    )
+
+
+def test_shape_of_a_task_says_what_the_key_of_its_batch_says() -> None:
+    asked = [parse_request({"image": URL, **fields}) for fields in VARIETY]
+    for one, other in combinations(asked, 2):
+        requests = as_the_worker_has_it(one), as_the_worker_has_it(other)
+        if any(map(is_solitary, requests)):
+            assert "" in (one.shape, other.shape)
+        else:
+            is_alike = batch_key(requests[0]) == batch_key(requests[1])
+            assert (one.shape == other.shape) == is_alike, (one, other)
+    assert max(len(each.shape) for each in asked) + 8 <= tasks.c.shape.type.length
+
+
+def test_tasks_that_nobody_shares_a_batch_with_have_no_shape() -> None:
+    solitary = [{"mask": URL}, {"fit": "letterbox"}]
+    assert [parse_request({"image": URL, **each}).shape for each in solitary] == ["", ""]
+
+
+# --- submitting -----------------------------------------------------------------------------------
+
+
+def test_inline_pictures_are_stored_beside_the_task_and_not_echoed(api: Api) -> None:
+    body = {"image": data_uri(RED), "images": [OTHER_URL, data_uri(BLUE)], "mask": data_uri(RED)}
+    answer = api.post(PATH, json=body)
+    assert answer.status_code == 200
+    data = answer.json()["data"]
+    noted = stored(api, data["id"]).input
+    prefix = f"blob:{data['id']}"
+    assert noted["image"] == f"{prefix}/input"
+    assert noted["images"] == [OTHER_URL, f"{prefix}/input-2"]
+    assert noted["mask"] == f"{prefix}/mask"
+    assert api.services.blobs.get(f"{data['id']}/input-2") == BLUE
+    assert data["input"]["images"] == [OTHER_URL]
+    assert not {"image", "mask"} & set(data["input"])
+    assert "blob:" not in answer.text
+    assert base64.b64encode(BLUE).decode() not in answer.text
+
+
+def test_urls_and_controls_are_echoed(api: Api) -> None:
+    body = {"image": URL, "images": [OTHER_URL], "mask": OTHER_URL, **STEERED}
+    echoed = api.post(PATH, json=body).json()["data"]["input"]
+    assert body.items() <= echoed.items()
+    assert files(api) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"images": [OTHER_URL, "no picture"]}, "images[1] must be an http(s) URL"),
+        ({"images": ["https://"]}, "images[0] must be a complete http(s) URL"),
+        ({"mask": "data:image/png,abc"}, "mask is a data URI without ;base64"),
+        ({"mask": "ftp://example.com/a"}, "mask must be an http(s) URL"),
+    ],
+)
+def test_a_picture_that_is_none_is_named_and_nothing_is_stored(
+    body: dict[str, Any], text: str, api: Api
+) -> None:
+    answer = api.post(PATH, json={"image": data_uri(RED), **body})
+    assert answer.status_code == 400
+    assert text in answer.json()["message"]
+    assert files(api) == []
+
+
+def test_a_store_that_fails_half_way_keeps_nothing(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = type(api.services.blobs)
+    put = blobs.put
+
+    def fails_on_masks(self: Any, key: str, data: bytes) -> None:
+        if key.endswith("/mask"):
+            raise OSError(28, "No space left on device")
+        put(self, key, data)
+
+    monkeypatch.setattr(blobs, "put", fails_on_masks)
+    answer = api.post(PATH, json={"image": data_uri(RED), "mask": data_uri(BLUE)})
+    assert answer.status_code == 503
+    assert files(api) == []
+
+
+def test_a_task_that_is_refused_leaves_no_picture(build_api: Callable[..., Api]) -> None:
+    api = build_api(max_queue=1)
+    assert api.post(PATH, json={"image": URL}).status_code == 200
+    answer = api.post(PATH, json={"image": URL, "images": [data_uri(RED)]})
+    assert answer.status_code == 429
+    assert files(api) == []
+
+
+def test_same_key_with_other_controls_is_another_request(api: Api) -> None:
+    headers = {"Idempotency-Key": "k"}
+    first = api.post(PATH, json={"image": URL, "redux_strength": 0.5}, headers=headers)
+    again = api.post(PATH, json={"image": URL, "redux_strength": 0.5}, headers=headers)
+    assert again.json()["data"]["id"] == first.json()["data"]["id"]
+    other = api.post(PATH, json={"image": URL, "redux_strength": 0.6}, headers=headers)
+    assert other.status_code == 409
+
+
+def test_echo_of_a_prompt_that_looks_like_a_stored_picture() -> None:
+    task = Task(
+        id="0" * 32, key_id="k", model=MODELS[0], status=Status.CREATED, request_id="",
+        input={**parse_request({"image": URL, "prompt": "blob:x"}).parameters(), "image": URL},
+        created_at=1.0, started_at=None, finished_at=None, attempt=0, crashes=0, progress_step=0,
+        outcome=None,
+    )  # fmt: skip
+    assert public_input(task)["prompt"] == "blob:x"
+    assert prediction(task, base_url="http://h", sign=lambda key, _: key)["input"]["image"] == URL
+
+
+# --- working --------------------------------------------------------------------------------------
+
+
+class Seeing(FakePipeline):
+    """The fake pipeline, which notes what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[GenerationRequest] = []
+
+    def generate_batch(self, requests: Any) -> Any:
+        self.asked += requests
+        return super().generate_batch(requests)
+
+
+def test_pipeline_is_given_all_of_it(bench: Bench) -> None:
+    pipeline, images = Seeing(), Images()
+    parameters = {**STEERED, "images": [OTHER_URL], "mask": "https://example.com/mask.png"}
+    task = bench.done(pipeline=pipeline, images=images, parameters=parameters)
+    assert task.status is Status.COMPLETED
+    (asked,) = pipeline.asked
+    assert len(asked.pictures) == 2
+    assert asked.mask is not None
+    assert asked.image_weights == (1.0, 0.5)
+    got = asked.redux_strength, asked.redux_pooling, asked.fit, asked.empty_prompt
+    assert got == (0.8, 9, "letterbox", "encode")
+    assert sorted(images.loaded) == [URL, OTHER_URL, "https://example.com/mask.png"]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_output_is_of_the_kind_asked_for(kind: str, bench: Bench) -> None:
+    task = bench.done(parameters={"output_format": kind, "num_images": 2})
+    assert task.outcome is not None
+    assert task.outcome.outputs == [f"{task.id}/1/{i}.{kind}" for i in range(2)]
+    picture = bench.picture(task.outcome.outputs[0])
+    assert (picture.format, picture.size) == (kind.upper(), (512, 520))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_download_has_the_type_of_the_kind(kind: str, api: Api) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, kind)
+    key = f"{'0' * 32}/1/0.{kind}"
+    api.services.blobs.put(key, buffer.getvalue())
+    answer = api.get(api.services.signer.path(key, 9e11), key="")
+    assert answer.headers["content-type"] == f"image/{kind}"
+
+
+def test_a_picture_that_cannot_be_had_is_named(bench: Bench) -> None:
+    class Broken(Images):
+        def load(self, reference: str) -> Image.Image:
+            if reference == OTHER_URL:
+                raise FetchError("status", "The host answered 404.")
+            return super().load(reference)
+
+    task = bench.done(images=Broken(), parameters={"images": [OTHER_URL]})
+    assert task.outcome is not None
+    assert (task.outcome.code, task.outcome.error) == (1402, "images[0]: The host answered 404.")
+
+
+def test_errors_of_the_first_picture_stay_as_they_are() -> None:
+    gone = ImageGone("The input image is no longer kept by this server.")
+
+    def load(reference: str) -> Image.Image:
+        raise gone
+
+    for given in ({"image": "x"}, {"image": "x", "mask": "y"}):
+        with pytest.raises(ImageGone, match=r"^The input"):
+            load_pictures(load, given)
+
+
+def test_inputs_are_deleted_with_their_task(api: Api, clock: Clock) -> None:
+    data = api.post(PATH, json={"image": URL, "images": [data_uri(RED)]}).json()["data"]
+    assert files(api) == ["input-1"]
+    deleted = api.post("/api/v3/predictions/delete", json={"ids": [data["id"]]})
+    assert deleted.json()["data"]["deleted_count"] == 1
+    assert files(api) == []
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_generate_takes_all_of_it_and_out_decides_the_kind(tmp_path: Path) -> None:
+    from redux_server.cli.main import run
+
+    for name, data in (("a.png", RED), ("b.png", BLUE)):
+        (tmp_path / name).write_bytes(data)
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    common = ["generate", a, "--model", "fake", "--size", "512*512", "--seed", "1"]
+    flags = ["--images", b, "--image-weights", "1,0.5", "--redux-strength", "2", "--mask", b]
+    flags += ["--redux-pooling", "9", "--fit", "letterbox", "--empty-prompt", "encode"]
+    assert run([*common, *flags, "-o", str(tmp_path / "o.jpg")]) == 0
+    assert run([*common, "-o", str(tmp_path / "plain.png")]) == 0
+    with Image.open(tmp_path / "o.jpg") as steered, Image.open(tmp_path / "plain.png") as plain:
+        assert steered.format == "JPEG"
+        said = steered.getexif()[0x010E].splitlines()
+        assert {"Picture-Weights: 2, 1", "Pooling: 9", "Fit: letterbox", "Mask: yes"} <= set(said)
+        assert steered.getpixel((0, 0)) != plain.getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["-o", "o.jpg", "--output-format", "webp"], "--out must be the name of a .webp file"),
+        (["-o", "o.gif"], "--out must be the name of a .png file"),
+        (["--redux-strength", "11"], "redux_strength must be a number from 0 to 10; got 11.0"),
+        (["--image-weights", "1,2"], "image_weights must be an array"),
+        (["--image-weights", "a"], "invalid numbers value: 'a'"),
+        (["--fit", "crop"], 'fit must be one of "squash"'),
+    ],
+    ids=str,
+)
+def test_flags_of_no_use_are_refused_before_anything_is_loaded(
+    flags: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from redux_server.cli.main import run
+
+    assert run(["generate", "a.png", *flags]) == 2
+    assert text in capsys.readouterr().err
