@@ -29,7 +29,7 @@ PACKAGES = ("server/redux_server", "pipelines/redux_pipelines",
             "kernels/redux_kernels", "weights/redux_weights")  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 500  # a longer one says in its docstring why it is one file
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 100
 MAX_TRACKED_BYTES = 2_000_000
@@ -102,9 +102,11 @@ def test_files_and_functions_stay_within_the_house_limits() -> None:
     for path in sources():
         text = path.read_text()
         name = path.relative_to(ROOT)
-        if (lines := text.count("\n")) > MAX_FILE_LINES:
-            too_long.append(f"{name}: {lines} lines, at most {MAX_FILE_LINES}")
-        for node in ast.walk(ast.parse(text)):
+        tree = ast.parse(text)
+        has_reason = "one file" in (ast.get_docstring(tree) or "").lower()
+        if (lines := text.count("\n")) > MAX_FILE_LINES and not has_reason:
+            too_long.append(f"{name}: {lines} lines, at most {MAX_FILE_LINES} without a reason")
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 is_kernel = any("jit" in ast.unparse(each) for each in node.decorator_list)
                 limit = MAX_KERNEL_LINES if is_kernel else MAX_FUNCTION_LINES

@@ -18,7 +18,6 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from redux_pipelines.contract.types import CacheStats
-from redux_server.tasks.task import Outcome, Status
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
@@ -78,11 +77,9 @@ HTTP = Histogram(
 Gauges = dict[tuple[str, str], float]
 
 
-def count_end(outcome: Outcome | None) -> None:
-    """Count a task that ended."""
-    if outcome is not None:
-        reason = "" if outcome.status is Status.COMPLETED else str(outcome.code)
-        TASKS.labels(outcome.status.value, reason).inc()
+def count_end(status: str, code: int) -> None:
+    """Count a task that ended; ``code`` (wire contract, `data.code`) says why unless completed."""
+    TASKS.labels(status, "" if status == "completed" else str(code)).inc()
 
 
 class CacheMeter:

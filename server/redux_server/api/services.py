@@ -39,6 +39,7 @@ class Services:
     places: QueueReservations
     keys: KeyRing
     rate: RateLimit
+    upload_rate: RateLimit
     presence: Presence
     blobs: BlobStore
     signer: Signer
@@ -89,6 +90,7 @@ def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Serv
         places=QueueReservations(vacancies),
         keys=keys,
         rate=RateLimit(settings.rate_limit),
+        upload_rate=RateLimit(settings.rate_limit),
         presence=presence,
         blobs=blobs,
         signer=signer,

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redux_server import metrics
-from redux_server.api.limits import RateLimit
 from redux_server.errors import BadRequest, Conflict, Gone, NotFound, TooLarge, TooManyRequests
 from redux_server.pictures.decode import sniff
 from redux_server.pictures.incoming import Incoming, nameless_file, refused_by_store
@@ -147,7 +146,6 @@ class Uploads:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.max_bytes = settings.max_upload * 2**20
-        self.rate = RateLimit(settings.rate_limit)
         self.tickets = UploadTickets(signer, clock=clock)
         self._kept_s = settings.upload_retention_hours * 3600
         self._blobs = blobs

@@ -1,16 +1,17 @@
 """What webhooks need, put together over a database and the settings."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from sqlalchemy import Engine
 
-from redux_server.api.prediction import Presenter
 from redux_server.net.guard import AddressPolicy
 from redux_server.settings import ServerSettings
 from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import Task
 from redux_server.webhooks.callback import Callback, check_webhook
 from redux_server.webhooks.delivery import WebhookPoster, webhook_secret
 from redux_server.webhooks.outbox import Outbox
@@ -45,22 +46,22 @@ def build_webhooks(
     settings: ServerSettings,
     engine: Engine,
     store: TaskStore,
-    present: Presenter,
+    render: Callable[[Task, str], Mapping[str, Any]],
     *,
     clock: Callable[[], float] = time.time,
 ) -> Webhooks:
-    """ServicesDep over ``engine``, the database of ``store``, whose ``clock`` tells what is due.
+    """Parts over ``engine``, the database of ``store``, whose ``clock`` tells what is due.
 
-    Nothing is started yet.
+    ``render`` makes the message about a task, given the base of its URLs. Nothing is started yet.
     """
     policy = AddressPolicy.from_entries(settings.webhook_allow_entries)
     outbox = Outbox(engine, hold_s=settings.webhook_timeout_s + _HOLD_MARGIN_S, clock=clock)
-    courier = WebhookPoster(
+    poster = WebhookPoster(
         policy,
         find=lambda task_id: store.get([task_id])[0],
-        render=present,
+        render=render,
         secret=partial(webhook_secret, engine),
         scheme=settings.webhook_signature,
         timeout_s=settings.webhook_timeout_s,
     )
-    return Webhooks(policy, outbox, WebhookSender(outbox, courier.deliver), engine)
+    return Webhooks(policy, outbox, WebhookSender(outbox, poster.deliver), engine)

@@ -132,7 +132,7 @@ class EndRecorder:
 
 def _report(held: LeasedTask, outcome: Outcome) -> None:
     now, task = time.time(), held.task
-    metrics.count_end(outcome)
+    metrics.count_end(outcome.status, outcome.code)
     metrics.E2E.observe(max(0.0, now - task.created_at))
     metrics.QUEUED.observe(max(0.0, (task.started_at or now) - task.created_at))
     metrics.INFERENCE.observe(outcome.timings.get("inference", 0) / 1000)

@@ -51,8 +51,8 @@ async def cancel(task_id: str, request: Request, services: ServicesDep) -> JSONR
         raise no_database() from None
     if cancelled is None:
         raise no_task(task_id)
-    if cancelled.has_ended_it:
-        metrics.count_end(cancelled.task.outcome)
+    if cancelled.has_ended_it and (outcome := cancelled.task.outcome) is not None:
+        metrics.count_end(outcome.status, outcome.code)
     return answer(cancelled.task, request, services)
 
 

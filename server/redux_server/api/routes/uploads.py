@@ -189,7 +189,7 @@ def body_limit(path: str, max_upload_bytes: int) -> int | None:
 
 
 def _check_rate(key_id: str, services: Services) -> None:
-    refuse_excess(services.uploads.rate, key_id, may=f"upload {services.settings.rate_limit} files")
+    refuse_excess(services.upload_rate, key_id, may=f"upload {services.settings.rate_limit} files")
 
 
 async def _read_ticket_request(request: Request) -> TicketRequest:
