@@ -6,7 +6,10 @@ import sys
 import pytest
 
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime")
-MODULES = ("types", "errors", "validation", "images", "fakes", "safety", "loading")
+MODULES = (
+    *("contract.types", "contract.validation", "contract.batching", "jobs", "errors", "fake"),
+    *("images.rgb", "images.files", "images.safety", "loading.load", "memory.plan"),
+)
 
 
 @pytest.mark.parametrize("module", MODULES)

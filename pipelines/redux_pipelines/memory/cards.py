@@ -1,13 +1,14 @@
 """How many bytes of a GPU a plan may count on: of one that is there, or of one that is sold.
 
 A card of "24 GB" has 24 GiB, of which driver and error correction keep some; what is left is what
-CUDA reports. Imports no torch.
+CUDA reports. Imports torch only where a GPU is asked.
 """
 
-import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 USABLE_GIB = {12: 11.49, 16: 15.48, 24: 22.03, 48: 44.34, 80: 79.18}
@@ -46,20 +47,13 @@ def with_free(name: str, free_bytes: int) -> Card:
     return Card(name, max(free_bytes - UNSEEN_BYTES, 0))
 
 
-# --- Placing --------------------------------------------------------------------------------------
-
-# DOC A memory plan for a checkpoint on a device of this machine, and its carrying out for blocks.
-# DOC
-# DOC Asks torch how much is free; the plan itself is made in ``memory``.
-
-logger = logging.getLogger(__name__)
-
-
-def card_of(device: torch.device) -> Card:
+def card_of(device: "torch.device") -> Card:
     """The GPU as it is now: what other processes, and this one so far, leave of it.
 
     ``torch.cuda.set_per_process_memory_fraction`` counts too.
     """
+    import torch
+
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total_bytes
     own_bytes = torch.cuda.memory_reserved(device)
