@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pipelines.test_cuda_graphs import FakeCapture
+from pipelines.compilation.test_cuda_graphs import FakeCapture
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 

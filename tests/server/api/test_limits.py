@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server.test_http_limits import serving
+from server.api.test_http_server import serving
 
 from e2e.live import a_picture, data_uri
 from redux_server.api.limits import QueueReservations

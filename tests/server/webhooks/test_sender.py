@@ -135,7 +135,7 @@ def end_tasks(engine: Engine, count: int, url: str) -> list[str]:
 
 def start_process(engine: Engine) -> "subprocess.Popen[bytes]":
     paths = [str(ROOT / name) for name in ("server", "pipelines", "kernels", "weights")]
-    command = [sys.executable, str(Path(__file__).with_name("dispatch.py")), str(engine.url)]
+    command = [sys.executable, str(Path(__file__).with_name("send_webhooks.py")), str(engine.url)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 

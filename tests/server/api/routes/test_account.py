@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from server.test_list_routes import NOON, fill
+from server.api.routes.test_lists import NOON, fill
 from sqlalchemy import Engine
 
 from redux_server.parameters import MODELS
