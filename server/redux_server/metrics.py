@@ -1,6 +1,6 @@
 """Prometheus metrics. Worker processes write theirs to a folder that the API process reads.
 
-See ``redux_server.cli.main`` for how the folder is set up, which must come first.
+``redux_server.cli.main`` sets the folder up, which must come before this module is imported.
 """
 
 from collections.abc import Iterator, Mapping

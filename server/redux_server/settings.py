@@ -1,19 +1,19 @@
-"""Every setting of every verb, declared once.
+"""Every setting of every verb, declared once, and the one error of a user's mistake.
 
 A field here is a command-line flag (``--max-queue``), an environment variable
-(``FLUX_REDUX_MAX_QUEUE``), a line of ``--help`` and a row of the README's table. Flags win over the
-environment. Settings are built once, at the start of a verb, and passed down; nothing below this
-module reads the environment.
+(``FLUX_REDUX_MAX_QUEUE``), a line of ``--help`` and a row of the documentation's table. Flags win
+over the environment. Settings are built once, at the start of a verb, and passed down; nothing
+below this module reads the environment.
 """
 
 import argparse
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from redux_pipelines.contract.types import QUALITIES, LoadOptions
 
@@ -22,24 +22,44 @@ _ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton
 _ON_CPU = ("onednn", "biased", "flash-cpu")
 _ATTENTIONS = (*_ON_GPU, *_ON_CPU)
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
-_COMPUTED = Path()  # stands for a default that is known only when settings are built
 _SHOWN_DATA_DIR = "~/.local/share/flux-redux"
 # Kubernetes gives every pod variables for each service; those of one named flux-redux look ours.
 _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Most used": (
+        *("model", "base", "redux", "device", "quality"),
+        *("host", "port", "data_dir", "api_keys_file", "max_queue"),
+    ),
+    "Model": ("revision", "backend", "dtype", "transformer_dtype", "attention"),
+    "Speed and memory": ("max_batch_size", "batch_timeout", "memory", "compile", "cuda_graphs"),
+    "Safety checker": ("safety_threshold", "force_safety_checker"),
+    "HTTP API": ("public_url", "cors_origins", "sync_timeout_s"),
+    "Limits": ("max_open_per_key", "rate_limit", "max_upload", "min_free_disk"),
+    "Storage": ("database_url", "blob_url", "retention_hours", "upload_retention_hours"),
+    "Workers": ("dispatch", "broker_url", "max_attempts", "lease_s", "drain_timeout_s"),
+    "Addresses and webhooks": (
+        *("fetch_allow", "webhook_allow", "webhook_signature", "webhook_timeout_s"),
+    ),
+    "Logs and metrics": ("log_format", "log_level", "metrics_port"),
+    "Connection": ("url", "key"),
+}
+"""The settings as ``--help`` and the documentation show them, in this order."""
+
 S = TypeVar("S", bound="ModelSettings | ServerSettings | ClientSettings")
 
 
-class SettingsError(Exception):
-    """A flag or variable that cannot be used; the text says which, and what is allowed."""
+class UsageError(Exception):
+    """Something the user can put right; the text says what is wrong and what is allowed."""
 
 
-def option(default: Any, help_: str, **limits: Any) -> Any:
+def option(default: Any, help_: str, **more: Any) -> Any:
     """Declare one setting: its default and its help text.
 
-    ``limits``, all optional: ``choices``, ``minimum``, ``maximum``, and ``pattern``, which the
-    whole text has to match.
+    ``more``, all optional: ``choices``, ``minimum``, ``maximum``, ``pattern`` (which the whole text
+    has to match) and ``older_name``, by which it may still be given.
     """
-    return field(default=default, metadata={"help": help_, **limits})
+    return field(default=default, metadata={"help": help_, **more})
 
 
 def secret_option(help_: str) -> Any:
@@ -51,12 +71,12 @@ def default_data_dir() -> Path:
     """``$XDG_DATA_HOME/flux-redux``, or ``~/.local/share/flux-redux``.
 
     Raises:
-        SettingsError: this user has no home directory.
+        UsageError: this user has no home directory.
     """
     try:
         root = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     except RuntimeError:
-        raise SettingsError("this user has no home directory; give --data-dir") from None
+        raise UsageError("this user has no home directory; give --data-dir") from None
     return root.absolute() / "flux-redux"
 
 
@@ -155,7 +175,8 @@ class ServerSettings(ModelSettings):
     )
     public_url: str = option("", "base of the URLs we hand out (default: as the client called us)")
     data_dir: Path = field(
-        default=_COMPUTED, metadata={"help": "where tasks, keys and images are kept"}
+        default_factory=default_data_dir,
+        metadata={"help": "where tasks, keys and images are kept"},
     )
     blob_url: str = option(
         "",
@@ -173,16 +194,17 @@ class ServerSettings(ModelSettings):
         "sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME (default: a SQLite file in "
         "--data-dir)"
     )
-    engine: str = option(
+    dispatch: str = option(
         "local",
         "what brings tasks to workers: local (this process runs them), sql (they poll the "
         "database), celery (they are told by a broker too); the latter two need PostgreSQL and "
-        "`flux-redux worker` on each machine",
+        "`flux-redux worker` on each machine (older name: --engine)",
         choices=("local", "sql", "celery"),
+        older_name="engine",
     )
     broker_url: str = secret_option(
-        "Celery's broker for --engine celery: amqp://USER:PASSWORD@HOST:PORT/VHOST, redis:// or "
-        "sqs://"
+        "Celery's broker for --dispatch celery: amqp://USER:PASSWORD@HOST:PORT/VHOST, redis:// "
+        "or sqs://"
     )
     api_keys_file: str = option("", "file with one `name:key` per line, beside the stored keys")
     max_queue: int = option(1000, "open tasks beyond which a submit is answered 429", minimum=1)
@@ -275,7 +297,7 @@ class ClientSettings:
     """What ``submit`` needs to reach a server."""
 
     url: str = option("http://127.0.0.1:8000", "base URL of the server")
-    key: str = option("", "API key (better in FLUX_REDUX_KEY than on the command line)")
+    key: str = secret_option("API key (better in FLUX_REDUX_KEY than on the command line)")
 
 
 def _entries(text: str) -> tuple[str, ...]:
@@ -283,6 +305,15 @@ def _entries(text: str) -> tuple[str, ...]:
 
 
 SETTINGS_CLASSES = (ServerSettings, ClientSettings)
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+}
+_METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "PATH"}
+_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True)
+_BOOLEANS |= dict.fromkeys(("0", "false", "no", "off"), False)
 
 
 def environment_name(name: str) -> str:
@@ -295,87 +326,100 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type[S], *, only: Iterable[str] = ()) -> None:
-    """Give ``parser`` a flag for each field of ``cls`` (or for those named in ``only``)."""
-    wanted = set(only) or {f.name for f in fields(cls)}
-    for item in fields(cls):
-        if item.name in wanted:
-            _add_flag(parser, cls, item)
+def names_of(cls: type[S]) -> frozenset[str]:
+    """The names of the settings of ``cls``, older ones too."""
+    return frozenset(name for item in fields(cls) for name in _names(item))
 
 
-def _add_flag(parser: argparse.ArgumentParser, cls: type[S], item: "Field[Any]") -> None:
-    kind = get_type_hints(cls)[item.name]
-    default = _shown_default(item)
-    shown = f" (default: {default})" if default else ""
-    arguments: dict[str, Any] = {
-        "help": item.metadata["help"] + shown,
-        "default": argparse.SUPPRESS,
-        "dest": item.name,
-    }
-    if kind is bool:
-        arguments["action"] = argparse.BooleanOptionalAction
-    else:
-        arguments["metavar"] = item.name.upper()
-        if "choices" in item.metadata:
-            arguments["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
-    parser.add_argument(flag_name(item.name), **arguments)
+def add_flags(parser: argparse.ArgumentParser, cls: type[S], *, only: Collection[str] = ()) -> None:
+    """Give ``parser`` a flag for each field of ``cls``, by group, or for the few in ``only``."""
+    groups = _grouped(cls)
+    if only:
+        groups = {"Settings": [f for items in groups.values() for f in items if f.name in only]}
+    for title, items in groups.items():
+        group = parser.add_argument_group(title)
+        for item in items:
+            _add_flag(group, item)
 
 
 def build(cls: type[S], given: Mapping[str, Any], environ: Mapping[str, str]) -> S:
     """Build settings from flags (``given``), then ``environ``, then defaults.
 
     Raises:
-        SettingsError: a value of the wrong type or out of range, or a variable with our prefix
-            that no setting has (a typing error would otherwise pass unnoticed).
+        UsageError: a value of the wrong type or out of range, two names of one setting that
+            contradict each other, or a variable with our prefix that no setting has (a typing error
+            would otherwise pass unnoticed).
     """
     _refuse_unknown_variables(environ)
-    hints = get_type_hints(cls)
-    values: dict[str, Any] = {}
+    values = {}
     for item in fields(cls):
-        variable = environment_name(item.name)
-        if item.name in given:
-            source, raw = flag_name(item.name), given[item.name]
-        elif environ.get(variable, "") != "" and not _is_service_link(variable, environ):
-            source, raw = variable, environ[variable]
-        else:
-            continue
-        values[item.name] = _convert(source, raw, hints[item.name], item.metadata)
-    if "data_dir" in hints and "data_dir" not in values:
-        values["data_dir"] = default_data_dir()
+        if found := _given(item, given, environ):
+            values[item.name] = _value(item, *found)
     return cls(**values)
 
 
 def to_environment(settings: ServerSettings) -> dict[str, str]:
-    """The variables from which a child process builds these very settings."""
-    return {environment_name(f.name): str(getattr(settings, f.name)) for f in fields(settings)}
+    """The variables from which a child process builds these very settings.
+
+    Older names are emptied, so that what the child inherits under one contradicts nothing.
+    """
+    older = {environment_name(old): "" for item in fields(settings) for old in _names(item)[1:]}
+    now = {environment_name(f.name): str(getattr(settings, f.name)) for f in fields(settings)}
+    return older | now
 
 
-def describe(cls: type[S]) -> list[tuple[str, str, str, str]]:
-    """``(flag, variable, default, help)`` per field, for the README's table."""
+def describe(cls: type[S]) -> list[tuple[str, str, str, str, str]]:
+    """``(group, flag, variable, default, help)`` per field, for the documentation's table."""
     return [
-        (flag_name(f.name), environment_name(f.name), _shown_default(f), f.metadata["help"])
-        for f in fields(cls)
+        (title, flag_name(f.name), environment_name(f.name), _shown_default(f), f.metadata["help"])
+        for title, items in _grouped(cls).items()
+        for f in items
     ]
 
 
+def _grouped(cls: type[S]) -> "dict[str, list[Field[Any]]]":
+    mine = {item.name: item for item in fields(cls)}
+    groups = {
+        title: [mine[name] for name in names if name in mine] for title, names in GROUPS.items()
+    }
+    return {title: items for title, items in groups.items() if items}
+
+
+def _names(item: "Field[Any]") -> tuple[str, ...]:
+    older = item.metadata.get("older_name")
+    return (item.name, older) if older else (item.name,)
+
+
+def _add_flag(group: "argparse._ArgumentGroup", item: "Field[Any]") -> None:
+    choices, default = item.metadata.get("choices"), _shown_default(item)
+    how: dict[str, Any] = {"metavar": _METAVARS.get(item.type)}
+    if item.type is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif choices:
+        how = {"metavar": "{" + ",".join(choices) + "}"}
+    text = item.metadata["help"] + (f" (default: {default})" if default else "")
+    for name in _names(item):
+        shown = text if name == item.name else argparse.SUPPRESS
+        group.add_argument(flag_name(name), dest=name, default=argparse.SUPPRESS, help=shown, **how)
+
+
 def _shown_default(item: "Field[Any]") -> str:
-    if item.default is _COMPUTED:
+    if item.default is MISSING:
         return _SHOWN_DATA_DIR
     return "" if item.default == "" or item.default is False else str(item.default)
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    known = {environment_name(f.name) for cls in SETTINGS_CLASSES for f in fields(cls)}
+    items = [item for cls in SETTINGS_CLASSES for item in fields(cls)]
+    known = {environment_name(name) for item in items for name in _names(item)}
     unknown = sorted(
         name
         for name in environ
         if name.startswith(PREFIX) and name not in known and not _is_service_link(name, environ)
     )
     if unknown:
-        raise SettingsError(
-            f"unknown environment variable {', '.join(unknown)}; "
-            f"known are {', '.join(sorted(known))}"
-        )
+        shown = ", ".join(sorted(environment_name(item.name) for item in items))
+        raise UsageError(f"unknown environment variable {', '.join(unknown)}; known are {shown}")
 
 
 def _is_service_link(variable: str, environ: Mapping[str, str]) -> bool:
@@ -384,57 +428,35 @@ def _is_service_link(variable: str, environ: Mapping[str, str]) -> bool:
     return bool(_SERVICE_LINK.fullmatch(name)) or (name.endswith("PORT") and is_url)
 
 
-def _convert(source: str, raw: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
+def _given(
+    item: "Field[Any]", given: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[str, Any] | None:
+    """The flag or variable that sets ``item``, and what it says; None where there is none."""
+    names = _names(item)
+    found = {flag_name(name): given[name] for name in names if name in given} or {
+        variable: environ[variable]
+        for variable in map(environment_name, names)
+        if environ.get(variable) and not _is_service_link(variable, environ)
+    }
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{source} {value}" for source, value in found.items())
+        raise UsageError(f"{said} contradict each other; give only {next(iter(found))}")
+    return next(iter(found.items()), None)
+
+
+def _value(item: "Field[Any]", source: str, raw: Any) -> Any:
+    """``raw``, which ``source`` says, as the type of ``item`` and within its limits."""
     try:
-        return parse_value(raw, kind, metadata)
-    except ValueError as error:
-        raise SettingsError(f"{source} {error}") from None
-
-
-# --- Setting values -------------------------------------------------------------------------------
-
-# DOC From the text of a flag or variable to a value of the right type. Knows no setting.
-
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    Path: "a path",
-}
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
-
-
-_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
-
-
-def parse_value(raw: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
-    """``raw`` as a ``kind`` within ``limits`` (see ``redux_server.settings.option``).
-
-    Raises:
-        ValueError: it is none; the text goes on after the setting's name.
-    """
-    try:
-        value = _parse(raw, kind)
+        value = _convert(raw, item.type)
     except (ValueError, RuntimeError):  # RuntimeError: ~name of a user that does not exist
-        raise ValueError(f"must be {_KINDS[kind]}, got {raw!r}") from None
-    _check_limits(value, limits)
+        raise UsageError(f"{source} must be {_KINDS[item.type]}, got {raw!r}") from None
+    if complaint := _complaint(value, item.metadata):
+        raise UsageError(f"{source} {complaint}")
     return value
 
 
-def _check_limits(value: Any, limits: Mapping[str, Any]) -> None:
-    if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"must be one of {', '.join(limits['choices'])}, got {value!r}")
-    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
-        raise ValueError(f"must be {limits['help']}; got {value!r}")
-    if "minimum" in limits and value < limits["minimum"]:
-        raise ValueError(f"must be at least {limits['minimum']}, got {value!r}")
-    if "maximum" in limits and value > limits["maximum"]:
-        raise ValueError(f"must be at most {limits['maximum']}, got {value!r}")
-
-
-def _parse(raw: Any, kind: Any) -> Any:
-    if kind is bool and not isinstance(raw, bool):
+def _convert(raw: Any, kind: Any) -> Any:
+    if kind is bool:
         if str(raw).lower() not in _BOOLEANS:
             raise ValueError
         return _BOOLEANS[str(raw).lower()]
@@ -448,8 +470,13 @@ def _parse(raw: Any, kind: Any) -> Any:
     return value
 
 
-# --- Cli ------------------------------------------------------------------------------------------
-
-
-class UsageError(Exception):
-    """Something the user can put right; the text says how."""
+def _complaint(value: Any, limits: Mapping[str, Any]) -> str:
+    if "choices" in limits and value not in limits["choices"]:
+        return f"must be one of {', '.join(limits['choices'])}, got {value!r}"
+    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
+        return f"must be {limits['help']}; got {value!r}"
+    if "minimum" in limits and value < limits["minimum"]:
+        return f"must be at least {limits['minimum']}, got {value!r}"
+    if "maximum" in limits and value > limits["maximum"]:
+        return f"must be at most {limits['maximum']}, got {value!r}"
+    return ""

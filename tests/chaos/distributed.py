@@ -109,7 +109,7 @@ class Distributed:
     def _given(self, *, behind_proxies: bool, with_clock: bool) -> tuple[list[str], dict[str, str]]:
         ports = {name: proxy.port for name, proxy in self.proxies.items() if behind_proxies}
         env = {_DATABASE: self.database.url(ports.get("postgresql", 0))}
-        flags = ["--engine", self.name, "--lease-s", str(LEASE_S), "--max-attempts", "50"]
+        flags = ["--dispatch", self.name, "--lease-s", str(LEASE_S), "--max-attempts", "50"]
         flags += ["--webhook-allow", "127.0.0.1", "--webhook-timeout-s", "5"]
         flags += ["--min-free-disk", "0"]
         if self.broker:

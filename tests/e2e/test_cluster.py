@@ -72,7 +72,7 @@ def test_a_node_outlives_its_database_and_is_back_with_it(tmp_path: Path) -> Non
         with Proxy((place.host or "", place.port or 5432)) as proxy:
             near = place.set(host="127.0.0.1", port=proxy.port)
             near_url = near.render_as_string(hide_password=False)
-            node = Node(tmp_path, "api", "--engine", "local", database_url=near_url)
+            node = Node(tmp_path, "api", "--dispatch", "local", database_url=near_url)
             node._url = url
             with node:
                 body = {"image": IMAGE, "size": "512*512", "num_inference_steps": 1}

@@ -12,7 +12,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 def settings_table() -> str:
     rows = ["| flag | variable | default | |", "|---|---|---|---|"]
-    for flag, variable, default, help_ in describe(ServerSettings):
+    for _, flag, variable, default, help_ in describe(ServerSettings):
         shown = f"`{default}`" if default else ""
         rows.append(f"| `{flag}` | `{variable}` | {shown} | {help_} |")
     return "\n".join(rows)

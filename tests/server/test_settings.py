@@ -2,16 +2,18 @@
 
 import argparse
 from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from redux_server.settings import (
+    GROUPS,
     ClientSettings,
     ModelSettings,
     ServerSettings,
-    SettingsError,
+    UsageError,
     add_flags,
     build,
     default_data_dir,
@@ -46,7 +48,7 @@ OTHERS = {
     "blob_url": "s3://pictures/flux",
     "min_free_disk": "64",
     "database_url": "postgresql://flux:secret@db/flux",
-    "engine": "celery",
+    "dispatch": "celery",
     "broker_url": "amqp://guest:secret@mq//",
     "metrics_port": "9100",
     "api_keys_file": "/etc/keys",
@@ -102,12 +104,50 @@ def test_a_switch_can_be_turned_off_against_the_environment() -> None:
     ).force_safety_checker
 
 
+def test_the_older_name_of_dispatch_means_the_same() -> None:
+    by_its_name = parse(ServerSettings, "--dispatch", "sql")
+    assert by_its_name.dispatch == "sql"
+    assert parse(ServerSettings, "--engine", "sql") == by_its_name
+    assert parse(ServerSettings, FLUX_REDUX_ENGINE="sql") == by_its_name
+    assert parse(ServerSettings, FLUX_REDUX_DISPATCH="sql", FLUX_REDUX_ENGINE="sql") == by_its_name
+    assert parse(ServerSettings, "--engine", "sql", FLUX_REDUX_DISPATCH="celery") == by_its_name
+    assert parse(ServerSettings, "--dispatch", "sql", FLUX_REDUX_ENGINE="celery") == by_its_name
+
+
+def test_two_names_of_one_setting_may_not_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match="--dispatch sql and --engine local contradict"):
+        parse(ServerSettings, "--engine", "local", "--dispatch", "sql")
+    with pytest.raises(UsageError, match="FLUX_REDUX_DISPATCH sql and FLUX_REDUX_ENGINE local"):
+        parse(ServerSettings, FLUX_REDUX_ENGINE="local", FLUX_REDUX_DISPATCH="sql")
+
+
+def test_a_mistake_under_the_older_name_is_told_under_it() -> None:
+    with pytest.raises(UsageError, match=r"^--engine must be one of local, sql, celery, got 'mq'"):
+        parse(ServerSettings, "--engine", "mq")
+    with pytest.raises(UsageError, match=r"^FLUX_REDUX_ENGINE must be one of local"):
+        parse(ServerSettings, FLUX_REDUX_ENGINE="mq")
+
+
+def test_a_child_is_not_contradicted_by_an_older_name_that_it_inherits() -> None:
+    settings = parse(ServerSettings, "--dispatch", "local", FLUX_REDUX_ENGINE="celery")
+    inherited = {"FLUX_REDUX_ENGINE": "celery", **to_environment(settings)}
+    assert build(ServerSettings, {}, inherited) == settings
+
+
+def test_secrets_are_not_shown() -> None:
+    names = ("database_url", "broker_url", "key")
+    for cls, name in ((cls, name) for cls, name in FIELDS if name in names):
+        settings = parse(cls, **{environment_name(name): "hunter2"})
+        assert getattr(settings, name) == "hunter2"
+        assert "hunter2" not in repr(settings)
+
+
 def test_an_empty_variable_is_not_set() -> None:
     assert parse(ServerSettings, FLUX_REDUX_PORT="").port == 8000
 
 
 def test_an_unknown_variable_of_ours_is_refused_by_name() -> None:
-    with pytest.raises(SettingsError, match=r"FLUX_REDUX_PROT; known are .*FLUX_REDUX_PORT"):
+    with pytest.raises(UsageError, match=r"FLUX_REDUX_PROT; known are .*FLUX_REDUX_PORT"):
         parse(ServerSettings, FLUX_REDUX_PROT="1", OTHER="x")
 
 
@@ -157,18 +197,18 @@ def test_what_kubernetes_sets_for_a_service_named_flux_redux_is_ignored() -> Non
 def test_a_value_of_no_use_is_refused_with_what_is_allowed(
     name: str, text: str, complaint: str
 ) -> None:
-    with pytest.raises(SettingsError) as by_variable:
+    with pytest.raises(UsageError) as by_variable:
         parse(ServerSettings, **{environment_name(name): text})
     assert str(by_variable.value).startswith(f"{environment_name(name)} {complaint}")
 
 
 def test_a_refused_flag_is_named_as_a_flag() -> None:
-    with pytest.raises(SettingsError, match=r"--device must be auto .*; got ''"):
+    with pytest.raises(UsageError, match=r"--device must be auto .*; got ''"):
         parse(ServerSettings, "--device", "")
 
 
 def test_an_empty_data_dir_is_not_the_current_folder() -> None:
-    with pytest.raises(SettingsError, match="--data-dir must be a path"):
+    with pytest.raises(UsageError, match="--data-dir must be a path"):
         parse(ServerSettings, "--data-dir", "")
 
 
@@ -186,7 +226,7 @@ def test_without_a_home_the_data_dir_must_be_given(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.raises(SettingsError, match="give --data-dir"):
+    with pytest.raises(UsageError, match="give --data-dir"):
         parse(ServerSettings)
     assert parse(ServerSettings, "--data-dir", "/srv/flux").data_dir == Path("/srv/flux")
 
@@ -223,11 +263,26 @@ def test_loopback_is_what_only_this_machine_reaches(host: str, is_loopback: bool
 
 def test_the_table_of_the_readme_has_a_row_per_setting_and_no_path_of_this_machine() -> None:
     rows = describe(ServerSettings)
-    assert [row[0] for row in rows] == [flag_name(f.name) for f in fields(ServerSettings)]
-    assert ("--port", "FLUX_REDUX_PORT", "8000") in [row[:3] for row in rows]
-    shown = {flag: default for flag, _, default, _ in rows}
+    assert sorted(row[1] for row in rows) == sorted(
+        flag_name(f.name) for f in fields(ServerSettings)
+    )
+    assert ("Most used", "--port", "FLUX_REDUX_PORT", "8000") in [row[:4] for row in rows]
+    shown = {flag: default for _, flag, _, default, _ in rows}
     assert shown["--data-dir"] == "~/.local/share/flux-redux"
-    assert all(help_ for _, _, _, help_ in rows)
+    assert all(help_ for *_, help_ in rows)
+
+
+def test_rows_come_by_group_and_each_group_once() -> None:
+    titles = [title for title, _ in groupby(row[0] for row in describe(ServerSettings))]
+    assert titles[0] == "Most used"
+    assert titles == [title for title in GROUPS if title != "Connection"]
+    assert {row[0] for row in describe(ClientSettings)} == {"Connection"}
+
+
+def test_every_setting_is_in_one_group_and_ten_are_most_used() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(name for _, name in FIELDS)
+    assert len(GROUPS["Most used"]) == 10
 
 
 def test_the_model_settings_are_those_of_the_server() -> None:

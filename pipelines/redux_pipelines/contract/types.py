@@ -6,11 +6,13 @@ Imports no torch, so that a server can speak of requests without loading a model
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol, get_args
-
-from PIL import Image
+from typing import TYPE_CHECKING, Final, Literal, Protocol, get_args
 
 from redux_pipelines.errors import ReduxError
+
+if TYPE_CHECKING:  # the command line reads our constants, and need not wait for Pillow
+    from PIL import Image
+
 
 Quality = Literal["exact", "balanced", "fast"]
 """What may be approximated: nothing; what is hardly seen; more (``redux_pipelines.denoising.quality``)."""
@@ -54,7 +56,7 @@ class GenerationRequest:
     ``image``, is black, that does not count.
     """
 
-    image: Image.Image
+    image: "Image.Image"
     prompt: str = ""
     width: int = 1024
     height: int = 1024
@@ -64,15 +66,15 @@ class GenerationRequest:
     num_images: int = 1
     empty_prompt: EmptyPrompt = "zeros"
     quality: Quality | None = None
-    images: tuple[Image.Image, ...] = ()
+    images: "tuple[Image.Image, ...]" = ()
     image_weights: tuple[float, ...] = ()
     redux_strength: float = 1.0
     redux_pooling: int = MAX_POOLING
     fit: Fit = "squash"
-    mask: Image.Image | None = None
+    mask: "Image.Image | None" = None
 
     @property
-    def pictures(self) -> tuple[Image.Image, ...]:
+    def pictures(self) -> "tuple[Image.Image, ...]":
         """All that is varied."""
         return (self.image, *self.images)
 
@@ -94,7 +96,7 @@ class Result:
     transformer; ``reused_steps`` ran a part of it and reused the rest from a step before.
     """
 
-    images: tuple[Image.Image, ...]
+    images: "tuple[Image.Image, ...]"
     seeds: tuple[int, ...]
     timings: Mapping[str, float] = field(default_factory=dict)
     quality: Quality = "exact"
@@ -212,7 +214,7 @@ class Pipeline(Protocol):
 class SafetyChecker(Protocol):
     """Judges finished images."""
 
-    def check(self, images: tuple[Image.Image, ...]) -> tuple[bool, ...]:
+    def check(self, images: "tuple[Image.Image, ...]") -> tuple[bool, ...]:
         """True for each image that must not be shown."""
         ...
 

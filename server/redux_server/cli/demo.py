@@ -4,7 +4,6 @@ The server is a child process with a temporary data directory, so nothing of the
 and it is stopped whatever happens here.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -38,18 +37,18 @@ _STOP_S = 20.0
 _TAIL_LINES = 25
 
 
-def demo(given: argparse.Namespace, settings: ServerSettings) -> int:
+def demo(settings: ServerSettings, *, image: str, out: str, **parameters: Any) -> int:
     """Start a server, send it a picture, save what comes back, stop the server.
 
     Raises:
-        redux_server.settings.UsageError: a parameter that cannot be used; nothing was started.
+        UsageError: a parameter that cannot be used; nothing was started.
     """
-    request = read_parameters(given)
-    folder = Path(given.out)
+    request = read_parameters(parameters)
+    folder = Path(out)
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         with as_file(sample(settings)) as bundled:
-            source = given.image or str(bundled)
+            source = image or str(bundled)
             request = request.model_copy(update={"image": picture(source)})
             make_folder(folder)
             shown = _copy_input(source, folder)
@@ -104,7 +103,7 @@ def _private(settings: ServerSettings, scratch: Path) -> ServerSettings:
         public_url="",
         data_dir=scratch,
         database_url="",
-        engine="local",
+        dispatch="local",
         api_keys_file="",
         drain_timeout_s=_DRAIN_S,
         log_format="text",

@@ -4,13 +4,14 @@ Shares the API's words for parameters and the worker's pipeline and safety check
 only after everything that can be refused early has been checked.
 """
 
-import argparse
 import json
 import re
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -64,27 +65,38 @@ class _Made:
     reused_steps: int
 
 
-def generate(given: argparse.Namespace, settings: ModelSettings) -> int:
+def generate(
+    settings: ModelSettings,
+    *,
+    image: str,
+    images: Sequence[str],
+    mask: str,
+    out: str,
+    as_json: bool,
+    **parameters: Any,
+) -> int:
     """Make variations of one picture and write them; returns the exit code.
+
+    ``parameters`` are those of a request that the flags named, pictures aside.
 
     Raises:
         UsageError: a parameter or path that cannot be used; nothing slow was done.
     """
     check_compile(settings)
-    asked = read_parameters(given, output_format=_format_of(Path(given.out)))
+    asked = read_parameters(parameters, images=images, output_format=_format_of(Path(out)))
     wanted = asked.parameters()
-    paths = _output_paths(Path(given.out), wanted["num_images"], asked.output_format)
+    paths = _output_paths(Path(out), wanted["num_images"], asked.output_format)
     try:
-        request = generation_request(wanted, _open_pictures(given))
+        request = generation_request(wanted, _open_pictures(image, images, mask))
         make_folder(paths[0].parent)
-        made = _make(request, settings, is_checked=given.enable_safety_checker)
-        for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
+        made = _make(request, settings, is_checked=asked.enable_safety_checker)
+        for path, made_image, seed in zip(paths, made.images, made.seeds, strict=True):
             chunks = provenance(made.info, request, seed=seed, quality=made.quality)
-            save(path, encode(image, chunks, asked.output_format))
+            save(path, encode(made_image, chunks, asked.output_format))
     except (ReduxError, ClientError) as error:
         note(str(error))
         return 1
-    _report(made, paths, as_json=given.json)
+    _report(made, paths, as_json=as_json)
     return 0
 
 
@@ -105,9 +117,9 @@ def _output_paths(out: Path, count: int, kind: OutputFormat) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
 
 
-def _open_pictures(given: argparse.Namespace) -> Pictures:
-    mask = _open_picture(given.mask) if given.mask else None
-    return Pictures(_open_picture(given.image), tuple(map(_open_picture, given.images)), mask)
+def _open_pictures(image: str, images: Sequence[str], mask: str) -> Pictures:
+    opened = _open_picture(mask) if mask else None
+    return Pictures(_open_picture(image), tuple(map(_open_picture, images)), opened)
 
 
 def _open_picture(source: str) -> Image.Image:
@@ -201,7 +213,7 @@ def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:
 # DOC ``flux-redux warmup``: compile the model now, so that the next start of a worker need not.
 
 
-def warmup(given: argparse.Namespace, settings: ModelSettings) -> int:
+def warmup(settings: ModelSettings, *, sizes: str) -> int:
     """Load, compile, compare, keep; prints seconds by stage. 1 if less than asked for was done.
 
     Raises:
@@ -210,7 +222,7 @@ def warmup(given: argparse.Namespace, settings: ModelSettings) -> int:
     check_compile(settings)
     if not wants_compile(settings):
         raise UsageError("nothing to warm up: give --compile full (or blocks), or --cuda-graphs N")
-    sizes = _parse_sizes(given.sizes)
+    tried = _parse_sizes(sizes)
     started = time.perf_counter()
     note(f"loading {settings.base or settings.model} ...")
     try:
@@ -222,7 +234,7 @@ def warmup(given: argparse.Namespace, settings: ModelSettings) -> int:
     print(f"load the model: {time.perf_counter() - started:.1f} s", flush=True)
     if cache_dir() is None:
         note("this user has no home directory, so nothing is kept; set XDG_CACHE_HOME")
-    report = pipeline.compile(compile_plan(settings, sizes))
+    report = pipeline.compile(compile_plan(settings, tried))
     for line in describe_report(report):
         print(line)
     return 1 if report.failures else 0

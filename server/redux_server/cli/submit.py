@@ -3,11 +3,12 @@
 Knows no HTTP.
 """
 
-import argparse
 import base64
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,20 +20,26 @@ from redux_server.parameters import PredictionRequest, complaint, parse_request
 from redux_server.pictures.inline import MAX_BYTES, media_type
 from redux_server.settings import ClientSettings, UsageError
 
-_PICTURES = ("image", "images", "mask")
-_PARAMETERS = frozenset(PredictionRequest.model_fields).difference(_PICTURES)
 
-
-def submit(given: argparse.Namespace, settings: ClientSettings) -> int:
-    """Send one picture; with ``--wait``, save the images when they are done."""
-    request = read_parameters(given)
-    folder = Path(given.out)
+def submit(
+    settings: ClientSettings,
+    *,
+    image: str,
+    images: Sequence[str],
+    mask: str,
+    wait: bool,
+    out: str,
+    **parameters: Any,
+) -> int:
+    """Send one picture; with ``wait``, save the images when they are done."""
+    request = read_parameters(parameters, images=images)
+    folder = Path(out)
     try:
         with closing(Client(settings.url, settings.key)) as client:
-            if given.wait:
+            if wait:
                 make_folder(folder)
-            task = client.submit(with_pictures(request, given))
-            if not given.wait:
+            task = client.submit(with_pictures(request, image, images, mask))
+            if not wait:
                 print(task["id"], task["urls"]["get"], sep="\n")
                 return 0
             note(f"task {task['id']}")
@@ -44,7 +51,7 @@ def submit(given: argparse.Namespace, settings: ClientSettings) -> int:
     return 0
 
 
-def cancel(task_id: str, settings: ClientSettings) -> int:
+def cancel(settings: ClientSettings, task_id: str) -> int:
     """Cancel a task; says what became of it."""
     try:
         with closing(Client(settings.url, settings.key)) as client:
@@ -58,7 +65,10 @@ def cancel(task_id: str, settings: ClientSettings) -> int:
 
 
 def read_parameters(
-    given: argparse.Namespace, *, output_format: OutputFormat | None = None
+    given: Mapping[str, Any],
+    *,
+    images: Sequence[str] = (),
+    output_format: OutputFormat | None = None,
 ) -> PredictionRequest:
     """The request that the flags describe, its pictures left to fill in; complains as the API does.
 
@@ -67,26 +77,27 @@ def read_parameters(
     Raises:
         UsageError: a value that the API would refuse.
     """
-    flags = {name: value for name, value in vars(given).items() if name in _PARAMETERS}
-    others = [f"picture {place}" for place, _ in enumerate(getattr(given, "images", ()))]
+    others = [f"picture {place}" for place, _ in enumerate(images)]
     places = {"image": "picture", "images": others}
     implied = {} if output_format is None else {"output_format": output_format}
     try:
-        return parse_request({**implied, **flags, **places})
+        return parse_request({**implied, **given, **places})
     except ValidationError as error:
         raise UsageError(complaint(error.errors(include_url=False))) from None
 
 
-def with_pictures(request: PredictionRequest, given: argparse.Namespace) -> PredictionRequest:
-    """``request`` with the pictures that the flags name.
+def with_pictures(
+    request: PredictionRequest, image: str, images: Sequence[str], mask: str
+) -> PredictionRequest:
+    """``request`` with the pictures that the flags name; an empty ``mask`` is none.
 
     Raises:
         ClientError: see ``picture``.
     """
     pictures = {
-        "image": picture(given.image),
-        "images": [picture(source) for source in given.images],
-        "mask": picture(given.mask) if given.mask else None,
+        "image": picture(image),
+        "images": [picture(source) for source in images],
+        "mask": picture(mask) if mask else None,
     }
     return request.model_copy(update=pictures)
 

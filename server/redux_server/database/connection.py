@@ -16,7 +16,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from redux_server.settings import SettingsError
+from redux_server.settings import UsageError
 
 LOCK_TIMEOUT_S = 30.0
 _jitter = random.Random()  # the global one is for whoever seeds it
@@ -137,7 +137,7 @@ def _postgres_engine(url: URL) -> Engine:
 DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
 
 
-class DatabaseUnusable(SettingsError):
+class DatabaseUnusable(UsageError):
     """A database that cannot be used as it is; the text says which, why and what to do."""
 
 

@@ -1,4 +1,4 @@
-"""Which engine ``--engine`` means, and what each needs before it can be built."""
+"""Which engine ``--dispatch`` means, and what each needs before it can be built."""
 
 from importlib.util import find_spec
 from typing import Protocol
@@ -11,7 +11,7 @@ from redux_server.database.connection import parse
 from redux_server.dispatch.celery import Turns
 from redux_server.dispatch.local import LocalWorkers
 from redux_server.dispatch.presence import Presence
-from redux_server.settings import ServerSettings, SettingsError
+from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.signing import signing_secret
 from redux_server.tasks.store import TaskStore
 
@@ -54,19 +54,19 @@ _BROKERS = ("amqp", "amqps", "redis", "rediss", "sqs")
 
 
 def check_dispatch(settings: ServerSettings) -> None:
-    """Find what ``--engine`` lacks.
+    """Find what ``--dispatch`` lacks.
 
     Raises:
-        SettingsError: a database that other machines cannot reach, no broker, or no Celery.
+        UsageError: a database that other machines cannot reach, no broker, or no Celery.
     """
-    if settings.engine == "local":
+    if settings.dispatch == "local":
         return
     if parse(settings.database).get_backend_name() == "sqlite":
-        raise SettingsError(
-            f"--engine {settings.engine} has its workers on other machines, which cannot share a "
-            "SQLite file; give --database-url postgresql://USER:PASSWORD@HOST/NAME"
+        raise UsageError(
+            f"--dispatch {settings.dispatch} has its workers on other machines, which cannot share "
+            "a SQLite file; give --database-url postgresql://USER:PASSWORD@HOST/NAME"
         )
-    if settings.engine == "celery":
+    if settings.dispatch == "celery":
         _check_broker(settings.broker_url)
 
 
@@ -74,13 +74,13 @@ def _check_broker(url: str) -> None:
     scheme = urlsplit(url).scheme if url else ""
     if scheme not in _BROKERS:
         given = f"one that begins with {scheme!r}" if url else "none"
-        raise SettingsError(
-            f"--engine celery needs --broker-url, and {given} was given; it is "
+        raise UsageError(
+            f"--dispatch celery needs --broker-url, and {given} was given; it is "
             "amqp://USER:PASSWORD@HOST:PORT/VHOST (RabbitMQ), redis://HOST or sqs://"
         )
     if find_spec("celery") is None:
-        raise SettingsError(
-            "--engine celery needs Celery, which is not installed; "
+        raise UsageError(
+            "--dispatch celery needs Celery, which is not installed; "
             "run `pip install 'flux-redux-server[cluster]'`"
         )
 
@@ -89,9 +89,9 @@ def build_dispatch(
     settings: ServerSettings, database: Database, store: TaskStore, presence: Presence
 ) -> Dispatch:
     """The engine of an API process. Celery is loaded only where it is used."""
-    if settings.engine == "local":
+    if settings.dispatch == "local":
         return LocalWorkers(settings, store, presence)
-    if settings.engine == "sql":
+    if settings.dispatch == "sql":
         return NoDispatch()
     from redux_server.dispatch.celery import (
         CeleryDispatch,

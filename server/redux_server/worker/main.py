@@ -21,11 +21,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from redux_pipelines.contract.types import Pipeline, SafetyChecker
 from redux_pipelines.errors import ReduxError
-from redux_server import metrics
+from redux_server import logs, metrics
 from redux_server.database.clock import clock_of
 from redux_server.database.migration import open_database
 from redux_server.dispatch import device as device_lock
+from redux_server.dispatch.choice import check_dispatch
 from redux_server.dispatch.device import worker_id
+from redux_server.dispatch.local import devices
 from redux_server.dispatch.presence import (
     EXIT_CANNOT_LOAD,
     EXIT_DEVICE_FAILED,
@@ -34,7 +36,7 @@ from redux_server.dispatch.presence import (
 )
 from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import AddressPolicy
-from redux_server.settings import ServerSettings, SettingsError
+from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import BlobStore, StorageError
 from redux_server.storage.opening import open_ballast, open_pictures
 from redux_server.storage.signing import Signer, signing_secret
@@ -50,6 +52,20 @@ _DEFER_S = 1.2 * POLL_S  # every idle worker has looked by then
 _log = structlog.get_logger("redux_server.worker.loop.main")
 
 
+def worker(settings: ServerSettings, *, supervised: bool) -> int:
+    """``flux-redux worker``: run the worker of the one device that ``settings`` name.
+
+    Raises:
+        UsageError: several devices, or what ``--dispatch`` lacks.
+    """
+    check_dispatch(settings)
+    found = devices(settings.device)
+    if len(found) > 1:
+        raise UsageError(f"a worker has one device; choose --device from {', '.join(found)}")
+    logs.configure(format_=settings.log_format, level=settings.log_level)
+    return run_worker(settings, device=found[0], is_supervised=supervised)
+
+
 def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) -> int:
     """Run the worker of one device until a signal; returns an exit code.
 
@@ -63,7 +79,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
         supervisor.listen()
     else:
         _show_metrics(settings)
-    has_tickets = settings.engine == "celery" and not is_supervised
+    has_tickets = settings.dispatch == "celery" and not is_supervised
     engine = open_database(settings.database)
     clock = clock_of(engine)
     presence = Presence(engine, clock=clock)
@@ -138,7 +154,7 @@ def _show_metrics(settings: ServerSettings) -> None:
         try:
             metrics.serve(settings.host, settings.metrics_port)
         except OSError as error:
-            raise SettingsError(
+            raise UsageError(
                 f"cannot show metrics on {settings.host}:{settings.metrics_port}: "
                 f"{error.strerror}; choose another --metrics-port or --host"
             ) from None

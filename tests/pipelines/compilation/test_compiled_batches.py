@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from pipelines.compilation.test_cuda_graphs import FakeCapture
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from pipelines.compilation.test_cuda_graphs import FakeCapture
 from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, error, noise
 from redux_pipelines.compilation.compiled import Compiled
 from redux_pipelines.compilation.cuda_graphs import GraphedStep

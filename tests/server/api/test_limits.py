@@ -8,12 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from server.api.test_http_server import serving
 
 from e2e.live import a_picture, data_uri
 from redux_server.api.limits import QueueReservations
 from redux_server.api.services import Services
 from redux_server.tasks.task import FreePlaces, KeyFull, NewTask, QueueFull
+from server.api.test_http_server import serving
 from server.in_process import Api
 
 SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"

@@ -8,7 +8,7 @@ import pytest
 
 from e2e.live import a_picture
 from redux_server.api.services import Services
-from redux_server.settings import ServerSettings, SettingsError, build
+from redux_server.settings import ServerSettings, UsageError, build
 from server.in_process import Api
 
 PAGE = "https://app.example.com"
@@ -132,5 +132,5 @@ def test_none_is_none(build_api: Callable[..., Api]) -> None:
 
 @pytest.mark.parametrize("text", ["example.com", "https://a.example/", "*,https://a.example", ";"])
 def test_origins_that_no_browser_sends_are_refused_at_the_start(text: str) -> None:
-    with pytest.raises(SettingsError, match=r"--cors-origins must be origins .*https://app\."):
+    with pytest.raises(UsageError, match=r"--cors-origins must be origins .*https://app\."):
         build(ServerSettings, {"cors_origins": text}, {})

@@ -1,6 +1,5 @@
 """The client against a small HTTP server that speaks the wire contract."""
 
-import argparse
 import io
 import json
 import socket
@@ -345,9 +344,9 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
 
 
 def test_an_empty_key_in_the_environment_is_no_key() -> None:
-    given = argparse.Namespace(image="x", out=".", wait=False)
+    settings = ClientSettings(key=" ")
     with pytest.raises(UsageError, match="no API key"):
-        submit_module.submit(given, ClientSettings(key=" "))
+        submit_module.submit(settings, image="x", images=[], mask="", wait=False, out=".")
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """Verbs and flags: what is understood, refused, and said in how many lines."""
 
+import inspect
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from redux_server import __version__
 from redux_server.cli import demo, main
-from redux_server.cli.main import EXIT_USAGE, build_parser, run
-from redux_server.settings import ServerSettings, UsageError
+from redux_server.cli.main import EXIT_USAGE, Verb, build_parser, run
+from redux_server.settings import GROUPS, ServerSettings, UsageError
 
 VERBS = (
     ["serve"],
@@ -25,11 +27,42 @@ VERBS = (
     ["keys", "create"],
     ["keys", "list"],
     ["keys", "revoke"],
+    ["db"],
+    ["db", "current"],
+    ["db", "upgrade"],
     ["weights"],
     ["weights", "quantize"],
     ["version"],
     ["doctor"],
 )
+
+
+# A call of each verb, with what it cannot do without.
+CALLS = {
+    "generate": ["a.png"],
+    "submit": ["a.png"],
+    "cancel": ["id"],
+    "keys create": ["--name", "me"],
+    "keys revoke": ["id"],
+    "weights quantize": ["--out", "x"],
+}
+NO_PARAMETERS = ("image", "images", "mask", "out", "wait", "as_json")
+
+
+def called(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The settings and the keywords with which ``arguments`` have their verb's function called."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def note(settings: Any = None, **given: Any) -> int:
+        calls.append((settings, given))
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Verb, "load", lambda _: note)
+        patch.setattr(main, "_share_metrics", lambda: None)
+        assert run(arguments) == 0
+    (call,) = calls
+    return call
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +78,45 @@ def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixtu
         run([*verb, "--help"])
     assert left.value.code == 0
     assert f"usage: flux-redux {' '.join(verb)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", main.VERBS, ids=lambda verb: verb.name)
+def test_every_verb_has_a_function_that_takes_its_flags(
+    verb: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, given = called(monkeypatch, [*verb.name.split(), *CALLS.get(verb.name, ())])
+    taken = () if verb.settings is None else (settings,)
+    inspect.signature(verb.load()).bind(*taken, **given)
+    assert type(settings) is (verb.settings or type(None))
+
+
+@pytest.mark.parametrize("verb", [["serve"], ["worker"], ["doctor"]], ids=" ".join)
+def test_help_shows_settings_in_groups_and_the_ten_most_used_first(
+    verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run([*verb, "--help"])
+    text = capsys.readouterr().out
+    sections = dict(re.findall(r"^(\S.*):\n((?:  .*\n|\n(?=  ))+)", text, re.MULTILINE))
+    titles = list(sections)
+    assert titles[:2] == ["options", "Most used"]
+    most_used = re.findall(r"^  (--[a-z-]+)", sections["Most used"], re.MULTILINE)
+    assert len(most_used) == 10
+    assert {"--model", "--base", "--redux", "--host", "--port", "--data-dir"} <= set(most_used)
+    assert re.findall(r"^  (--[a-z-]+)", sections["Workers"], re.MULTILINE)[0] == "--dispatch"
+    others = [title for title in titles[2:] if title in GROUPS]
+    assert others == [title for title in GROUPS if title not in ("Most used", "Connection")]
+
+
+def test_the_line_of_usage_has_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, shown in (
+        (["serve"], "serve [FLAGS]"),
+        (["generate"], "generate IMAGE [FLAGS]"),
+        (["keys", "create"], "keys create --name NAME [FLAGS]"),
+    ):
+        with pytest.raises(SystemExit):
+            run([*verb, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: flux-redux {shown}\n")
 
 
 def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +149,12 @@ def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> Non
             "--priority must be -10 to 10, got 11",
         ),
         (["cancel"], "the following arguments are required: ID; see `flux-redux cancel --help`"),
+        (["serve", "--dispatch", "redis"], "--dispatch must be one of local, sql, celery"),
+        (
+            ["serve", "--dispatch", "sql", "--engine", "celery"],
+            "--dispatch sql and --engine celery contradict each other",
+        ),
+        (["doctor", "--gpu-memory", "-1"], "--gpu-memory must be 0 to 1000, got -1"),
         (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0, cuda:1"),
         (["generate", "a.png", "--size", "9x9"], "size must be"),
         (["submit", "a.png", "--quality", "best"], 'quality must be one of "exact", "balanced"'),
@@ -137,13 +215,15 @@ def test_serve_refuses_a_tier_that_its_backend_lacks(tmp_path: Path) -> None:
         check(replace(given, backend="diffusers"))
 
 
-def test_request_flags_have_the_defaults_of_the_api() -> None:
+def test_request_flags_have_the_defaults_of_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     from redux_server.cli.submit import read_parameters
     from redux_server.parameters import PredictionRequest
 
+    monkeypatch.setenv("FLUX_REDUX_KEY", "frs_x")
     for verb in ("submit", "generate"):
-        given = build_parser().parse_args([verb, "a.png"])
-        assert read_parameters(given) == PredictionRequest(image="picture")
+        _, given = called(monkeypatch, [verb, "a.png"])
+        parameters = {k: v for k, v in given.items() if k not in NO_PARAMETERS}
+        assert read_parameters(parameters) == PredictionRequest(image="picture")
 
 
 def test_negative_seeds_are_values_not_flags() -> None:
@@ -154,8 +234,24 @@ def test_ctrl_c_exits_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "_version", interrupted)
+    monkeypatch.setattr(main, "version", interrupted)
     assert run(["version"]) == 130
+
+
+def test_listing_keys_loads_neither_torch_nor_a_web_server(tmp_path: Path) -> None:
+    code = (
+        "import sys; from redux_server.cli.main import run; "
+        f"run(['keys', 'list', '--data-dir', {str(tmp_path)!r}]); "
+        "print({'torch', 'fastapi', 'uvicorn', 'httpx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_what_serve_imports_is_not_torch() -> None:
+    code = "import sys, redux_server.cli.serve; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_light_verbs_load_neither_torch_nor_a_web_framework() -> None:

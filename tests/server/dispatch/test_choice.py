@@ -16,7 +16,7 @@ from redux_server.dispatch.celery import Turns
 from redux_server.dispatch.choice import NoDispatch, build_dispatch, check_dispatch
 from redux_server.dispatch.local import LocalWorkers
 from redux_server.dispatch.presence import Presence
-from redux_server.settings import ServerSettings, SettingsError
+from redux_server.settings import ServerSettings, UsageError
 from redux_server.tasks.store import TaskStore
 
 POSTGRES = "postgresql://flux:hunter2@db/flux"
@@ -30,8 +30,8 @@ def settings(**given: Any) -> ServerSettings:
 @pytest.mark.parametrize("engine", ["sql", "celery"])
 def test_workers_elsewhere_cannot_use_sqlite(engine: str) -> None:
     for more in ({}, {"database_url": "sqlite:////srv/tasks.db"}):
-        with pytest.raises(SettingsError, match="cannot share a SQLite file"):
-            check_dispatch(settings(engine=engine, broker_url=RABBITMQ, **more))
+        with pytest.raises(UsageError, match="cannot share a SQLite file"):
+            check_dispatch(settings(dispatch=engine, broker_url=RABBITMQ, **more))
 
 
 @pytest.mark.parametrize(
@@ -44,28 +44,28 @@ def test_workers_elsewhere_cannot_use_sqlite(engine: str) -> None:
     ],
 )
 def test_celery_needs_a_broker_that_loses_nothing_by_itself(url: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=f"needs --broker-url.*{said}.*amqp://") as caught:
-        check_dispatch(settings(engine="celery", database_url=POSTGRES, broker_url=url))
+    with pytest.raises(UsageError, match=f"needs --broker-url.*{said}.*amqp://") as caught:
+        check_dispatch(settings(dispatch="celery", database_url=POSTGRES, broker_url=url))
     assert "hunter2" not in str(caught.value)
 
 
 def test_celery_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda _: None)
-    with pytest.raises(SettingsError, match=r"pip install 'flux-redux-server\[cluster\]'"):
-        check_dispatch(settings(engine="celery", database_url=POSTGRES, broker_url=RABBITMQ))
+    with pytest.raises(UsageError, match=r"pip install 'flux-redux-server\[cluster\]'"):
+        check_dispatch(settings(dispatch="celery", database_url=POSTGRES, broker_url=RABBITMQ))
 
 
 @pytest.mark.parametrize("broker", [RABBITMQ, "redis://mq/0", "rediss://mq", "sqs://", "amqps://m"])
 def test_what_is_complete_passes(broker: str) -> None:
     if importlib.util.find_spec("celery") is None:
         pytest.skip("celery is not installed")
-    check(settings(engine="celery", database_url=POSTGRES, broker_url=broker))
-    check(settings(engine="sql", database_url=POSTGRES))
+    check(settings(dispatch="celery", database_url=POSTGRES, broker_url=broker))
+    check(settings(dispatch="sql", database_url=POSTGRES))
     check(settings())
 
 
 def test_passwords_are_not_shown_with_the_settings() -> None:
-    shown = repr(settings(engine="celery", database_url=POSTGRES, broker_url=RABBITMQ))
+    shown = repr(settings(dispatch="celery", database_url=POSTGRES, broker_url=RABBITMQ))
     assert "hunter2" not in shown
 
 
@@ -73,13 +73,13 @@ def test_each_engine_is_what_it_is_called(database: Engine) -> None:
     store, presence = TaskStore(database), Presence(database)
     local = build_dispatch(settings(), database, store, presence)
     assert isinstance(local, LocalWorkers)
-    sql = build_dispatch(settings(engine="sql"), database, store, presence)
+    sql = build_dispatch(settings(dispatch="sql"), database, store, presence)
     assert isinstance(sql, NoDispatch)
 
 
 def test_a_broker_that_is_away_neither_fails_nor_delays_anything(database: Engine) -> None:
     pytest.importorskip("celery", reason="celery is not installed (pip install '.[cluster]')")
-    away = settings(engine="celery", broker_url=f"amqp://guest@127.0.0.1:{free_port()}//")
+    away = settings(dispatch="celery", broker_url=f"amqp://guest@127.0.0.1:{free_port()}//")
     engine = build_dispatch(away, database, TaskStore(database), Presence(database))
 
     async def use() -> tuple[float, float]:

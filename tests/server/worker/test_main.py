@@ -9,7 +9,7 @@ import pytest
 from e2e.live import free_port
 from redux_pipelines.fake import FakePipeline
 from redux_pipelines.loading import load as load_module
-from redux_server.settings import ServerSettings, SettingsError
+from redux_server.settings import ServerSettings, UsageError
 from redux_server.worker import main, model
 
 
@@ -33,5 +33,5 @@ def test_metrics_of_a_worker_can_be_scraped(tmp_path: Path) -> None:
     main._show_metrics(settings)
     text = httpx.get(f"http://127.0.0.1:{settings.metrics_port}/metrics", trust_env=False).text
     assert "flux_redux_tickets_total" in text
-    with pytest.raises(SettingsError, match="choose another --metrics-port"):
+    with pytest.raises(UsageError, match="choose another --metrics-port"):
         main._show_metrics(settings)

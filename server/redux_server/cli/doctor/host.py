@@ -19,7 +19,7 @@ from redux_server.cli.doctor.findings import Finding, Level, check_space, existi
 from redux_server.database.connection import DatabaseUnusable, shown
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
-from redux_server.settings import ServerSettings, SettingsError
+from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import StorageError
 from redux_server.storage.buckets import BlobUrlError, BucketBlobs
 from redux_server.storage.opening import local_folder
@@ -64,7 +64,7 @@ def check_floor(settings: ServerSettings, free_bytes: int) -> Iterator[Finding]:
 
 
 def check_cluster(settings: ServerSettings) -> Iterator[Finding]:
-    """Whether a database that was named can be used, and ``--engine`` has what it needs."""
+    """Whether a database that was named can be used, and ``--dispatch`` has what it needs."""
     if settings.database_url:
         try:
             engine = open_database(settings.database)
@@ -73,13 +73,13 @@ def check_cluster(settings: ServerSettings) -> Iterator[Finding]:
         else:
             yield Finding(Level.OK, "database", shown(engine.url))
             engine.dispose()
-    if settings.engine != "local":
+    if settings.dispatch != "local":
         try:
             check_dispatch(settings)
-        except SettingsError as error:
-            yield Finding(Level.MISSING, "engine", str(error))
+        except UsageError as error:
+            yield Finding(Level.MISSING, "dispatch", str(error))
         else:
-            yield Finding(Level.OK, "engine", settings.engine)
+            yield Finding(Level.OK, "dispatch", settings.dispatch)
 
 
 # --- Doctor ---------------------------------------------------------------------------------------

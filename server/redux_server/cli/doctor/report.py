@@ -29,8 +29,9 @@ from redux_server.cli.doctor.model import (
     check_model,
     check_safety_checker,
 )
-from redux_server.settings import ServerSettings
+from redux_server.settings import ServerSettings, UsageError
 
+_LARGEST_CARD_GB = 1000
 Check = Callable[[ServerSettings], Iterator[Finding]]
 
 
@@ -38,7 +39,12 @@ def doctor(settings: ServerSettings, *, gpu_memory_gb: float = 0.0) -> int:
     """Print the report; 1 when something is missing that ``serve`` needs.
 
     ``gpu_memory_gb``, unless 0: say also what a card sold with so many GB would hold.
+
+    Raises:
+        UsageError: no card has as much.
     """
+    if not 0 <= gpu_memory_gb <= _LARGEST_CARD_GB:
+        raise UsageError(f"--gpu-memory must be 0 to {_LARGEST_CARD_GB}, got {gpu_memory_gb:g}")
     findings = [finding for examine in CHECKS for finding in _examine(examine, settings)]
     if gpu_memory_gb:
         findings += check_card(settings, gpu_memory_gb)

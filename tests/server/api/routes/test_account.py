@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from server.api.routes.test_lists import NOON, fill
 from sqlalchemy import Engine
 
 from redux_server.parameters import MODELS
 from redux_server.tasks.task import Status
+from server.api.routes.test_lists import NOON, fill
 from server.in_process import Api
 
 DAY = 86_400

@@ -116,5 +116,5 @@ def test_a_broken_library_is_a_line_of_the_report(
 
 def test_the_setting_knows_every_attention_in_its_order() -> None:
     assert settings_module._ATTENTIONS == NAMES
-    (help_,) = (text for flag, _, _, text in describe(ServerSettings) if flag == "--attention")
+    (help_,) = (text for _, flag, _, _, text in describe(ServerSettings) if flag == "--attention")
     assert ", ".join(NAMES) in help_

@@ -407,12 +407,12 @@ def test_one_machine_has_nothing_to_share(settings: ServerSettings) -> None:
 
 def test_what_several_machines_lack_is_said(settings: ServerSettings) -> None:
     url = f"postgresql://u:hunter2@127.0.0.1:{free_port()}/db"
-    given = replace(settings, database_url=url, engine="celery")
-    database, engine = report.check_cluster(given)
+    given = replace(settings, database_url=url, dispatch="celery")
+    database, dispatch = report.check_cluster(given)
     assert (database.level, database.subject) == (Level.MISSING, "database")
     assert "check --database-url" in database.text
-    assert (engine.level, engine.subject) == (Level.MISSING, "engine")
-    assert "needs --broker-url" in engine.text
+    assert (dispatch.level, dispatch.subject) == (Level.MISSING, "dispatch")
+    assert "needs --broker-url" in dispatch.text
     assert "hunter2" not in database.text
     assert only(host.check_api_keys(given)).text == "cannot be counted: see the database"
 
