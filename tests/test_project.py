@@ -225,7 +225,7 @@ def test_constraints_are_exact_and_name_no_build_and_no_place() -> None:
 
 
 def test_changelog_tells_of_this_version_or_of_unreleased_changes() -> None:
-    code = (ROOT / "server/redux_server/.py").read_text()
+    code = (ROOT / "server/redux_server/__init__.py").read_text()
     version = re.search(r'__version__ = "(.+)"', code)
     assert version
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

@@ -128,7 +128,7 @@ def test_many_rows_merge_to_one_plain_softmax_in_float32(attend):
 
 def test_few_keys_are_left_to_one_call_of_torch(monkeypatch):
     calls = []
-    monkeypatch.setattr(backends, "attend", lambda *given: calls.append(given))
+    monkeypatch.setattr(backends, "attend_in_blocks", lambda *given: calls.append(given))
     (onednn,) = (each for each in ON_CPU if each.name == "onednn")
     for rows in (backends.FEW_KEYS - 1, backends.FEW_KEYS):
         q, k, v = _qkv(rows, 3, dtype=torch.float32)

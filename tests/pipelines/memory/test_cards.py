@@ -9,9 +9,9 @@ import torch
 
 from redux_pipelines.contract.types import LoadOptions
 from redux_pipelines.errors import MemoryPlanError, RequestError
+from redux_pipelines.loading import components
 from redux_pipelines.loading.components import plan_here
 from redux_pipelines.loading.load import load_pipeline
-from redux_pipelines.memory import cards
 from redux_pipelines.memory.cards import GIB, UNSEEN_BYTES, Card, card_of
 from redux_pipelines.memory.model_sizes import FLUX_DEV
 from redux_pipelines.memory.offload import OnDemand
@@ -32,7 +32,7 @@ def gpu_of(monkeypatch):
     """Let the first GPU have so many bytes to use."""
 
     def build(budget_bytes):
-        monkeypatch.setattr(cards, "card_of", lambda device: Card(str(device), budget_bytes))
+        monkeypatch.setattr(components, "card_of", lambda device: Card(str(device), budget_bytes))
 
     return build
 

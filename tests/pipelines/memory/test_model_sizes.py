@@ -186,8 +186,8 @@ def test_the_planner_needs_no_torch():
     folder = Path(sys.modules[ModelSizes.__module__].__file__).parents[2]
     code = (
         f"import sys; sys.path[:0] = [{str(folder)!r}]\n"
-        "from redux_pipelines import memory, cards, model_sizes\n"
-        "memory.plan(model_sizes.FLUX_DEV, cards.sold_as(24), memory.Options())\n"
+        "from redux_pipelines.memory import cards, model_sizes, plan\n"
+        "plan.plan(model_sizes.FLUX_DEV, cards.sold_as(24), plan.Options())\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
