@@ -16,7 +16,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all test-clients chaos soak check lint format types \
-        imports dockerfile bench bench-server bench-engine bench-attention bench-products \
+        imports dockerfile bench bench-server bench-files bench-engine bench-attention bench-products \
         bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini \
         eval-approximations eval-controls docker clean
 
@@ -153,6 +153,9 @@ bench:  ## list the benchmarks
 
 bench-server: $(RUNTIME)  ## measure the server alone, with a model that does nothing
 	@$(BIN)/python server/benchmarks/bench_server.py $(ARGS)
+
+bench-files: $(RUNTIME)  ## count the files that one submit and one whole request run through
+	@$(BIN)/python server/benchmarks/count_files.py $(ARGS)
 
 bench-engine: $(RUNTIME)  ## measure a step of the engine against diffusers' transformer, on random weights
 	@$(BIN)/python pipelines/benchmarks/bench_engine.py $(ARGS)
