@@ -18,7 +18,7 @@ comma := ,
 .PHONY: help setup setup-dev serve demo test test-all test-clients chaos soak check lint format types \
         imports dockerfile bench bench-server bench-files bench-engine bench-attention bench-products \
         bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini \
-        eval-approximations eval-controls docker clean
+        eval-approximations eval-controls docs docs-build docs-reference docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -105,8 +105,8 @@ test: $(DEV)  ## run the quick tests (what lacks hardware or a service is skippe
 test-all: $(DEV)  ## run the slow tests too (not those of test-clients)
 	@$(PYTEST) -m 'not clients' $(ARGS)
 
-test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (1.5 GB), and write docs/compatibility.md
-	@$(BIN)/python -m pytest -m clients tests/clients tests/contract --compatibility-report docs/compatibility.md $(ARGS)
+test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (1.5 GB), and write docs/internals/compatibility.md
+	@$(BIN)/python -m pytest -m clients tests/clients tests/contract --compatibility-report docs/internals/compatibility.md $(ARGS)
 
 # Both start databases and brokers of their own on loopback, and kill them.
 chaos: $(DEV)  ## kill everything at random under load, and see what clients lose (ARGS="--help")
@@ -115,7 +115,7 @@ chaos: $(DEV)  ## kill everything at random under load, and see what clients los
 soak: $(DEV)  ## mix all faults for 10 seeds x 2 minutes, and check what clients saw (ARGS="--help")
 	@cd tests && ../$(BIN)/python -m chaos.run soak --out ../bench-results $(ARGS)
 
-check: lint types imports dockerfile  ## run every static check (make -k check: do not stop at the first)
+check: lint types imports dockerfile docs-build  ## run every static check (make -k check: do not stop at the first)
 
 lint: $(DEV)  ## ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -132,6 +132,18 @@ imports: $(DEV)  ## import-linter: server -> pipelines -> kernels, weights on th
 dockerfile: $(DEV)  ## hadolint
 	@$(BIN)/hadolint Dockerfile && echo 'Dockerfile: no complaints'
 
+# Material for MkDocs tells of its successor at each build.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: $(DEV)  ## serve the documentation on http://127.0.0.1:8001
+	@$(MKDOCS) serve --dev-addr 127.0.0.1:8001 $(ARGS)
+
+docs-build: $(DEV)  ## build the documentation into site/, with every warning an error
+	@$(MKDOCS) build --strict --quiet && echo 'Documentation: no complaints'
+
+docs-reference: $(DEV)  ## write docs/reference from the code
+	@$(BIN)/python docs/reference_pages.py
+
 # Threads that wait a moment before they sleep: waking them costs a third of a training step, and
 # spinning for long would take the cores from everything else.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=20000
@@ -142,11 +154,11 @@ train-mini: $(DEV)  ## train the embedded model (hours; needs node and npm; ARGS
 eval-mini: $(DEV)  ## measure the embedded model on held-out icons: JSON and contact sheets (needs node and npm)
 	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.evaluate $(ARGS)
 
-eval-approximations: $(DEV)  ## measure what tiers and fp8 cost, by mini, and write docs/performance.md
-	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.approximations --document ../docs/performance.md $(ARGS)
+eval-approximations: $(DEV)  ## measure what tiers and fp8 cost, by mini, and write docs/performance/index.md
+	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.approximations --document ../docs/performance/index.md $(ARGS)
 
-eval-controls: $(DEV)  ## measure strength, pooling, weights, fit, mask on photographs, and write docs/controls.md
-	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.controls --document ../docs/controls.md $(ARGS)
+eval-controls: $(DEV)  ## measure strength, pooling, weights, fit, mask on photographs, and write docs/guide/controls.md
+	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.controls --document ../docs/guide/controls.md $(ARGS)
 
 bench:  ## list the benchmarks
 	@awk -F ':.*## ' '/^bench-[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -179,5 +191,5 @@ bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, 
 	@$(BIN)/python -W ignore pipelines/benchmarks/bench_mini.py $(ARGS)
 
 clean:  ## delete .venv, installed clients, caches and build results (never data/ or demo-output/)
-	rm -rf $(VENV) .clients dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -233,13 +233,24 @@ def test_changelog_tells_of_this_version_or_of_unreleased_changes() -> None:
 
 
 def test_decision_records_are_numbered_and_short() -> None:
-    records = sorted((ROOT / "docs/decisions").glob("*.md"))
+    folder = ROOT / "docs/internals/decisions"
+    records = sorted(set(folder.glob("*.md")) - {folder / "index.md"})
     assert [path.name[:4] for path in records] == [f"{i:04}" for i in range(1, len(records) + 1)]
     for path in records:
         text = path.read_text()
         assert text.startswith(f"# {path.name[:4]}: ")
         assert re.findall(r"^## (.+)", text, re.MULTILINE) == ["Context", "Decision", "Price"]
         assert len(text.splitlines()) <= 40, path.name
+
+
+def test_decision_records_are_listed_with_their_titles() -> None:
+    folder = ROOT / "docs/internals/decisions"
+    listed = re.findall(r"^\* \[(.+)\]\((.+)\)$", (folder / "index.md").read_text(), re.MULTILINE)
+    titles = [
+        (path.read_text().split("\n")[0].removeprefix("# "), path.name)
+        for path in sorted(folder.glob("[0-9]*.md"))
+    ]
+    assert listed == titles
 
 
 def test_make_help_lists_every_task() -> None:

@@ -1,7 +1,7 @@
 """Linear layers through oneDNN, which torch's own ``linear`` leaves to MKL in float32.
 
 oneDNN writes its code for the processor it finds; MKL takes its AVX-512 code on Intel's processors
-only, and is half as fast on AMD's (docs/performance.md). It also adds a bias, GELU or another
+only, and is half as fast on AMD's (docs/performance/index.md). It also adds a bias, GELU or another
 tensor before a result is written. torch offers it to its own compiler as operators; here they are
 called on weights as they are, and stand behind operators of ours where torch.compile is at work.
 Knows no network.

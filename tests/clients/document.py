@@ -1,11 +1,11 @@
-"""docs/compatibility.md as a source of tests: the code under each of its headings."""
+"""docs/internals/compatibility.md as a source of tests: the code under each of its headings."""
 
 import re
 from dataclasses import dataclass
 
 from clients.environments import ROOT
 
-PLACE = ROOT / "docs/compatibility.md"
+PLACE = ROOT / "docs/internals/compatibility.md"
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

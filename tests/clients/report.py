@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md: what each client was seen to do. Knows no client.
+"""The table of docs/internals/compatibility.md: what each client was seen to do. Knows no client.
 
 Tests note what they exercise; what became of them is written between two markers of the document.
 Nothing is written by a run in which tests were left out, or none exercised a client.

@@ -1,4 +1,4 @@
-"""What docs/compatibility.md says to write for each client is run as it stands."""
+"""What docs/internals/compatibility.md says to write for each client is run as it stands."""
 
 import json
 import re

@@ -90,7 +90,7 @@ def test_our_blocks_move_what_their_operators_must(recorded, name, rows, is_fold
 
 
 def test_performance_document_says_what_is_recorded(recorded):
-    document = (record.ROOT / "docs/performance.md").read_text()
+    document = (record.ROOT / "docs/performance/index.md").read_text()
     whose = {"diffusers": "diffusers", "ours": "ours (5,337 rows)"}
     whose["ours, folded"] = "ours, text folded (4,832 rows)"
     for name, words in whose.items():

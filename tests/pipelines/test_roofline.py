@@ -59,6 +59,6 @@ def test_a_bound_grows_with_what_is_asked_and_shrinks_with_the_gpu(roofline):
 
 
 def test_the_document_shows_the_tables_as_they_are_computed(roofline):
-    text = (ROOT / "docs/performance.md").read_text()
+    text = (ROOT / "docs/performance/index.md").read_text()
     assert roofline.table() in text
     assert roofline.work_table() in text

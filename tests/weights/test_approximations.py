@@ -11,7 +11,7 @@ from training.approximations import TABLES, Cost
 from training.documents import has_place, place_figures
 
 DOCUMENT = approximations.DOCUMENT.read_text()
-REPORT = approximations.DOCUMENT.parent / "benchmarks" / "approximations-mini.json"
+REPORT = approximations.ROOT / "docs/benchmarks/approximations-mini.json"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from training.documents import has_place
 from training.yardsticks import layout_correlation
 
 STEPS, SEEDS = 6, 1
-FOLDER = controls.ROOT / "docs/controls"
+FOLDER = controls.ROOT / "docs/guide/controls"
 
 
 @pytest.fixture(scope="module")

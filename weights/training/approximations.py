@@ -2,8 +2,8 @@
 
     make eval-approximations
 
-Writes a report and the tables of docs/performance.md. Everything is compared with the same seed
-computed exactly in float32 (one row, in bfloat16), and runs in turns with it; on a CPU, in one
+Writes a report and the tables of docs/performance/index.md. Everything is compared with the same
+seed computed exactly in float32 (one row, in bfloat16), and runs in turns with it; on a CPU, in one
 thread. Knows the order of measurements and where files lie.
 """
 
@@ -29,7 +29,7 @@ from training.icons import COUNT, held_out
 from training.reports import environment, write_json
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT = ROOT / "docs" / "performance" / "index.md"
 
 TIERS = ("balanced", "fast")
 SIDES = {512: 16, 1024: 5}

@@ -2,8 +2,8 @@
 
     make eval-controls
 
-Writes ``report.json``, a contact sheet per control and the tables of docs/controls.md. Knows the
-order of measurements and where files lie.
+Writes ``report.json``, a contact sheet per control and the tables of docs/guide/controls.md. Knows
+the order of measurements and where files lie.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from training.yardsticks import colour_distance, layout_correlation
 SIDE, WIDE = 512, 2.0
 PHOTOGRAPHS = {
     "coffee": "server/redux_server/static/sample.jpg",
-    "chelsea": "docs/controls/chelsea.jpg",
+    "chelsea": "docs/guide/controls/chelsea.jpg",
     "hopper": "matplotlib's sample_data/grace_hopper.jpg",
 }
-"""Where they come from: docs/sample-pictures.md. No model of ours was trained on any of them."""
+"""Where they come from: docs/internals/sample-pictures.md. No model of ours was trained on them."""
 
 STRENGTHS = (1, 0.5, 0.25, 0.1, 0.05, 0.02, 0)
 POOLINGS = (8, 6, 4, 2, 1)
@@ -279,7 +279,7 @@ def measure(studio: Studio, out: Path) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/controls", help="a folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/guide/controls", help="a folder")
     parser.add_argument("--document", type=Path, help="a Markdown file whose tables to replace")
     parser.add_argument("--seeds", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=28, help="default: %(default)s")

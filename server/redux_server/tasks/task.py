@@ -27,11 +27,11 @@ class Status(StrEnum):
 class Code:
     """Task-level codes of WaveSpeed's error table (wire contract, `data.code`)."""
 
-    OK = 0
-    MEDIA_ACCESS_FAILED = 1402
-    TASK_FAILED = 1403
-    INTERNAL = 5000
-    SYNC_TIMED_OUT = 5004
+    OK = 0  # no error so far
+    MEDIA_ACCESS_FAILED = 1402  # a picture cannot be fetched, read or decoded, or is gone
+    TASK_FAILED = 1403  # the model refused the request, or the task was cancelled
+    INTERNAL = 5000  # a fault of the server or of a worker; its log says more
+    SYNC_TIMED_OUT = 5004  # only in an answer of sync mode: the task goes on and can be polled
 
 
 @dataclass(frozen=True, slots=True)
