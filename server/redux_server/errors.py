@@ -94,7 +94,7 @@ class Unavailable(ApiError):
 
 
 def no_database() -> Unavailable:
-    """What to raise when a read, or a change that may be repeated, got no answer."""
+    """What is said when a read, or a change that may be repeated, got no answer."""
     return Unavailable("The database does not answer.", headers={"Retry-After": "2"})
 
 

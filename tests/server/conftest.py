@@ -10,7 +10,6 @@ import structlog
 from sqlalchemy import Engine, text
 
 from e2e.live import LiveServer
-from redux_server.api.following import SyncMode
 from redux_server.api.services import Services, assemble
 from redux_server.database.migration import open_database
 from redux_server.database.tables import metadata
@@ -76,8 +75,8 @@ def build_services(tmp_path: Path, database: Engine) -> Callable[..., Services]:
         settings = {"min_free_disk": 0, "model": "fake", **settings}
         given = ServerSettings(data_dir=tmp_path / "data", **settings)
         parts = assemble(given, database, open_pictures(given))
-        sync_mode = SyncMode(parts.find, limit_s=given.sync_timeout_s, poll_s=0.01)
-        return replace(parts, sync_mode=sync_mode, dispatch=IdleDispatch())
+        parts.poller.every_s = 0.01
+        return replace(parts, dispatch=IdleDispatch())
 
     return build
 

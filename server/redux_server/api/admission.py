@@ -6,9 +6,8 @@ import math
 from fastapi import Request
 
 from redux_server import metrics
-from redux_server.api.limits import RateLimit, Refusal
+from redux_server.api.limits import RateLimit, Refusal, Reservation
 from redux_server.api.services import Services
-from redux_server.database.connection import DATABASE_AWAY
 from redux_server.errors import (
     ApiError,
     BadRequest,
@@ -16,11 +15,9 @@ from redux_server.errors import (
     QueueFull,
     TooManyRequests,
     Unavailable,
-    no_database,
 )
 from redux_server.storage.disk import refuse_without_room
-from redux_server.tasks import task
-from redux_server.tasks.task import KeyFull
+from redux_server.tasks.task import KeyConflict, KeyFull, NoRoom
 
 MAX_IDEMPOTENCY_KEY = 255
 _SMALL_BODY = 64 * 2**10
@@ -48,7 +45,9 @@ def check_disk(services: Services) -> None:
     )
 
 
-async def check_places(request: Request, repeat_key: str, services: Services) -> None:
+async def check_place(
+    request: Request, repeat_key: str, place: Reservation, services: Services
+) -> None:
     """Refuse a large body for want of a place in the queue, without keeping any of it.
 
     A small one is here as soon as we have looked. ``repeat_key`` is the idempotency key: what may
@@ -56,15 +55,11 @@ async def check_places(request: Request, repeat_key: str, services: Services) ->
     """
     if 0 <= int(request.headers.get("content-length", "-1")) <= _SMALL_BODY:
         return
-    key_id = request.state.key_id
-    try:
-        found = await services.places.look(key_id)
-        if found is None:
-            return
-        knows = services.store.knows
-        is_repeated = bool(repeat_key) and await asyncio.to_thread(knows, key_id, repeat_key)
-    except DATABASE_AWAY:
-        raise no_database() from None
+    found = await place.refusal()
+    if found is None:
+        return
+    knows = services.idempotency.knows
+    is_repeated = bool(repeat_key) and await asyncio.to_thread(knows, place.key_id, repeat_key)
     if is_repeated:
         return
     error = refusal(found, services)
@@ -111,7 +106,7 @@ def check_quality(quality: str | None, backend: str) -> None:
         )
 
 
-def refusal(acceptance: task.Conflict | Refusal, services: Services) -> ApiError:
+def refusal(acceptance: KeyConflict | Refusal, services: Services) -> ApiError:
     """What to raise for a task that was not accepted."""
     if isinstance(acceptance, KeyFull):
         metrics.REJECTED.labels("key_full").inc()
@@ -120,7 +115,7 @@ def refusal(acceptance: task.Conflict | Refusal, services: Services) -> ApiError
             "wait for one to end.",
             headers={"Retry-After": "5"},
         )
-    if isinstance(acceptance, task.QueueFull):
+    if isinstance(acceptance, NoRoom):
         metrics.REJECTED.labels("queue_full").inc()
         return QueueFull(
             f"The queue is full ({services.settings.max_queue} open tasks); try again shortly.",

@@ -33,7 +33,8 @@ from redux_server.api.routes import (
 )
 from redux_server.api.routes.service import _probes
 from redux_server.api.services import Services
-from redux_server.errors import ApiError, error_response
+from redux_server.database.connection import DATABASE_AWAY
+from redux_server.errors import ApiError, error_response, no_database
 from redux_server.pictures.inline import MAX_BYTES
 
 BODY_LIMIT = MAX_BYTES * 4 // 3 + 2**20
@@ -82,6 +83,8 @@ def build_app(services: Services) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_left)
+    for kind in DATABASE_AWAY:
+        app.add_exception_handler(kind, _database_away)
     app.add_exception_handler(Exception, _unexpected)
     return app
 
@@ -95,19 +98,22 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        services.streams.close()
+        services.poller.close()
         sweeper.cancel()
-        services.sync_mode.close()
         await services.dispatch.stop()
         await asyncio.to_thread(services.webhooks.dispatcher.stop)
         services.accept.close()
         services.find.close()
-        services.places.close()
+        services.reservations.close()
 
 
 async def _api_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     return error_response(error.status, error.message, error.name, error.headers)
+
+
+async def _database_away(request: Request, _error: Exception) -> JSONResponse:
+    return await _api_error(request, no_database())
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from redux_server.api.services import Services
-from redux_server.database.connection import DATABASE_AWAY
-from redux_server.errors import BadRequest, NotFound, no_database
+from redux_server.errors import BadRequest, NotFound
 from redux_server.tasks.task import TASK_ID, Task
 
 
@@ -24,9 +23,8 @@ async def find_mine(task_id: str, request: Request, services: Services) -> Task:
 
     Raises:
         NotFound: it is not, or there is none.
-        Unavailable: the database does not answer.
     """
-    task = await _find(task_id, services) if TASK_ID.fullmatch(task_id) else None
+    task = await services.find(task_id) if TASK_ID.fullmatch(task_id) else None
     # Another key's task looks like one that never was: ids must not be confirmed by guessing.
     if task is None or task.key_id != request.state.key_id:
         raise no_task(task_id)
@@ -47,10 +45,3 @@ async def read_json(request: Request, example: str) -> Any:
             f"The body is not valid JSON; send an object such as {example} "
             "with Content-Type: application/json."
         ) from None
-
-
-async def _find(task_id: str, services: Services) -> Task | None:
-    try:
-        return await services.find(task_id)
-    except DATABASE_AWAY:
-        raise no_database() from None

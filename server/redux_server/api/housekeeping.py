@@ -59,14 +59,9 @@ def sweep_strays(services: Services) -> int:
     return len(strays)
 
 
-def sweep_uploads(services: Services) -> int:
-    """Delete uploads that are older than they are kept, and an hour; returns how many."""
-    return services.uploads.sweep()
-
-
 def sweep_idempotency_keys(services: Services) -> int:
     """Free the idempotency keys that are a day old; returns how many."""
-    return services.store.forget_idempotency_keys(time.time() - IDEMPOTENCY_KEYS_KEPT_S)
+    return services.idempotency.forget(time.time() - IDEMPOTENCY_KEYS_KEPT_S)
 
 
 def gauges(services: Services) -> Gauges:
@@ -100,7 +95,7 @@ async def _sweep_forever(services: Services) -> None:
             strays = await asyncio.to_thread(sweep_strays, services)
             await asyncio.to_thread(sweep_idempotency_keys, services)
             await asyncio.to_thread(services.presence.forget_gone, FORGET_WORKERS_S)
-            uploads = await asyncio.to_thread(sweep_uploads, services)
+            uploads = await asyncio.to_thread(services.uploads.sweep)
             if deleted or strays or uploads:
                 _log.info("deleted old tasks", count=deleted, strays=strays, uploads=uploads)
         except Exception as error:  # a full disk today must not end the sweeps of tomorrow

@@ -1,64 +1,106 @@
-"""Places in the queue, looked for before a submit costs anything.
+"""Places in the queue, reserved before a submit costs anything.
 
 The store counts for good, in the transaction that accepts (``redux_server.tasks.accepting``). What is
-refused there has had its pictures decoded, flushed to the disk and deleted again, which is most of
-its cost; so who would be refused is told here first. Knows no HTTP.
+refused there has had its body read and its pictures decoded, flushed to the disk and deleted again,
+which is most of its cost; so who would be refused is told here first. Knows no HTTP.
 """
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from redux_server.api.coalescer import Coalescer
-from redux_server.tasks.task import FreePlaces, KeyFull, QueueFull
+from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom
 
-Refusal = QueueFull | KeyFull
+Refusal = NoRoom | KeyFull
+KEPT_S = 5.0
+
+
+class Reservation:
+    """The place of one request: looked for when it is first asked about, and then kept."""
+
+    def __init__(self, queue: "QueueReservations", key_id: str) -> None:
+        self._queue = queue
+        self._found: tuple[Refusal | None] | None = None
+        self.key_id = key_id
+        self.expiry: asyncio.TimerHandle | None = None
+
+    async def refusal(self) -> Refusal | None:
+        """Why there is no place; None if there is one. The first answer stands."""
+        if self._found is None:
+            self._found = (await self._queue.reserve(self),)
+        return self._found[0]
 
 
 class QueueReservations:
-    """Whether there is one for another task of a key; ``look`` says how many there are.
+    """The places that requests of this process are about to take.
 
-    Must be used from one event loop.
+    ``count`` says how many are free for each of some API keys. Must be used from one event loop.
     """
 
-    def __init__(self, look: Callable[[Sequence[str]], Sequence[FreePlaces]]) -> None:
-        self._look = Coalescer(look, name="places")
-        self._taken_soon: Counter[str] = Counter()
+    def __init__(
+        self,
+        count: Callable[[Sequence[str]], Sequence[FreePlaces]],
+        *,
+        kept_s: float = KEPT_S,
+    ) -> None:
+        self._count = Coalescer(count, name="free places")
+        self._kept_s = kept_s
+        self._reserved: Counter[str] = Counter()  # by API key
+        self._releases = 0
         self._change = asyncio.Event()
 
-    async def look(self, key_id: str) -> Refusal | None:
-        """Why a task of this key would be refused now; None when it would be accepted."""
-        return (await self._look(key_id)).refusal()
+    @contextmanager
+    def hold(self, key_id: str) -> Iterator[Reservation]:
+        """The place for a task of this key, reserved for the others to see until the end of this.
 
-    @asynccontextmanager
-    async def hold(self, key_id: str) -> AsyncIterator[Refusal | None]:
-        """Keep a place for a task until it is accepted: ``look``, and that for the others too.
-
-        Who finds only places that others hold waits for what becomes of them: to store pictures for
-        one place many times over would cost more.
+        Nothing is counted before ``Reservation.refusal`` is called.
         """
-        while (refusal := (found := await self._look(key_id)).refusal()) is None:
-            others = self._taken_soon
-            if others.total() < found.of_all and others[key_id] < found.of_key:
-                break
-            await self._change.wait()
-        if refusal is not None:
-            yield refusal
-            return
-        self._taken_soon[key_id] += 1
+        reservation = Reservation(self, key_id)
         try:
-            yield None
+            yield reservation
         finally:
-            self._taken_soon -= Counter({key_id: 1})  # leaves no zeros
-            self._change.set()
-            self._change = asyncio.Event()
+            self._release(reservation)
+
+    async def reserve(self, reservation: Reservation) -> Refusal | None:
+        """Count, and reserve a place if one is free that nobody else has reserved.
+
+        Who finds only reserved places waits for what becomes of them: to store pictures for one
+        place many times over would cost more. A reservation lasts for ``kept_s`` seconds, so that a
+        body that comes slowly does not keep others out; whoever takes longer may find no room in
+        the transaction.
+        """
+        key_id = reservation.key_id
+        while True:
+            change, releases = self._change, self._releases
+            free = await self._count(key_id)
+            if (refusal := free.refusal()) is not None:
+                return refusal
+            # Who was released meanwhile may have been accepted, and not be in this count yet.
+            unsure = self._releases - releases
+            others, of_key = self._reserved.total() + unsure, self._reserved[key_id] + unsure
+            if free.of_all > others and free.of_key > of_key:
+                self._reserved[key_id] += 1
+                loop = asyncio.get_running_loop()
+                reservation.expiry = loop.call_later(self._kept_s, self._release, reservation)
+                return None
+            await change.wait()
 
     def close(self) -> None:
-        """Stop the thread that looks."""
-        self._look.close()
+        """Stop the thread that counts."""
+        self._count.close()
+
+    def _release(self, reservation: Reservation) -> None:
+        if reservation.expiry is not None:
+            reservation.expiry.cancel()
+            reservation.expiry = None
+            self._reserved -= Counter({reservation.key_id: 1})  # leaves no zeros
+            self._releases += 1
+            self._change.set()
+            self._change = asyncio.Event()
 
 
 # --- Rate limit -----------------------------------------------------------------------------------

@@ -8,7 +8,15 @@ from sqlalchemy import Engine
 
 from redux_server.api.auth import KeyRing
 from redux_server.api.coalescer import Coalescer
-from redux_server.api.following import Streams, SyncMode
+from redux_server.api.following import (
+    MAX_HELD,
+    MAX_HELD_OF_A_KEY,
+    MAX_STREAMS,
+    MAX_STREAMS_OF_A_KEY,
+    Subscriptions,
+    SyncMode,
+    TaskPoller,
+)
 from redux_server.api.http_server import Draining
 from redux_server.api.limits import QueueReservations, RateLimit
 from redux_server.api.prediction import Presenter
@@ -21,6 +29,7 @@ from redux_server.storage.blobs import BlobStore
 from redux_server.storage.disk import Ballast, DiskSpace
 from redux_server.storage.opening import disk_space, open_ballast
 from redux_server.storage.signing import Signer, signing_secret
+from redux_server.tasks.accepting import Bounds, IdempotencyKeys, free_places
 from redux_server.tasks.listing import History
 from redux_server.tasks.queue_position import QueuePositions
 from redux_server.tasks.store import TaskStore
@@ -36,7 +45,8 @@ class Services:
     store: TaskStore
     accept: Coalescer[NewTask, Acceptance]
     find: Coalescer[str, Task | None]
-    places: QueueReservations
+    reservations: QueueReservations
+    idempotency: IdempotencyKeys
     keys: KeyRing
     rate: RateLimit
     upload_rate: RateLimit
@@ -47,11 +57,12 @@ class Services:
     webhooks: Webhooks
     history: History
     queue: QueuePositions
-    streams: Streams
+    poller: TaskPoller
+    streams: Subscriptions
+    sync_mode: SyncMode
     disk: DiskSpace
     ballast: Ballast
     uploads: Uploads
-    sync_mode: SyncMode
     dispatch: Dispatch
     draining: Draining = field(default_factory=Draining)
 
@@ -77,17 +88,19 @@ def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Serv
     present = Presenter(settings, signer)
     disk = disk_space(settings)
     find = Coalescer(store.get, name="find")
+    poller = TaskPoller(store.glance)
+    held = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
 
-    of_all, of_a_key = settings.max_queue, settings.max_open_per_key
-    accept = partial(store.accept, max_open=of_all, max_open_per_key=of_a_key)
-    vacancies = partial(store.vacancies, max_open=of_all, max_open_per_key=of_a_key)
+    bounds = Bounds(settings.max_queue, settings.max_open_per_key)
+    accept = partial(store.accept, max_open=bounds.of_all, max_open_per_key=bounds.of_a_key)
 
     return Services(
         settings=settings,
         store=store,
         accept=Coalescer(accept, name="accept"),
         find=find,
-        places=QueueReservations(vacancies),
+        reservations=QueueReservations(partial(free_places, engine, bounds=bounds)),
+        idempotency=IdempotencyKeys(engine),
         keys=keys,
         rate=RateLimit(settings.rate_limit),
         upload_rate=RateLimit(settings.rate_limit),
@@ -98,10 +111,11 @@ def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Serv
         webhooks=build_webhooks(settings, engine, store, present, clock=clock),
         history=History(engine),
         queue=QueuePositions(engine),
-        streams=Streams(store.glance),
+        poller=poller,
+        streams=Subscriptions(poller, most=MAX_STREAMS, most_of_a_key=MAX_STREAMS_OF_A_KEY),
+        sync_mode=SyncMode(held, find, limit_s=settings.sync_timeout_s),
         disk=disk,
         ballast=open_ballast(settings),
         uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),
-        sync_mode=SyncMode(find, limit_s=settings.sync_timeout_s),
         dispatch=build_dispatch(settings, engine, store, presence),
     )

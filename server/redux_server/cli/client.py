@@ -8,13 +8,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import EventSource
 
 from redux_pipelines.contract.types import OUTPUT_FORMATS
 from redux_server.parameters import MODELS, PredictionRequest
@@ -38,28 +39,17 @@ def follow(http: httpx.Client, url: str, headers: Mapping[str, str]) -> Generato
     timeout = httpx.Timeout(SILENCE_S, connect=10.0)
     try:
         with http.stream("GET", url, headers=asked, timeout=timeout) as response:
-            kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
-            if response.status_code != 200 or kind != "text/event-stream":
+            if response.status_code != 200:
                 return
-            for text in _data(response.iter_lines()):
-                data = json.loads(text)
+            for event in EventSource(response).iter_sse():
+                if not event.data:  # a comment, or the pause before another try
+                    continue
+                data = json.loads(event.data)
                 if not isinstance(data, dict):
                     return
                 yield data
     except (httpx.HTTPError, ValueError):
         return
-
-
-def _data(lines: Iterable[str]) -> Iterator[str]:
-    """The data of each event; of the standard's grammar, what we use."""
-    data: list[str] = []
-    for line in lines:
-        field, _, value = line.partition(":")
-        if field == "data":
-            data.append(value.removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []
 
 
 TRIES = 5

@@ -63,8 +63,7 @@ def serve(settings: ServerSettings) -> int:
 
 async def _drain(services: Services) -> None:
     """Let go of those who wait for an end; what is on the devices is finished."""
-    services.sync_mode.close()
-    services.streams.close()
+    services.poller.close()
     await services.dispatch.stop()
 
 

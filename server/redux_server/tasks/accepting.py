@@ -1,4 +1,4 @@
-"""Accepting tasks: the bound of the queue, and idempotency keys. Begins no transaction.
+"""Accepting tasks: the bound of the queue, and idempotency keys.
 
 An idempotency key belongs to the API key that sent it. The first request with it makes a task;
 later ones are answered with that task, or refused if they ask for something else.
@@ -10,8 +10,9 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, exists, func, insert, select, tuple_
+from sqlalchemy import Connection, Engine, delete, exists, func, insert, select, tuple_
 
+from redux_server.database.connection import reader
 from redux_server.database.tables import idempotency, keys, tasks
 from redux_server.tasks.rows import (
     COLUMNS,
@@ -25,12 +26,12 @@ from redux_server.tasks.rows import (
 )
 from redux_server.tasks.task import (
     Acceptance,
-    Conflict,
     Created,
     FreePlaces,
+    KeyConflict,
     KeyFull,
     NewTask,
-    QueueFull,
+    NoRoom,
     Replayed,
     Task,
 )
@@ -50,7 +51,10 @@ class Bounds:
 def accept(
     db: Connection, new: Sequence[NewTask], *, bounds: Bounds, now: float
 ) -> list[Acceptance]:
-    """What becomes of each of ``new``, in the order given; what is created is inserted."""
+    """What becomes of each of ``new``, in the order given; what is created is inserted.
+
+    Belongs into a transaction of its own that takes turns with others.
+    """
     room = _left_of_all(db, bounds)
     by_key = OpenByKey(db, {task.key_id for task in new}, limit=bounds.of_a_key)
     priorities = _priorities(db, {task.key_id for task in new})
@@ -62,7 +66,7 @@ def accept(
         if answer is None and not by_key.has_room(task.key_id):
             answer = KeyFull()
         if answer is None and len(rows) >= room:
-            answer = QueueFull()
+            answer = NoRoom()
         if answer is None:
             # A tick apart, so that the order within a batch is an order everywhere.
             at = now + len(rows) * _TICK_S
@@ -78,27 +82,37 @@ def accept(
     return answers
 
 
-def vacancies(db: Connection, key_ids: Sequence[str], *, bounds: Bounds) -> list[FreePlaces]:
-    """How many tasks more ``accept`` would take of these API keys, in the order given."""
-    room = _left_of_all(db, bounds)
-    by_key = OpenByKey(db, set(key_ids), limit=bounds.of_a_key)
-    return [FreePlaces(room, by_key.left(key_id)) for key_id in key_ids]
+def free_places(engine: Engine, key_ids: Sequence[str], *, bounds: Bounds) -> list[FreePlaces]:
+    """How many tasks more ``accept`` would take of these API keys now, in the order given."""
+    with reader(engine).connect() as db:
+        room = _left_of_all(db, bounds)
+        by_key = OpenByKey(db, set(key_ids), limit=bounds.of_a_key)
+        return [FreePlaces(room, by_key.left(key_id)) for key_id in key_ids]
 
 
-def knows(db: Connection, key_id: str, idempotency_key: str) -> bool:
-    """Whether that key has come before."""
-    mine = idempotency.c.key_id == key_id, idempotency.c.key == idempotency_key
-    return bool(db.scalar(select(exists().where(*mine))))
+class IdempotencyKeys:
+    """The idempotency keys that came. Every method may be called from any thread."""
 
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._reader = reader(engine)
 
-def recall(db: Connection, new: NewTask) -> Acceptance | None:
-    """The answer that ``new``'s idempotency key has already; None where it is a new one."""
-    return _answer_again(new, _recall(db, [new]))
+    def knows(self, key_id: str, idempotency_key: str) -> bool:
+        """Whether an API key has sent this idempotency key before."""
+        mine = idempotency.c.key_id == key_id, idempotency.c.key == idempotency_key
+        with self._reader.connect() as db:
+            return bool(db.scalar(select(exists().where(*mine))))
 
+    def recall(self, new: NewTask) -> Acceptance | None:
+        """The answer that ``accept`` has for ``new`` already; None if its key is new to us."""
+        with self._reader.connect() as db:
+            return _answer_again(new, _recall(db, [new]))
 
-def forget(db: Connection, when: float) -> int:
-    """Free the idempotency keys that came before ``when`` (Unix seconds); returns how many."""
-    return int(db.execute(delete(idempotency).where(idempotency.c.created_at < when)).rowcount)
+    def forget(self, before: float) -> int:
+        """Free those that came ``before`` (Unix seconds); returns how many."""
+        old = idempotency.c.created_at < before
+        with self._engine.begin() as db:
+            return int(db.execute(delete(idempotency).where(old)).rowcount)
 
 
 def _left_of_all(db: Connection, bounds: Bounds) -> int:
@@ -131,7 +145,7 @@ def _answer_again(new: NewTask, known: _Known) -> Acceptance | None:
         return None
     digest, task = found
     if digest != new.digest or task is None:
-        return Conflict(is_gone=digest == new.digest)
+        return KeyConflict(is_gone=digest == new.digest)
     return Replayed(task)
 
 

@@ -8,7 +8,7 @@ successor's result. Knows no HTTP, no images and no processes.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Column,
@@ -29,9 +29,7 @@ from redux_server.database.connection import reader, take_turns
 from redux_server.database.tables import tasks, webhooks
 from redux_server.tasks import accepting, claiming
 from redux_server.tasks.rows import COLUMNS, IS_DELAYED, IS_LEASED, IS_QUEUED, count, end, task_of
-from redux_server.tasks.task import Acceptance, Code, FreePlaces, NewTask, Outcome, Status, Task
-
-Glance = tuple[str, int, int]  # status, attempt, denoising steps done
+from redux_server.tasks.task import Acceptance, Code, NewTask, Outcome, Status, Task
 
 _QUEUE_STATE = select(
     count(IS_QUEUED) + count(IS_DELAYED),
@@ -42,6 +40,14 @@ _GLANCE = select(tasks.c.id, tasks.c.status, tasks.c.attempt, tasks.c.progress_s
     tasks.c.id.in_(bindparam("ids", expanding=True))
 )
 _GET = select(*COLUMNS).where(tasks.c.id.in_(bindparam("ids", expanding=True)))
+
+
+class Glance(NamedTuple):
+    """What changes of a task while it is worked on."""
+
+    status: Status
+    attempt: int
+    steps_done: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +114,6 @@ class TaskStore:
             bounds = accepting.Bounds(max_open, max_open_per_key)
             return accepting.accept(db, new, bounds=bounds, now=self._clock())
 
-    def vacancies(
-        self, key_ids: Sequence[str], *, max_open: int, max_open_per_key: int = 0
-    ) -> list[FreePlaces]:
-        """How many tasks more ``accept`` would take of these API keys now, in the order given."""
-        with self._reader.connect() as db:
-            bounds = accepting.Bounds(max_open, max_open_per_key)
-            return accepting.vacancies(db, key_ids, bounds=bounds)
-
-    def knows(self, key_id: str, idempotency_key: str) -> bool:
-        """Whether an API key has sent this idempotency key before."""
-        with self._reader.connect() as db:
-            return accepting.knows(db, key_id, idempotency_key)
-
-    def recall(self, new: NewTask) -> Acceptance | None:
-        """The answer that ``accept`` has for ``new`` already; None if its key is new to us."""
-        with self._reader.connect() as db:
-            return accepting.recall(db, new)
-
     def get(self, ids: Sequence[str]) -> list[Task | None]:
         """The tasks with these ids, in the order given; None for an unknown one."""
         with self._reader.connect() as db:
@@ -136,7 +124,9 @@ class TaskStore:
         """Of those of the tasks that there are, by id: what changes while one is worked on."""
         with self._reader.connect() as db:
             found = db.execute(_GLANCE, {"ids": list(ids)})
-            return {row.id: (row.status, row.attempt, row.progress_step) for row in found}
+            return {
+                row.id: Glance(Status(row.status), row.attempt, row.progress_step) for row in found
+            }
 
     def cancel(self, task_id: str, key_id: str) -> Cancellation | None:
         """End a task of this key if it waits; have its worker end it if one holds it.
@@ -292,11 +282,6 @@ class TaskStore:
         )
         with self._reader.connect() as db:
             return list(db.scalars(query))
-
-    def forget_idempotency_keys(self, when: float) -> int:
-        """Free the idempotency keys that came before ``when``; returns how many."""
-        with self._engine.begin() as db:
-            return accepting.forget(db, when)
 
     def _has_work(self, shape: str) -> bool:
         is_alike = (tasks.c.shape == shape,) if shape else ()

@@ -123,14 +123,14 @@ class Replayed:
 
 
 @dataclass(frozen=True, slots=True)
-class Conflict:
+class KeyConflict:
     """Its idempotency key came before, with another request or for a task that is gone."""
 
     is_gone: bool
 
 
 @dataclass(frozen=True, slots=True)
-class QueueFull:
+class NoRoom:
     """There is no room for another open task."""
 
 
@@ -146,11 +146,11 @@ class FreePlaces:
     of_all: int
     of_key: int
 
-    def refusal(self) -> QueueFull | KeyFull | None:
+    def refusal(self) -> NoRoom | KeyFull | None:
         """What the next task of the key would be told; None if it would be accepted."""
         if self.of_key <= 0:
             return KeyFull()
-        return QueueFull() if self.of_all <= 0 else None
+        return NoRoom() if self.of_all <= 0 else None
 
 
-Acceptance = Created | Replayed | Conflict | QueueFull | KeyFull
+Acceptance = Created | Replayed | KeyConflict | NoRoom | KeyFull

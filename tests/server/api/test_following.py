@@ -1,4 +1,4 @@
-"""Requests that are held until their task has ended, and all that may come between."""
+"""Tasks that are followed: what one look for all may cost, and requests held until the end."""
 
 import asyncio
 import threading
@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from sqlalchemy.exc import OperationalError
 
-from redux_server.api import following
 from redux_server.api.coalescer import Coalescer
-from redux_server.api.following import SyncMode
-from redux_server.tasks.store import TaskStore
+from redux_server.api.following import Subscriptions, SyncMode, TaskPoller, TooManySubscriptions
+from redux_server.tasks.store import Glance, TaskStore
 from redux_server.tasks.task import Outcome, Status, Task
 from server.in_process import Api, end_next
 
@@ -139,7 +139,7 @@ def test_base64_comes_in_the_held_answer(api: Api) -> None:
 def test_over_the_bound_the_answer_comes_at_once_and_the_task_is_kept(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "MAX_HELD", 0)
+    monkeypatch.setattr(api.services.sync_mode._held, "_most", 0)
     started = time.monotonic()
     answer = api.post(SUBMIT, json=BODY)
     assert time.monotonic() - started < 10
@@ -153,7 +153,7 @@ def test_stopping_server_lets_go_of_those_it_holds_and_of_those_to_come(api: Api
 
 
 def close(api: Api) -> None:
-    api._runner.get_loop().call_soon_threadsafe(api.services.sync_mode.close)
+    api._runner.get_loop().call_soon_threadsafe(api.services.poller.close)
 
 
 # --- many at a time -------------------------------------------------------------------------------
@@ -175,28 +175,68 @@ class Tasks:
 
     def __init__(self) -> None:
         self.ended: set[str] = set()
+        self.deleted: set[str] = set()
+        self.steps: dict[str, int] = {}
         self.looks: list[list[str]] = []
+        self.reads: list[str] = []
         self.is_away = False
+        self.is_broken = False
+
+    def glance(self, ids: Any) -> dict[str, Glance]:
+        self.looks.append(list(ids))
+        self._check()
+        return {
+            task_id: Glance(self.get([task_id])[0].status, 1, self.steps.get(task_id, 0))  # type: ignore[union-attr]
+            for task_id in ids
+            if task_id not in self.deleted
+        }
+
+    def find(self, ids: Any) -> list[Task | None]:
+        self.reads += ids
+        self._check()
+        return self.get(ids)
 
     def get(self, ids: Any) -> list[Task | None]:
-        self.looks.append(list(ids))
+        return [
+            None if task_id in self.deleted else a_task(task_id, has_ended=task_id in self.ended)
+            for task_id in ids
+        ]
+
+    def _check(self) -> None:
         if self.is_away:
             raise OperationalError("select", {}, Exception("away"))
-        return [a_task(task_id, has_ended=task_id in self.ended) for task_id in ids]
+        if self.is_broken:
+            raise ValueError("a bug")
 
 
-def run(scene: Callable[[SyncMode, Tasks], Any], **more: Any) -> Any:
-    """``scene`` over a fresh ``SyncMode``; nothing is left waiting afterwards."""
+class Followers:
+    """A poller with both kinds of those who follow."""
+
+    def __init__(self, tasks: Tasks, find: Any, limit_s: float, every_s: float, most: int) -> None:
+        self.poller = TaskPoller(tasks.glance, every_s=every_s)
+        self.streams = Subscriptions(self.poller, most=1000, most_of_a_key=1000)
+        self.held = Subscriptions(self.poller, most=1000, most_of_a_key=most)
+        self.hold = SyncMode(self.held, find, limit_s=limit_s).hold
+
+
+def run(
+    scene: Callable[[Followers, Tasks], Any],
+    *,
+    limit_s: float = PATIENCE_S,
+    every_s: float = 0.02,
+    most: int = 1000,
+) -> Any:
+    """``scene`` over fresh parts; nobody is followed afterwards, and nobody looks."""
 
     async def whole() -> Any:
         tasks = Tasks()
-        find = Coalescer(tasks.get, name="find")
-        held = SyncMode(find, **{"limit_s": PATIENCE_S, "poll_s": 0.02, **more})
+        find = Coalescer(tasks.find, name="find")
+        parts = Followers(tasks, find, limit_s, every_s, most)
         try:
-            result = await scene(held, tasks)
-            assert not held._waiting and not held._held
+            result = await scene(parts, tasks)
+            assert not parts.poller._followed and not parts.held._by_key and not len(parts.held)
             await asyncio.sleep(0.2)
-            assert held._poller is None, "nobody looks when nobody waits"
+            assert parts.poller._polling is None, "nobody looks when nobody waits"
             return result
         finally:
             find.close()
@@ -204,52 +244,125 @@ def run(scene: Callable[[SyncMode, Tasks], Any], **more: Any) -> Any:
     return asyncio.run(whole())
 
 
-def test_many_that_are_held_cost_one_look_at_a_time() -> None:
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
-        ids = [f"t{number}" for number in range(100)]
-        waiting = [asyncio.create_task(held.hold(a_task(each), never)) for each in ids]
+def test_one_look_serves_streams_and_held_requests_together() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        streams = [parts.streams.open(f"s{i % 40}", "k") for i in range(80)]
+        held = [f"t{i}" for i in range(100)]
+        waiting = [asyncio.create_task(parts.hold(a_task(each), never)) for each in held]
+        assert all([await each.wait(5) for each in streams]), "the first look is news"
         await asyncio.sleep(0.5)
-        before = len(tasks.looks)
-        assert 2 <= before <= 25, "at most one look in each 0.02 s, for all of them"
-        assert max(map(len, tasks.looks)) == 100
-        tasks.ended = set(ids)
+        assert not any([await each.wait(0.0001) for each in streams]), "nothing is new"
+        assert len(tasks.looks) <= 30, "at most one look in each 0.02 s, for all of them"
+        assert set(map(len, tasks.looks[1:])) == {140}
+        assert tasks.reads == [], "whole tasks are read at their end"
+        tasks.ended = set(held)
         answers = await asyncio.gather(*waiting)
-        assert [each.task.id for each in answers if each.task] == ids
+        assert [each.task.id for each in answers if each.task] == held
         assert not any(each.too_early for each in answers)
+        assert sorted(tasks.reads) == sorted(held)
+        for each in streams:
+            parts.streams.release(each)
+            parts.streams.release(each)
+        assert len(parts.streams) == 0
 
     run(scene)
 
 
-def test_each_key_holds_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "MAX_HELD_PER_KEY", 2)
+def test_more_tasks_than_one_statement_should_name_are_looked_at_in_several() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        streams = [parts.streams.open(f"{i:04}", "k") for i in range(1000)]
+        assert all([await each.wait(5) for each in streams])
+        assert {len(ids) for ids in tasks.looks} == {500}
+        for each in streams:
+            parts.streams.release(each)
 
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
-        first = [asyncio.create_task(held.hold(a_task(f"t{i}"), never)) for i in range(2)]
+    run(scene)
+
+
+def test_each_change_wakes_those_who_follow_that_task_alone() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        one, two, other = (parts.streams.open(task_id, "k") for task_id in "aab")
+        for each in (one, two, other):
+            assert await each.wait(5)
+        tasks.steps["a"] = 1
+        assert await one.wait(5) and await two.wait(5)
+        assert not await other.wait(0.1)
+        tasks.deleted = {"b"}
+        assert await other.wait(5) and other.seen is None
+        for each in (one, two, other):
+            parts.streams.release(each)
+
+    run(scene)
+
+
+def test_subscription_that_is_to_look_again_is_woken_by_the_same_state() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        one = parts.streams.open("a", "k")
+        assert await one.wait(5) and not await one.wait(0.1)
+        one.look_again()
+        assert await one.wait(5)
+        parts.streams.release(one)
+
+    run(scene)
+
+
+def test_stopping_wakes_all_and_lets_nobody_in() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        one = parts.streams.open("a", "k")
+        held = asyncio.create_task(parts.hold(a_task("b"), never))
+        await one.wait(5)
+        parts.poller.close()
+        assert await one.wait(5)
+        assert "about to stop" in (await held).too_early
+        assert "about to stop" in (await parts.hold(a_task("c"), never)).too_early
+        with pytest.raises(TooManySubscriptions):
+            parts.streams.open("d", "k")
+        parts.streams.release(one)
+
+    run(scene)
+
+
+def test_steps_of_a_held_task_are_not_its_end() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
+        for step in range(5):
+            tasks.steps["t"] = step
+            await asyncio.sleep(0.05)
+        assert not waiting.done() and tasks.reads == []
+        tasks.ended = {"t"}
+        assert not (await waiting).too_early
+
+    run(scene)
+
+
+def test_each_key_holds_no_more_than_its_share() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        first = [asyncio.create_task(parts.hold(a_task(f"t{i}"), never)) for i in range(2)]
         await asyncio.sleep(0.05)
-        assert "as many" in (await held.hold(a_task("t3"), never)).too_early
-        other = asyncio.create_task(held.hold(a_task("t4", key_id="other"), never))
+        assert "as many" in (await parts.hold(a_task("t3"), never)).too_early
+        other = asyncio.create_task(parts.hold(a_task("t4", key_id="other"), never))
         await asyncio.sleep(0.05)
         tasks.ended = {"t0", "t1", "t4"}
         assert not any(each.too_early for each in await asyncio.gather(*first, other))
 
-    run(scene)
+    run(scene, most=2)
 
 
 def test_client_that_leaves_frees_its_place() -> None:
     async def leaves() -> None:
         await asyncio.sleep(0.05)
 
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
         started = time.monotonic()
-        assert (await held.hold(a_task("t"), leaves)).too_early
+        assert (await parts.hold(a_task("t"), leaves)).too_early
         assert time.monotonic() - started < PATIENCE_S / 2
 
     run(scene)
 
 
 def test_request_that_is_cancelled_frees_its_place() -> None:
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
-        waiting = asyncio.create_task(held.hold(a_task("t"), never))
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
         await asyncio.sleep(0.05)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -258,22 +371,56 @@ def test_request_that_is_cancelled_frees_its_place() -> None:
     run(scene)
 
 
-def test_database_that_is_away_is_waited_for() -> None:
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
-        tasks.is_away = True
-        waiting = asyncio.create_task(held.hold(a_task("t"), never))
+@pytest.mark.parametrize("fault", ["is_away", "is_broken"])
+def test_database_that_is_away_is_waited_for(fault: str) -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        setattr(tasks, fault, True)
+        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
         await asyncio.sleep(0.2)
         assert not waiting.done() and len(tasks.looks) > 1
-        tasks.is_away, tasks.ended = False, {"t"}
+        setattr(tasks, fault, False)
+        tasks.ended = {"t"}
         assert not (await waiting).too_early
 
     run(scene)
 
 
+def test_database_that_goes_away_between_the_look_and_the_reading_is_waited_for() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        tasks.ended = {"t"}
+        fails = [True] * 3
+
+        async def failing(task_id: str) -> Task | None:
+            if fails and fails.pop():
+                raise OperationalError("select", {}, Exception("away"))
+            return tasks.get([task_id])[0]
+
+        answer = await SyncMode(parts.held, failing, limit_s=PATIENCE_S).hold(a_task("t"), never)
+        assert not answer.too_early and not fails
+
+    run(scene)
+
+
+def test_database_that_is_away_is_complained_of_once() -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        with structlog.testing.capture_logs() as logs:
+            tasks.is_away = True
+            one = parts.streams.open("a", "k")
+            await asyncio.sleep(0.2)
+            tasks.is_away = False
+            assert await one.wait(5)
+            tasks.is_away = True
+            await asyncio.sleep(0.2)
+        assert [each["log_level"] for each in logs] == ["warning"] * 2
+        parts.streams.release(one)
+
+    run(scene)
+
+
 def test_database_that_stays_away_is_told_as_too_early() -> None:
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
         tasks.is_away = True
-        answer = await held.hold(a_task("t"), never)
+        answer = await parts.hold(a_task("t"), never)
         assert answer.task is not None and answer.task.id == "t"
         assert "within 0.1 s" in answer.too_early
 
@@ -281,19 +428,22 @@ def test_database_that_stays_away_is_told_as_too_early() -> None:
 
 
 def test_end_in_the_last_moment_is_told() -> None:
-    """The limit comes before the next look, which is made then."""
+    """The limit comes before the next look; the task is read once more then."""
 
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
+        while not tasks.looks:
+            await asyncio.sleep(0.001)
         tasks.ended = {"t"}
-        assert not (await held.hold(a_task("t"), never)).too_early
-        assert len(tasks.looks) == 1
+        assert not (await waiting).too_early
+        assert (len(tasks.looks), tasks.reads) == (1, ["t"])
 
-    run(scene, limit_s=0.05, poll_s=0.1)
+    run(scene, limit_s=0.05, every_s=0.1)
 
 
 def test_two_may_wait_for_one_task() -> None:
-    async def scene(held: SyncMode, tasks: Tasks) -> None:
-        both = [asyncio.create_task(held.hold(a_task("t"), never)) for _ in range(2)]
+    async def scene(parts: Followers, tasks: Tasks) -> None:
+        both = [asyncio.create_task(parts.hold(a_task("t"), never)) for _ in range(2)]
         await asyncio.sleep(0.05)
         tasks.ended = {"t"}
         assert not any(each.too_early for each in await asyncio.gather(*both))

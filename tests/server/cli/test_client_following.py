@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from redux_server.cli import client, main
@@ -164,6 +165,8 @@ def test_the_key_goes_with_the_request_for_the_stream(stub: Stub) -> None:
     assert headers["accept"] == "text/event-stream"
 
 
-def test_data_of_several_lines_are_one() -> None:
-    lines = ["event: end", 'data: {"a":', "data:  1}", "", "data: 2", "", "data: unfinished"]
-    assert list(client._data(lines)) == ['{"a":\n 1}', "2"]
+def test_data_of_several_lines_are_one_and_an_event_that_is_cut_short_is_none(stub: Stub) -> None:
+    text = ': ping\n\nid: 1\ndata: {}\n\n: ping\n\nevent: end\ndata: {"a":\ndata:  1}\n\ndata: {'
+    stub.answers(STREAM, Stream(text.encode()))
+    with httpx.Client() as http:
+        assert list(client.follow(http, stub.url + STREAM, {})) == [{}, {"a": 1}]

@@ -434,12 +434,12 @@ def test_uploads_are_kept_for_their_time_and_an_hour_and_then_swept(
     given = ticket(api)
     put(api, given)
     clock.now += 5 * 3600 - 60
-    assert housekeeping.sweep_strays(api.services) == housekeeping.sweep_uploads(api.services) == 0
+    assert housekeeping.sweep_strays(api.services) == api.services.uploads.sweep() == 0
     assert len(kept(api)) == 2
     clock.now += 3600
-    assert housekeeping.sweep_uploads(api.services) == 0
+    assert api.services.uploads.sweep() == 0
     clock.now += 120
-    assert housekeeping.sweep_uploads(api.services) == 2
+    assert api.services.uploads.sweep() == 2
     assert not kept(api)
     assert api.get(path_of(url), key="").status_code == 404
 
@@ -451,7 +451,7 @@ def test_sweeps_of_other_things_leave_uploads_alone_however_old(api: Api) -> Non
     assert housekeeping.sweep_strays(api.services) == 0
     assert housekeeping.sweep(api.services) == 0
     assert len(kept(api)) == 1
-    assert housekeeping.sweep_uploads(api.services) == 1
+    assert api.services.uploads.sweep() == 1
 
 
 # --- what is told of it ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from redux_server.api import housekeeping
 from redux_server.api.services import Services
 from redux_server.database.tables import idempotency, tasks
 from redux_server.tasks.store import TaskStore
-from redux_server.tasks.task import Created, NewTask, QueueFull, Replayed
+from redux_server.tasks.task import Created, NewTask, NoRoom, Replayed
 from server.in_process import Api
 
 SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
@@ -202,6 +202,6 @@ def test_stores_side_by_side_make_one_task_per_key_and_keep_the_bound(
         answers = [answer for some in pool.map(send, range(12)) for answer in some]
     kinds = [type(answer) for answer in answers]
     assert kinds.count(Created) == 8
-    assert kinds.count(QueueFull) == 4 * 12
+    assert kinds.count(NoRoom) == 4 * 12
     assert kinds.count(Replayed) == 8 * 11
     assert count(either_database) == 8

@@ -7,16 +7,9 @@ import pytest
 from sqlalchemy import Engine
 
 from redux_server.database.tables import tasks
+from redux_server.tasks.accepting import Bounds, free_places
 from redux_server.tasks.store import TaskStore
-from redux_server.tasks.task import (
-    Created,
-    FreePlaces,
-    KeyFull,
-    NewTask,
-    Outcome,
-    QueueFull,
-    Status,
-)
+from redux_server.tasks.task import Created, FreePlaces, KeyFull, NewTask, NoRoom, Outcome, Status
 from server.in_process import Clock
 
 
@@ -52,7 +45,7 @@ def test_running_tasks_count_and_ended_ones_do_not(store: TaskStore) -> None:
 def test_refused_task_takes_no_room_from_others(store: TaskStore) -> None:
     answers = store.accept([new("a"), new("a"), new("b"), new("c")], max_open=2, max_open_per_key=1)
     assert isinstance(answers[0], Created) and answers[1] == KeyFull()
-    assert isinstance(answers[2], Created) and answers[3] == QueueFull()
+    assert isinstance(answers[2], Created) and answers[3] == NoRoom()
 
 
 def test_no_limit_is_no_limit(store: TaskStore) -> None:
@@ -62,7 +55,7 @@ def test_no_limit_is_no_limit(store: TaskStore) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_key_is_ever_over_its_limit_and_none_is_refused_below(
-    store: TaskStore, seed: int
+    store: TaskStore, database: Engine, seed: int
 ) -> None:
     rng = random.Random(seed)
     opened: Counter[str] = Counter()
@@ -70,7 +63,7 @@ def test_no_key_is_ever_over_its_limit_and_none_is_refused_below(
         for task in store.claim("w") if rng.random() < 0.4 else ():
             assert store.finish(task.id, task.attempt, Outcome.failure(1, "x"))
             opened[task.key_id] -= 1
-        left = store.vacancies(list("cab"), max_open=70, max_open_per_key=3)
+        left = free_places(database, list("cab"), bounds=Bounds(70, 3))
         assert left == [FreePlaces(70 - opened.total(), 3 - opened[key]) for key in "cab"]
         batch = [new(rng.choice("abc")) for _ in range(rng.randrange(5))]
         for given, answer in zip(

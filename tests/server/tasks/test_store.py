@@ -13,8 +13,9 @@ from sqlalchemy import Engine, event, insert
 
 from redux_server.database.migration import open_database
 from redux_server.database.tables import tasks
+from redux_server.tasks.accepting import Bounds, IdempotencyKeys, free_places
 from redux_server.tasks.store import TaskStore
-from redux_server.tasks.task import Code, Created, NewTask, Outcome, QueueFull, Status, Task
+from redux_server.tasks.task import Code, Created, NewTask, NoRoom, Outcome, Status, Task
 
 LEASE_S = 30.0
 DONE = Outcome(status=Status.COMPLETED, outputs=["a/1/0.png"], seeds=[7], timings={"inference": 5})
@@ -114,10 +115,10 @@ def test_queue_bound_is_exact_within_a_batch(store: TaskStore) -> None:
     batch = [new(str(i)) for i in range(5)]
     accepted = store.accept(batch, max_open=5)
     assert [each.task.id for each in accepted[:2]] == [task.id for task in batch[:2]]
-    assert accepted[2:] == [QueueFull()] * 3
+    assert accepted[2:] == [NoRoom()] * 3
     assert store.queue_state().waiting == 5
     assert store.get([batch[2].id]) == [None]
-    assert store.accept([new()], max_open=5) == [QueueFull()]
+    assert store.accept([new()], max_open=5) == [NoRoom()]
 
 
 def test_running_tasks_count_against_the_queue_bound_and_ended_ones_do_not(
@@ -132,7 +133,7 @@ def test_running_tasks_count_against_the_queue_bound_and_ended_ones_do_not(
 
 def test_a_lowered_bound_accepts_nothing_and_does_not_fail(store: TaskStore) -> None:
     add(store, 3)
-    assert store.accept([new()], max_open=1) == [QueueFull()]
+    assert store.accept([new()], max_open=1) == [NoRoom()]
 
 
 def test_queue_bound_holds_under_many_threads(store: TaskStore) -> None:
@@ -534,7 +535,9 @@ def test_no_statement_reads_a_table_of_20_000_rows(
     store.claim("w", 3, like="s")
     idempotent = replace(new(), idempotency_key="i")
     store.accept([new(), idempotent], max_open=30_000)
-    store.recall(idempotent)
+    IdempotencyKeys(engine).recall(idempotent)
+    IdempotencyKeys(engine).knows(keys[0], "i")
+    free_places(engine, keys[:2], bounds=Bounds(30_000, 3))
     store.cancel(rows[2]["id"], keys[2])
     store.give_back(rows[0]["id"], 1, delay_s=5)
     store.delete([rows[3]["id"]], key_id=keys[3])
@@ -543,7 +546,7 @@ def test_no_statement_reads_a_table_of_20_000_rows(
     store.release("w")
     store.queue_state()
     store.ended_before(1.0)
-    store.forget_idempotency_keys(1.0)
+    IdempotencyKeys(engine).forget(1.0)
     for statement, values in list(statements.items()):
         # The recursive query's own rows are one for each key that waits: these are read and sorted.
         is_of_keys = statement.startswith("WITH RECURSIVE")

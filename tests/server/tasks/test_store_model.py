@@ -22,14 +22,15 @@ from sqlalchemy import Engine, delete, event, insert, select
 from redux_server.database.migration import open_database
 from redux_server.database.tables import idempotency, keys, tasks, webhooks
 from redux_server.tasks import claiming
+from redux_server.tasks.accepting import IdempotencyKeys
 from redux_server.tasks.store import Cancellation, Lease, TaskStore
 from redux_server.tasks.task import (
     Acceptance,
-    Conflict,
     Created,
+    KeyConflict,
     NewTask,
+    NoRoom,
     Outcome,
-    QueueFull,
     Replayed,
     Status,
     Task,
@@ -74,6 +75,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = store_class(
             engine, lease_s=LEASE_S, max_attempts=MAX_ATTEMPTS, clock=lambda: self.model.now
         )
+        self.idempotency = IdempotencyKeys(engine)
         self.seen: dict[str, Task] = {}
 
     # --- the owner's side ---------------------------------------------------------------------
@@ -95,7 +97,7 @@ class StoreMachine(RuleBasedStateMachine):
             NewTask(key, "m", {}, idempotency_key=name, digest=digest if name else "")
             for name in names
         ]
-        recalled = self.store.recall(new[0])
+        recalled = self.idempotency.recall(new[0])
         before = self.model.used.get((key, names[0]))
         assert (recalled is not None) == (before is not None)
         return self._accept(new)
@@ -202,7 +204,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(age_s=st.sampled_from([0.0, 20.0]))
     def idempotency_keys_grow_old(self, age_s: float) -> None:
         when = self.model.now - age_s
-        assert self.store.forget_idempotency_keys(when) == self.model.forget(when)
+        assert self.idempotency.forget(when) == self.model.forget(when)
 
     @rule()
     def server_restarts(self) -> None:
@@ -244,9 +246,9 @@ def _plain(answer: Acceptance) -> Answer:
             return "created", task.id
         case Replayed(task):
             return "replayed", task.id
-        case Conflict(is_gone):
+        case KeyConflict(is_gone):
             return "conflict", "gone" if is_gone else "other"
-        case QueueFull():
+        case NoRoom():
             return "full", ""
 
 

@@ -25,8 +25,7 @@ from redux_server.api.routes.lists import (
     seconds,
 )
 from redux_server.api.routes.models import KIND
-from redux_server.database.connection import DATABASE_AWAY
-from redux_server.errors import BadRequest, NotFound, no_database
+from redux_server.errors import BadRequest, NotFound
 from redux_server.parameters import MODELS, Whole, complaint
 from redux_server.tasks.listing import DayCount, Wanted
 from redux_server.tasks.task import TASK_ID, Status, Task
@@ -211,17 +210,14 @@ async def billings(request: Request, services: ServicesDep) -> JSONResponse:
     total = 0
     if wanted is not None:
         is_upwards = asked.sort.strip().upper().endswith("ASC")
-        try:
-            total = await asyncio.to_thread(services.history.count, wanted)
-            found = await asyncio.to_thread(
-                services.history.page,
-                wanted,
-                number=asked.page,
-                size=asked.page_size,
-                oldest_first=is_upwards,
-            )
-        except DATABASE_AWAY:
-            raise no_database() from None
+        total = await asyncio.to_thread(services.history.count, wanted)
+        found = await asyncio.to_thread(
+            services.history.page,
+            wanted,
+            number=asked.page,
+            size=asked.page_size,
+            oldest_first=is_upwards,
+        )
     has_more = asked.page * asked.page_size < total
     items = [_record(task) for task in found]
     data = {"page": asked.page, "total": total, "has_more": has_more, "items": items}
@@ -247,12 +243,9 @@ async def usage(request: Request, services: ServicesDep) -> JSONResponse:
     if asked.model_uuid in ("", *MODELS):
         wanted = Wanted(request.state.key_id, model=asked.model_uuid or None)
         first, end = int(asked.start_time.timestamp()), int(asked.end_time.timestamp())
-        try:
-            counts = await asyncio.to_thread(
-                services.history.count_by_day, wanted, first=first, end=end
-            )
-        except DATABASE_AWAY:
-            raise no_database() from None
+        counts = await asyncio.to_thread(
+            services.history.count_by_day, wanted, first=first, end=end
+        )
     return JSONResponse(envelope(_statistics(counts)))
 
 

@@ -15,8 +15,7 @@ from redux_server.api.dependencies import ServicesDep, no_task, read_json
 from redux_server.api.openapi import DeletedEnvelope, responses
 from redux_server.api.prediction import envelope
 from redux_server.api.services import Services
-from redux_server.database.connection import DATABASE_AWAY
-from redux_server.errors import BadRequest, no_database
+from redux_server.errors import BadRequest
 from redux_server.tasks.task import TASK_ID
 
 MAX_IDS = 1000
@@ -45,10 +44,7 @@ async def cancel(task_id: str, request: Request, services: ServicesDep) -> JSONR
     """End a task; its owner does not want it any more."""
     if not TASK_ID.fullmatch(task_id):
         raise no_task(task_id)
-    try:
-        cancelled = await asyncio.to_thread(services.store.cancel, task_id, request.state.key_id)
-    except DATABASE_AWAY:
-        raise no_database() from None
+    cancelled = await asyncio.to_thread(services.store.cancel, task_id, request.state.key_id)
     if cancelled is None:
         raise no_task(task_id)
     if cancelled.has_ended_it and (outcome := cancelled.task.outcome) is not None:
@@ -96,10 +92,7 @@ async def delete_many(request: Request, services: ServicesDep) -> JSONResponse:
 
 async def _delete(ids: Sequence[str], request: Request, services: Services) -> int:
     known = sorted({task_id for task_id in ids if TASK_ID.fullmatch(task_id)})
-    try:
-        gone = await asyncio.to_thread(services.store.delete, known, key_id=request.state.key_id)
-    except DATABASE_AWAY:
-        raise no_database() from None
+    gone = await asyncio.to_thread(services.store.delete, known, key_id=request.state.key_id)
     await asyncio.to_thread(_delete_files, gone, services)
     return len(gone)
 

@@ -11,8 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from redux_server.api.dependencies import ServicesDep, read_json
 from redux_server.api.openapi import Prediction, Success, responses
 from redux_server.api.prediction import envelope
-from redux_server.database.connection import DATABASE_AWAY
-from redux_server.errors import BadRequest, no_database
+from redux_server.errors import BadRequest
 from redux_server.parameters import MODELS, Whole, complaint
 from redux_server.tasks.listing import Wanted
 from redux_server.tasks.task import Status, Task
@@ -124,12 +123,9 @@ async def list_tasks(request: Request, services: ServicesDep) -> JSONResponse:
     wanted = _wanted(asked, request.state.key_id)
     found: list[Task] = []
     if wanted is not None:
-        try:
-            found = await asyncio.to_thread(
-                services.history.page, wanted, number=asked.page, size=asked.page_size
-            )
-        except DATABASE_AWAY:
-            raise no_database() from None
+        found = await asyncio.to_thread(
+            services.history.page, wanted, number=asked.page, size=asked.page_size
+        )
     items = [services.present(task, str(request.base_url)) for task in found]
     return JSONResponse(envelope({"page": asked.page, "items": items}))
 

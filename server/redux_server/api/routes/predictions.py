@@ -1,8 +1,6 @@
 """The task API: submit, poll, download. Paths are those of the hosted service."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import structlog
@@ -15,7 +13,7 @@ from redux_server import metrics
 from redux_server.api.admission import (
     check_disk,
     check_draining,
-    check_places,
+    check_place,
     check_quality,
     check_rate,
     idempotency_key,
@@ -23,7 +21,7 @@ from redux_server.api.admission import (
 )
 from redux_server.api.answers import _held_answer, full_answer
 from redux_server.api.dependencies import ServicesDep, find_mine, read_json, services_of
-from redux_server.api.limits import Refusal
+from redux_server.api.limits import Reservation
 from redux_server.api.openapi import (
     IDEMPOTENCY_KEY,
     RESULT_PATHS,
@@ -34,7 +32,7 @@ from redux_server.api.openapi import (
 from redux_server.api.prediction import envelope
 from redux_server.api.services import Services
 from redux_server.database.connection import DATABASE_AWAY
-from redux_server.errors import BadRequest, NotFound, Unavailable, no_database
+from redux_server.errors import BadRequest, NotFound, Unavailable
 from redux_server.parameters import MODELS, PredictionRequest, complaint, parse_request
 from redux_server.pictures.submitted import (
     check_own_url,
@@ -89,24 +87,11 @@ async def submit(request: Request, services: ServicesDep) -> Response:
     check_rate(request.state.key_id, services)
     check_disk(services)
     repeat_key = idempotency_key(request)
-    await check_places(request, repeat_key, services)
-    wanted, webhook = await _read_body(request)
-    bases = (str(request.base_url), services.settings.public_url)
-    for name, sent in sent_pictures(wanted):
-        check_own_url(sent, services.signer, bases, name=name)
-    check_quality(wanted.quality, services.settings.backend)
-    model = request.url.path.split("/", 3)[3]
-    new = NewTask(
-        key_id=request.state.key_id,
-        model=model,
-        input=wanted.parameters(),
-        request_id=request.state.request_id,
-        webhook_url=services.webhooks.register(webhook, str(request.base_url)) if webhook else None,
-        shape=wanted.shape,
-        idempotency_key=repeat_key,
-        digest=await asyncio.to_thread(wanted.digest, model, webhook) if repeat_key else "",
-    )
-    acceptance = await _accept(new, wanted, services)
+    with services.reservations.hold(request.state.key_id) as place:
+        await check_place(request, repeat_key, place, services)
+        wanted, webhook = await _read_body(request)
+        new = await _new_task(request, wanted, webhook, repeat_key, services)
+        acceptance = await _accept(new, wanted, place, services)
     headers = None
     if isinstance(acceptance, Replayed):
         headers = {"Idempotent-Replayed": "true"}
@@ -131,10 +116,7 @@ for _version in ("v2", "v3"):
 )
 async def webhook_secret(request: Request, services: ServicesDep) -> JSONResponse:
     """The secret that signs the webhooks of this key; made when it is first asked for."""
-    try:
-        secret = await asyncio.to_thread(services.webhooks.secret, request.state.key_id)
-    except DATABASE_AWAY:
-        raise no_database() from None
+    secret = await asyncio.to_thread(services.webhooks.secret, request.state.key_id)
     return JSONResponse(envelope({"secret": secret}), headers={"Cache-Control": "no-store"})
 
 
@@ -158,35 +140,49 @@ async def _read_body(request: Request) -> tuple[PredictionRequest, str]:
     return wanted, webhook
 
 
+async def _new_task(
+    request: Request, wanted: PredictionRequest, webhook: str, repeat_key: str, services: Services
+) -> NewTask:
+    """The task that is asked for.
+
+    Raises:
+        BadRequest: no worker of this server could do it, or fetch its pictures.
+    """
+    bases = (str(request.base_url), services.settings.public_url)
+    for name, sent in sent_pictures(wanted):
+        check_own_url(sent, services.signer, bases, name=name)
+    check_quality(wanted.quality, services.settings.backend)
+    model = request.url.path.split("/", 3)[3]
+    return NewTask(
+        key_id=request.state.key_id,
+        model=model,
+        input=wanted.parameters(),
+        request_id=request.state.request_id,
+        webhook_url=services.webhooks.register(webhook, str(request.base_url)) if webhook else None,
+        shape=wanted.shape,
+        idempotency_key=repeat_key,
+        digest=await asyncio.to_thread(wanted.digest, model, webhook) if repeat_key else "",
+    )
+
+
 async def _accept(
-    new: NewTask, wanted: PredictionRequest, services: Services
+    new: NewTask, wanted: PredictionRequest, place: Reservation, services: Services
 ) -> Created | Replayed:
     """Store the task and its pictures; nothing is left of one that was not created."""
-    async with _place(new, wanted, services) as refused:
-        # After looking for a place, which the first request with the key may have taken meanwhile.
-        acceptance = await _recall(new, services) if new.idempotency_key else None
-        acceptance = acceptance or refused or await _store(new, wanted, services)
+    acceptance: Acceptance | None = None
+    if has_inline_pictures(wanted):  # others cost as much to store as to look for a place for
+        refused = await place.refusal()
+        # A replay must not store its picture again. After looking for a place, which the first
+        # request with the key may have taken meanwhile.
+        if new.idempotency_key:
+            acceptance = await asyncio.to_thread(services.idempotency.recall, new)
+        acceptance = acceptance or refused
+    acceptance = acceptance or await _store(new, wanted, services)
     if isinstance(acceptance, Created):
         metrics.ACCEPTED.inc()
     if isinstance(acceptance, Created | Replayed):
         return acceptance
     raise refusal(acceptance, services)
-
-
-@asynccontextmanager
-async def _place(
-    new: NewTask, wanted: PredictionRequest, services: Services
-) -> AsyncIterator[Refusal | None]:
-    """A place in the queue for the time that storing takes, or why there is none."""
-    if not has_inline_pictures(wanted):  # to ask for one costs as much as to be refused
-        yield None
-        return
-    async with AsyncExitStack() as held:
-        try:
-            refused = await held.enter_async_context(services.places.hold(new.key_id))
-        except DATABASE_AWAY:
-            raise no_database() from None
-        yield refused
 
 
 async def _store(new: NewTask, wanted: PredictionRequest, services: Services) -> Acceptance:
@@ -212,11 +208,3 @@ async def _not_stored(new: NewTask, error: Exception, services: Services) -> Una
         await forget_pictures(new.input, new.id, services.blobs)
         text = "The task could not be stored (database busy, or disk full); nothing was started."
     return Unavailable(text, headers={"Retry-After": "5"})
-
-
-async def _recall(new: NewTask, services: Services) -> Acceptance | None:
-    """Look before a picture is stored: a replay must not store it again."""
-    try:
-        return await asyncio.to_thread(services.store.recall, new)
-    except DATABASE_AWAY:
-        raise no_database() from None

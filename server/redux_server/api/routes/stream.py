@@ -12,12 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from redux_server import metrics
 from redux_server.api.dependencies import ServicesDep, find_mine, no_task
-from redux_server.api.following import (
-    MAX_STREAMS_OF_A_KEY,
-    NOT_LOOKED_AT,
-    Subscription,
-    TooManyStreams,
-)
+from redux_server.api.following import MAX_STREAMS_OF_A_KEY, Subscription, TooManySubscriptions
 from redux_server.api.openapi import responses
 from redux_server.api.services import Services
 from redux_server.database.connection import DATABASE_AWAY
@@ -112,17 +107,17 @@ async def stream(task_id: str, request: Request, services: ServicesDep) -> Respo
     if task.status.is_terminal and last_id == event_id(task, None):
         return Response(status_code=204)
     try:
-        watch = services.streams.open(task.id, task.key_id)
-    except TooManyStreams as error:
+        subscription = services.streams.open(task.id, task.key_id)
+    except TooManySubscriptions as error:
         raise _refusal(error) from None
     metrics.STREAMS.inc()
 
     def release() -> None:
-        services.streams.release(watch)
+        services.streams.release(subscription)
         metrics.STREAMS.dec()
 
-    teller = EventWriter(services, str(request.base_url), watch, last_id)
-    return EventStream(teller.events(task), release)
+    writer = EventWriter(services, str(request.base_url), subscription, last_id)
+    return EventStream(writer.events(task), release)
 
 
 def event_id(task: Task, position: int | None) -> str:
@@ -134,11 +129,11 @@ class EventWriter:
     """What one stream says."""
 
     def __init__(
-        self, services: Services, base_url: str, watch: Subscription, last_id: str
+        self, services: Services, base_url: str, subscription: Subscription, last_id: str
     ) -> None:
         self._services = services
         self._base_url = base_url
-        self._watch = watch
+        self._subscription = subscription
         self._told = last_id
 
     async def events(self, task: Task) -> AsyncIterator[bytes]:
@@ -162,11 +157,11 @@ class EventWriter:
     async def _next(self, task: Task) -> Task | None:
         """The task after news of it, or after a while without."""
         is_waiting = task.started_at is None
-        if await self._watch.wait(POSITION_EVERY_S if is_waiting else HEARTBEAT_S):
+        if await self._subscription.wait(POSITION_EVERY_S if is_waiting else HEARTBEAT_S):
             try:
                 return await self._services.find(task.id)
             except DATABASE_AWAY:
-                self._watch.seen = NOT_LOOKED_AT  # the next look that succeeds is news again
+                self._subscription.look_again()
         return task
 
     async def _event(self, task: Task) -> bytes:
@@ -184,12 +179,12 @@ class EventWriter:
         )
 
     def _gone(self) -> bytes:
-        error = no_task(self._watch.task_id)
+        error = no_task(self._subscription.task_id)
         body = error_body(error.status, error.message, error.name)
         return format_sse_event(data_str=json.dumps(body), event="gone")
 
 
-def _refusal(error: TooManyStreams) -> TooManyRequests | Unavailable:
+def _refusal(error: TooManySubscriptions) -> TooManyRequests | Unavailable:
     if error.is_of_key:
         metrics.REJECTED.labels("streams_of_key").inc()
         return TooManyRequests(

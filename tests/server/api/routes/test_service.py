@@ -106,6 +106,43 @@ def test_a_poll_is_answered_503(
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
 
 
+INLINE = {"image": "R0lGODlhAQABAAAAACwAAAAAAQABAAA="}
+DAY = {"start_time": "2026-01-01T00:00:00Z", "end_time": "2026-01-02T00:00:00Z"}
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("part", "call", "method", "path", "body"),
+    [
+        ("history", "page", "POST", "/api/v3/predictions", {"page": 1, "page_size": 1}),
+        ("history", "count", "POST", "/api/v3/billings/search", {"page": 1}),
+        ("history", "count_by_day", "POST", "/api/v3/user/usage_stats", DAY),
+        ("store", "cancel", "POST", f"/api/v3/predictions/{'0' * 32}/cancel", {}),
+        ("store", "delete", "DELETE", f"/api/v3/predictions/{'0' * 32}", None),
+        ("webhooks", "secret", "GET", "/api/v3/webhook/secret", None),
+        ("idempotency", "recall", "POST", PATH, INLINE),
+        ("idempotency", "knows", "POST", PATH, {**INLINE, "unknown": "x" * 2**17}),
+        ("reservations", "reserve", "POST", PATH, INLINE),
+    ],
+)
+def test_whatever_needs_the_database_is_answered_503(
+    build_api: Callable[..., Api],
+    error: Exception,
+    part: str,
+    call: str,
+    method: str,
+    path: str,
+    body: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    api = build_api(max_queue=0 if call == "knows" else 9)
+    monkeypatch.setattr(type(getattr(api.services, part)), call, failing(error))
+    more: dict[str, Any] = {} if body is None else {"json": body}
+    answer = api.request(method, path, headers={"Idempotency-Key": "k"}, **more)
+    assert (answer.status_code, answer.json()["error_code"]) == (503, "unavailable"), answer.text
+    assert answer.headers["retry-after"] == "2"
+
+
 @pytest.mark.parametrize("is_broken", [False, True], ids=["refused", "connection broke"])
 def test_a_picture_stays_while_its_task_may_be_stored(
     api: Api, is_broken: bool, monkeypatch: pytest.MonkeyPatch

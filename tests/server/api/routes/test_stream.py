@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from e2e.live import LiveServer, a_picture, data_uri, wait_until
-from redux_server.api.following import Streams
+from redux_server.api.following import Subscriptions
 from redux_server.api.routes import stream
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Outcome, Status
@@ -271,7 +271,7 @@ def test_client_that_leaves_frees_its_stream(api: Api) -> None:
             assert (len(api.services.streams), opened(api)) == (1, before + 1)
         assert (len(api.services.streams), opened(api)) == (0, before)
         await asyncio.sleep(0.5)
-        assert api.services.streams._poller is None, "nothing is looked for any more"
+        assert api.services.poller._polling is None, "nothing is looked for any more"
 
     run(api, follow)
 
@@ -290,7 +290,7 @@ def test_reader_that_does_not_read_is_dropped(api: Api, monkeypatch: pytest.Monk
 
 def test_too_many_streams_are_refused_until_one_ends(build_services: Any, build_api: Any) -> None:
     services = build_services()
-    bounded = Streams(services.store.glance, most=3, most_of_a_key=2)
+    bounded = Subscriptions(services.poller, most=3, most_of_a_key=2)
     object.__setattr__(services, "streams", bounded)
     api: Api = build_api(services)
     task_id = new_task(api)
@@ -318,31 +318,8 @@ def test_too_many_streams_are_refused_until_one_ends(build_services: Any, build_
                 await again.see(lambda events: len(events) == 1)
 
     run(api, follow)
-    services.streams.close()
+    services.poller.close()
     assert api.get(path).status_code == 503, "a server that stops opens no more"
-
-
-def test_one_look_at_the_database_serves_all_streams() -> None:
-    looks: list[tuple[str, ...]] = []
-
-    def glance(ids: Any) -> dict[str, object]:
-        looks.append(tuple(ids))
-        return {name: "same" for name in ids}
-
-    async def follow() -> None:
-        streams = Streams(glance, every_s=0.02)
-        watches = [streams.open(f"{i % 40:032x}", "k") for i in range(80)]
-        assert all([await watch.wait(5) for watch in watches])
-        assert not any([await watch.wait(0.0001) for watch in watches]), "nothing is new"
-        while len(looks) < 5:
-            await asyncio.sleep(0.01)
-        for watch in watches:
-            streams.release(watch)
-            streams.release(watch)
-        assert len(streams) == 0
-
-    asyncio.run(follow())
-    assert {len(ids) for ids in looks} == {40}
 
 
 def test_stream_lives_through_a_database_that_is_away(api: Api) -> None:
@@ -355,14 +332,14 @@ def test_stream_lives_through_a_database_that_is_away(api: Api) -> None:
         raise OperationalError("", {}, Exception("away"))
 
     async def follow() -> None:
-        streams = api.services.streams
+        poller = api.services.poller
         async with Reader(api, task_id) as reader:
             await reader.see(lambda events: len(events) == 1)
-            present, streams._glance = streams._glance, away
+            present, poller._glance = poller._glance, away
             (task,) = await asyncio.to_thread(store.claim, "w")
             await asyncio.sleep(0.6)
             assert len(reader.events) == 1
-            streams._glance = present
+            poller._glance = present
             await asyncio.to_thread(store.finish, task_id, task.attempt, DONE)
             assert (await reader.end())[-1].data["status"] == "completed"
 
