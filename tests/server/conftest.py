@@ -16,6 +16,7 @@ from redux_server.database.tables import metadata
 from redux_server.settings import ServerSettings
 from redux_server.storage.opening import open_pictures
 from server.api_stub import Stub
+from server.full_disk import small_file_system
 from server.in_process import Api, Clock, IdleDispatch
 from server.worker_bench import Bench
 from threaded import answering
@@ -58,6 +59,13 @@ def either_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
             db.execute(text(f"TRUNCATE {names}"))
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 12 MiB."""
+    with small_file_system(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture

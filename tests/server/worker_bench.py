@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from prometheus_client import REGISTRY
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from redux_pipelines.contract.types import BatchEvent, GenerationRequest
 from redux_pipelines.fake import FakePipeline
@@ -84,6 +86,28 @@ class GatedPipeline(FakePipeline):
         self.gate.release(10_000)
 
 
+class UnreliableStore:
+    """A store whose ``method`` fails the first ``times``."""
+
+    def __init__(self, store: TaskStore, method: str, times: int) -> None:
+        self._store = store
+        self._method = method
+        self.failures_left = times
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._store, name)
+        if name != self._method:
+            return real
+
+        def unreliable(*given: Any, **more: Any) -> Any:
+            if self.failures_left:
+                self.failures_left -= 1
+                raise OperationalError("UPDATE tasks", {}, Exception("database is locked"))
+            return real(*given, **more)
+
+        return unreliable
+
+
 class Bench:
     """A worker's surroundings: a real store and folder, and how to put workers there."""
 
@@ -104,7 +128,7 @@ class Bench:
         ours = {"store": self.store, "heartbeat_s": 0.02}
         names = ("store", "heartbeat_s", "max_batch_size", "batch_timeout_s")
         ours |= {name: given.pop(name) for name in names if name in given}
-        worker = Worker(ME, maker=BatchRunner(**given), **ours)
+        worker = Worker(ME, runner=BatchRunner(**given), **ours)
         self.undo += [worker.stop, getattr(given["pipeline"], "open", worker.stop)]
         return worker
 
@@ -152,3 +176,10 @@ class Bench:
         task_id = self.submit(**(parameters or {}))
         assert self.worker(**parts).step()
         return self.task(task_id)
+
+
+def ended(reason: str = "", status: str = "completed") -> float:
+    """How many tasks have been counted as ended so."""
+    return REGISTRY.get_sample_value(
+        "flux_redux_tasks_total", {"status": status, "reason": reason}
+    ) or 0.0  # fmt: skip

@@ -94,14 +94,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     await services.dispatch.start()
     sweeper = housekeeping.start(services)
-    services.webhooks.dispatcher.start()
+    services.webhooks.sender.start()
     try:
         yield
     finally:
         services.poller.close()
         sweeper.cancel()
         await services.dispatch.stop()
-        await asyncio.to_thread(services.webhooks.dispatcher.stop)
+        await asyncio.to_thread(services.webhooks.sender.stop)
         services.accept.close()
         services.find.close()
         services.reservations.close()

@@ -1,6 +1,9 @@
-"""SQLite as the embedded database: durable commits, and writers that wait their turn.
+"""How a database is opened, and what SQLite and PostgreSQL each need of their own.
 
-WAL mode with ``synchronous=FULL``: a commit survives a power cut. Knows no table.
+SQLite is the embedded one: WAL mode with ``synchronous=FULL``, so that a commit survives a power
+cut, and writers that wait their turn. PostgreSQL is the one that several machines share: every wait
+has an end, so that a database that is away shows within seconds, as an error which callers know.
+Knows no table.
 """
 
 import errno
@@ -18,81 +21,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from redux_server.settings import UsageError
 
+# What a database says that is away, overloaded or out of space: it may be back at the next try.
+DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
 LOCK_TIMEOUT_S = 30.0
-_jitter = random.Random()  # the global one is for whoever seeds it
-_BUSY_TIMEOUT = f"PRAGMA busy_timeout={LOCK_TIMEOUT_S * 1000:.0f}"
-
-
-def _sqlite_engine(url: URL) -> Engine:
-    """An engine for the file of ``url``.
-
-    Its folder is created readable by the owner only: the file holds prompts and key digests.
-    """
-    # Errors are logged, and parameters are prompts.
-    engine = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S}, hide_parameters=True)
-    path = Path(url.database or "")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "not writable", str(path))
-    event.listen(engine, "connect", _configure_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _configure_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by _begin, not by sqlite3
-    _use_wal(connection)
-    for pragma in (
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "journal_size_limit=67108864",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-    connection.execute(_BUSY_TIMEOUT)
-
-
-def _use_wal(connection: Any) -> None:
-    """Switch to a write-ahead log; SQLite does not wait when another process is at the same."""
-    ends_at = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > ends_at:
-                raise
-            time.sleep(_jitter.uniform(0.001, 0.01))
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    if connection.get_execution_options().get("redux_read_only"):
-        connection.exec_driver_sql("BEGIN")
-        return
-    # A deferred transaction that turns into a writer fails at once when another one writes;
-    # taking the write lock first makes it wait its turn instead. SQLite's own way of waiting looks
-    # ever more rarely, up to ten times a second: busy writers would starve the one that waits.
-    ends_at = time.monotonic() + LOCK_TIMEOUT_S
-    connection.exec_driver_sql("PRAGMA busy_timeout=0")
-    try:
-        while True:
-            try:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-                return
-            except OperationalError as error:
-                if "locked" not in str(error.orig) or time.monotonic() > ends_at:
-                    raise
-                time.sleep(_jitter.uniform(0.0005, 0.002))
-    finally:
-        connection.exec_driver_sql(_BUSY_TIMEOUT)
-
-
-# --- Postgres -------------------------------------------------------------------------------------
-
-# DOC PostgreSQL as the database of several machines: what a connection may cost, and for how long.
-# DOC
-# DOC Every wait has an end, so that a database that is away shows as an error which callers know, within
-# DOC seconds. Knows no table.
-
 POOL_SIZE = 5
 POOL_OVERFLOW = 10
 # libpq's parameters; a URL may set its own (?connect_timeout=10). Seconds, but for milliseconds in
@@ -107,34 +38,8 @@ _TIMEOUTS: dict[str, Any] = {
     "options": "-c statement_timeout=20000 -c lock_timeout=10000"
     " -c idle_in_transaction_session_timeout=60000",
 }
-
-
-def _postgres_engine(url: URL) -> Engine:
-    """An engine for ``url``, a ``postgresql+psycopg`` one.
-
-    A connection is tried before it is used (``pool_pre_ping``), so that a restarted database costs
-    a reconnection and no error.
-
-    Raises:
-        ImportError: psycopg is not installed.
-    """
-    given = {name: value for name, value in _TIMEOUTS.items() if name not in url.query}
-    return create_engine(
-        url,
-        connect_args=given,
-        hide_parameters=True,  # errors are logged, and parameters are prompts
-        pool_pre_ping=True,
-        pool_size=POOL_SIZE,
-        max_overflow=POOL_OVERFLOW,
-        pool_timeout=10.0,
-        pool_recycle=1800,
-    )
-
-
-# --- Database -------------------------------------------------------------------------------------
-
-# What a database says that is away, overloaded or out of space: it may be back at the next try.
-DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
+_BUSY_TIMEOUT = f"PRAGMA busy_timeout={LOCK_TIMEOUT_S * 1000:.0f}"
+_jitter = random.Random()  # the global one is for whoever seeds it
 
 
 class DatabaseUnusable(UsageError):
@@ -218,3 +123,94 @@ def take_turns(db: Connection, what: str) -> None:
     """
     if db.dialect.name == "postgresql":
         db.execute(select(func.pg_advisory_xact_lock(zlib.crc32(what.encode()))))
+
+
+# --- SQLite ---------------------------------------------------------------------------------------
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    """An engine for the file of ``url``.
+
+    Its folder is created readable by the owner only: the file holds prompts and key digests.
+    """
+    # Errors are logged, and parameters are prompts.
+    engine = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S}, hide_parameters=True)
+    path = Path(url.database or "")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "not writable", str(path))
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by _begin_sqlite, not by sqlite3
+    _use_wal(connection)
+    for pragma in (
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "journal_size_limit=67108864",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute(_BUSY_TIMEOUT)
+
+
+def _use_wal(connection: Any) -> None:
+    """Switch to a write-ahead log; SQLite does not wait when another process is at the same."""
+    ends_at = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > ends_at:
+                raise
+            time.sleep(_jitter.uniform(0.001, 0.01))
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    if connection.get_execution_options().get("redux_read_only"):
+        connection.exec_driver_sql("BEGIN")
+        return
+    # A deferred transaction that turns into a writer fails at once when another one writes;
+    # taking the write lock first makes it wait its turn instead. SQLite's own way of waiting looks
+    # ever more rarely, up to ten times a second: busy writers would starve the one that waits.
+    ends_at = time.monotonic() + LOCK_TIMEOUT_S
+    connection.exec_driver_sql("PRAGMA busy_timeout=0")
+    try:
+        while True:
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                return
+            except OperationalError as error:
+                if "locked" not in str(error.orig) or time.monotonic() > ends_at:
+                    raise
+                time.sleep(_jitter.uniform(0.0005, 0.002))
+    finally:
+        connection.exec_driver_sql(_BUSY_TIMEOUT)
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------
+
+
+def _postgres_engine(url: URL) -> Engine:
+    """An engine for ``url``, a ``postgresql+psycopg`` one.
+
+    A connection is tried before it is used (``pool_pre_ping``), so that a restarted database costs
+    a reconnection and no error.
+
+    Raises:
+        ImportError: psycopg is not installed.
+    """
+    given = {name: value for name, value in _TIMEOUTS.items() if name not in url.query}
+    return create_engine(
+        url,
+        connect_args=given,
+        hide_parameters=True,  # errors are logged, and parameters are prompts
+        pool_pre_ping=True,
+        pool_size=POOL_SIZE,
+        max_overflow=POOL_OVERFLOW,
+        pool_timeout=10.0,
+        pool_recycle=1800,
+    )

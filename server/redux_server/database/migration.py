@@ -1,14 +1,13 @@
-"""Brings a database's tables up to date, with alembic. Knows no settings.
+"""Which version a database's tables have, and how they are brought up to date, with alembic.
 
-Alembic's own command line is not needed: the revisions lie in ``migrations/versions`` inside the
-package, and the connection is handed to ``migrations/env.py``.
+A change of the tables needs a revision in ``migrations/versions`` and its number here. Alembic's
+own command line is not needed: the revisions lie inside the package, and the connection is handed
+to ``migrations/env.py``. Knows no settings.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import (
     Column,
     Connection,
@@ -33,51 +32,13 @@ from redux_server.database.connection import (
 )
 from redux_server.database.tables import metadata, tasks
 
-_FOLDER = Path(__file__).parent / "migrations"
-
-
-def upgrade_database(engine: Engine) -> tuple[str, str]:
-    """Bring the tables up to date in one transaction; returns the revisions before and after.
-
-    Raises:
-        DatabaseUnusable: the tables are newer than this version knows.
-    """
-    with engine.begin() as db:
-        take_turns(db, "upgrade")
-        if not is_sqlite(db):
-            db.execute(text("SET LOCAL statement_timeout = 0"))  # an index may take minutes
-        before = version_in(db)
-        refuse_newer(engine, before)
-        upgrade(db)
-        return before, version_in(db)
-
-
-def upgrade(db: Connection) -> None:
-    """Bring the tables up to date within the transaction of ``db``."""
-    config = _config()
-    config.attributes["connection"] = db
-    if version_in(db) == FIRST_VERSION and version.name not in inspect(db).get_table_names():
-        command.stamp(config, FIRST_VERSION)
-    command.upgrade(config, "head")
-
-
-def revisions() -> list[str]:
-    """All revisions there are, oldest first."""
-    found = ScriptDirectory.from_config(_config()).walk_revisions()
-    return [script.revision for script in reversed(list(found))]
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
-    return config
-
-
-# --- Database -------------------------------------------------------------------------------------
+if TYPE_CHECKING:  # alembic takes its time to load, and a database that is up to date needs none
+    from alembic.config import Config
 
 SCHEMA_VERSION = "0003"  # the newest revision in migrations/versions; they are numbered upwards
 FIRST_VERSION = "0001"  # what a database without a version is: it is older than they are
 version = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
+_FOLDER = Path(__file__).parent / "migrations"
 
 
 def open_database(url: str) -> Engine:
@@ -116,6 +77,16 @@ def _have_our_tables(engine: Engine) -> None:
     )
 
 
+def _bring_up_to_date(engine: Engine) -> None:
+    with engine.begin() as db:  # holds the write lock: of several processes one does it
+        if version_in(db):
+            upgrade(db)
+        else:
+            metadata.create_all(db)
+            version.create(db)
+            db.execute(insert(version), {"version_num": SCHEMA_VERSION})
+
+
 def schema_version(engine: Engine) -> str:
     """The revision of the tables; empty when there are none."""
     with reader(engine).connect() as db:
@@ -143,11 +114,44 @@ def refuse_newer(engine: Engine, found: str) -> None:
         )
 
 
-def _bring_up_to_date(engine: Engine) -> None:
-    with engine.begin() as db:  # holds the write lock: of several processes one does it
-        if version_in(db):
-            upgrade(db)
-        else:
-            metadata.create_all(db)
-            version.create(db)
-            db.execute(insert(version), {"version_num": SCHEMA_VERSION})
+def upgrade_database(engine: Engine) -> tuple[str, str]:
+    """Bring the tables up to date in one transaction; returns the revisions before and after.
+
+    Raises:
+        DatabaseUnusable: the tables are newer than this version knows.
+    """
+    with engine.begin() as db:
+        take_turns(db, "upgrade")
+        if not is_sqlite(db):
+            db.execute(text("SET LOCAL statement_timeout = 0"))  # an index may take minutes
+        before = version_in(db)
+        refuse_newer(engine, before)
+        upgrade(db)
+        return before, version_in(db)
+
+
+def upgrade(db: Connection) -> None:
+    """Bring the tables up to date within the transaction of ``db``."""
+    from alembic import command
+
+    config = _config()
+    config.attributes["connection"] = db
+    if version_in(db) == FIRST_VERSION and version.name not in inspect(db).get_table_names():
+        command.stamp(config, FIRST_VERSION)
+    command.upgrade(config, "head")
+
+
+def revisions() -> list[str]:
+    """All revisions there are, oldest first."""
+    from alembic.script import ScriptDirectory
+
+    found = ScriptDirectory.from_config(_config()).walk_revisions()
+    return [script.revision for script in reversed(list(found))]
+
+
+def _config() -> "Config":
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
+    return config

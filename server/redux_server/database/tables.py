@@ -1,8 +1,8 @@
-"""The tables, and how a database is opened. Knows no task logic.
+"""The tables. Knows no task logic.
 
 Statements elsewhere are SQLAlchemy Core and name no dialect; what SQLite and PostgreSQL need of
-their own is in ``redux_server.database.connection`` and ``redux_server.database.connection``. A change of the tables needs
-a revision in ``redux_server/migrations/versions`` and its number here.
+their own is in ``redux_server.database.connection``. A change of the tables needs a revision, see
+``redux_server.database.migration``.
 """
 
 from typing import Any
@@ -51,8 +51,9 @@ tasks = Table(
     Index("tasks_leased", "lease_until"),
     Index("tasks_delayed", "not_before"),
     Index("tasks_finished", "finished_at"),
-    # What a fair claim reads (see claiming.py), each a few entries whatever the table's size: the
-    # keys that wait at a priority, those with tasks of a shape, and each key's running and latest.
+    # What a fair claim reads (see tasks/claiming.py), each a few entries whatever the table's size:
+    # the keys that wait at a priority, those with tasks of a shape, and each key's running and
+    # latest.
     Index("tasks_ready", "priority", "key_id", "queued_at", **_where("queued_at IS NOT NULL")),
     Index(
         "tasks_alike",
@@ -118,10 +119,10 @@ secrets = Table(
     Column("name", String(64), primary_key=True),
     Column("value", String(128), nullable=False),
 )
-duties = Table(
-    "duties",
+turns = Table(
+    "duties",  # its name since revision 0002
     metadata,
-    # What one process of all must do now and then; done_at is when one last took it on itself.
+    # What one process of all must do now and then; done_at is when one last took its turn at it.
     Column("name", String(64), primary_key=True),
     Column("done_at", Float, nullable=False),
 )

@@ -1,4 +1,10 @@
-"""The distributed engine: tickets through a broker to workers on other machines."""
+"""How tasks reach workers on other machines: by tickets, which Celery carries through a broker.
+
+A ticket is a message that says "there is work", and holds nothing but how often it was passed on.
+Losing one costs time, a second one a look at the database; so nothing here needs to be more careful
+than a broker is by default, and what a broker offers is used to lose few: quorum queues, late
+acknowledgement, publisher confirms. Knows no task and no worker process.
+"""
 
 import asyncio
 import contextlib
@@ -15,234 +21,16 @@ from sqlalchemy import Engine, insert, or_, update
 from sqlalchemy.exc import IntegrityError
 
 from redux_server import metrics
-from redux_server.database.tables import duties
+from redux_server.database import tables
 from redux_server.dispatch.presence import Presence, WorkerState
 from redux_server.tasks.store import TaskStore
 
-# DOC Work that one process of all does now and then: whoever asks first has it for that time.
-
-
-class Turns:
-    """Turns among the processes that share a database."""
-
-    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
-        self._engine = engine
-        self._clock = clock
-
-    def take(self, name: str, *, every_s: float) -> bool:
-        """Whether the caller is to do ``name`` now; nobody else is told so for ``every_s``."""
-        now = self._clock()
-        # A date in the future was written before a clock was set back.
-        is_due = or_(duties.c.done_at <= now - every_s, duties.c.done_at > now + every_s)
-        try:
-            with self._engine.begin() as db:
-                mine = duties.c.name == name
-                taken = db.execute(update(duties).where(mine, is_due).values(done_at=now))
-                if taken.rowcount:
-                    return True
-                is_known = db.scalar(duties.select().where(mine)) is not None
-                if not is_known:
-                    db.execute(insert(duties), {"name": name, "done_at": now})
-                return not is_known
-        except IntegrityError:  # another process was first to note it
-            return False
-
-
-# --- Ticket publisher -----------------------------------------------------------------------------
-
-# DOC Publishes tickets from a thread of its own, so that no request waits for a broker.
-
-MOST_AT_ONCE = 64  # workers that can be woken at a time; the others wake by their slow poll
-_PAUSE_S = 2.0
-_log = structlog.get_logger("redux_server.dispatch.celery")
-
-
-class TicketQueue(Protocol):
-    """Where tickets are handed in."""
-
-    def send(self) -> None:
-        """Publish one."""
-        ...
-
-    def waiting(self) -> int:
-        """How many nobody has fetched yet."""
-        ...
-
-
-class TicketPublisher:
-    """Takes wishes at any time, and fulfils them as far as the broker lets it.
-
-    While the broker is away wishes are dropped, not gathered: when it is back, the reconciler asks
-    for as many tickets as are needed then.
-    """
-
-    def __init__(self, open_office: Callable[[], TicketQueue]) -> None:
-        self._open_office = open_office
-        self._condition = threading.Condition()
-        self._wanted = 0
-        self._at_least = 0
-        self._is_closing = False
-        self._is_away = False
-        self._thread = threading.Thread(target=self._run, name="tickets", daemon=True)
-
-    def start(self) -> None:
-        """Begin to publish."""
-        self._thread.start()
-
-    def add(self) -> None:
-        """Ask for one more ticket. Never blocks for longer than it takes to count."""
-        with self._condition:
-            self._wanted = min(MOST_AT_ONCE, self._wanted + 1)
-            self._condition.notify()
-
-    def fill_up_to(self, count: int) -> None:
-        """Ask for as many tickets as there are missing to ``count`` in the queue."""
-        with self._condition:
-            self._at_least = min(MOST_AT_ONCE, max(self._at_least, count))
-            self._condition.notify()
-
-    def close(self, *, patience_s: float = 2.0) -> None:
-        """Publish what was asked for, if that takes no longer than ``patience_s``, and end."""
-        with self._condition:
-            self._is_closing = True
-            self._condition.notify()
-        if self._thread.is_alive():
-            self._thread.join(patience_s)
-
-    def _run(self) -> None:
-        office: TicketQueue | None = None
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._wanted or self._at_least or self._is_closing)
-                wanted, at_least = self._wanted, self._at_least
-                self._wanted = self._at_least = 0
-                if self._is_closing and not wanted:
-                    return
-            try:
-                office = office or self._open_office()
-                self._publish(office, wanted, at_least)
-            except Exception as error:  # whatever a broker's client raises: that is not our end
-                metrics.TICKETS.labels("failed").inc(max(wanted, 1))
-                self._say_away(error)
-                with self._condition:
-                    self._condition.wait_for(lambda: self._is_closing, _PAUSE_S)
-
-    def _publish(self, office: TicketQueue, wanted: int, at_least: int) -> None:
-        missing = at_least - office.waiting() if at_least else 0
-        for _ in range(max(wanted, missing)):
-            office.send()
-            metrics.TICKETS.labels("sent").inc()
-        if self._is_away:
-            self._is_away = False
-            _log.info("the broker is back")
-
-    def _say_away(self, error: Exception) -> None:
-        if not self._is_away:  # once, not at every ticket
-            self._is_away = True
-            reason = f"{type(error).__name__}: {error}"
-            _log.warning("the broker is away; workers find tasks by polling", reason=reason)
-
-
-# --- Reconciler -----------------------------------------------------------------------------------
-
-# DOC Replaces tickets that were lost: asks the database what should have been claimed by now.
-# DOC
-# DOC Runs in every API node; they take turns, so that their number does not multiply the tickets.
-
-EVERY_S = 3.0
-PATIENCE_S = 3.0  # how long a task may wait before it looks forgotten
-_DUTY = "tickets"
-
-
-class Reconciler:
-    """Compares what waits with what was announced.
-
-    ``fill_up_to`` makes sure of so many tickets in the queue, those that are there counted.
-    """
-
-    def __init__(
-        self,
-        store: TaskStore,
-        presence: Presence,
-        duties: Turns,
-        fill_up_to: Callable[[int], None],
-    ) -> None:
-        self._store = store
-        self._presence = presence
-        self._duties = duties
-        self._fill_up_to = fill_up_to
-
-    def tick(self) -> int:
-        """Ask for tickets where they are missing; returns for how many tasks."""
-        if not self._duties.take(_DUTY, every_s=EVERY_S):
-            return 0
-        due = self._store.due(waiting_s=PATIENCE_S, limit=MOST_AT_ONCE)
-        if due:
-            # A ticket more than there are workers wakes nobody.
-            workers = sum(each.state is WorkerState.READY for each in self._presence.all())
-            self._fill_up_to(min(due, max(1, workers)))
-        return due
-
-
-class CeleryDispatch:
-    """Wakes workers by tickets through a broker."""
-
-    def __init__(self, publisher: TicketPublisher, reconciler: Reconciler) -> None:
-        self._publisher = publisher
-        self._reconciler = reconciler
-        self._reconciling: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Start to publish, and to look after what was published."""
-        self._publisher.start()
-        self._reconciling = asyncio.create_task(self._reconcile_forever())
-
-    def wake(self) -> None:
-        """Publish a ticket soon; nothing is waited for."""
-        self._publisher.add()
-
-    async def stop(self) -> None:
-        """Publish the last tickets. The workers go on: they are not ours."""
-        if self._reconciling is not None:
-            self._reconciling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reconciling
-        await asyncio.to_thread(self._publisher.close)
-
-    async def _reconcile_forever(self) -> None:
-        while True:
-            try:
-                await asyncio.to_thread(self._reconciler.tick)
-            except Exception as error:  # the database may be away; it may be back next time
-                _log.error("could not look for forgotten tasks", exc_info=error)
-            await asyncio.sleep(EVERY_S)
-
-
-class CeleryTicketQueue:
-    """Hands tickets in at a broker."""
-
-    def __init__(self, app: Celery) -> None:
-        self._app = app
-        waiting_tickets(app)  # makes the queue, should no worker have been there yet
-
-    def send(self) -> None:
-        """Publish one."""
-        send_ticket(self._app)
-
-    def waiting(self) -> int:
-        """How many nobody has fetched yet."""
-        return waiting_tickets(self._app)
-
-
-# --- Tickets --------------------------------------------------------------------------------------
-
-# DOC Tickets: messages that say "there is work", carried by Celery. Knows no tasks and no worker.
-# DOC
-# DOC A ticket holds nothing but how often it was passed on. Losing one costs time, a second one a look
-# DOC at the database; so nothing here needs to be more careful than a broker is by default, and what a
-# DOC broker offers is used to lose few: quorum queues, late acknowledgement, publisher confirms.
-
 TICKET = "flux_redux.ticket"
+MOST_AT_ONCE = 64  # workers that can be woken at a time; the others wake by their slow poll
+EVERY_S = 3.0  # from one look for lost tickets to the next
+PATIENCE_S = 3.0  # how long a task may wait before its ticket counts as lost
+_TURN = "tickets"
+_PAUSE_S = 2.0  # after a broker that did not answer
 _CONNECT_S = 4.0
 _REDIS = {
     # How long Redis waits before it hands out again what a dead worker had: kombu's defaults make
@@ -254,6 +42,7 @@ _REDIS = {
     "socket_timeout": 30.0,
 }
 _AMQP = {"confirm_publish": True, "confirm_timeout": _CONNECT_S}
+_log = structlog.get_logger("redux_server.dispatch.celery")
 
 
 def queue_name(secret: bytes) -> str:
@@ -306,3 +95,206 @@ def waiting_tickets(app: Celery) -> int:
     [queue] = app.conf.task_queues
     with app.connection_for_write() as connection, connection.channel() as channel:
         return int(queue(channel).queue_declare().message_count)
+
+
+# --- Publishing -----------------------------------------------------------------------------------
+
+
+class TicketQueue(Protocol):
+    """Where tickets are published."""
+
+    def send(self) -> None:
+        """Publish one."""
+        ...
+
+    def waiting(self) -> int:
+        """How many nobody has fetched yet."""
+        ...
+
+
+class CeleryTicketQueue:
+    """The queue of a broker that Celery knows."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        waiting_tickets(app)  # makes the queue, should no worker have been there yet
+
+    def send(self) -> None:
+        """Publish one."""
+        send_ticket(self._app)
+
+    def waiting(self) -> int:
+        """How many nobody has fetched yet."""
+        return waiting_tickets(self._app)
+
+
+class TicketPublisher:
+    """Publishes tickets from a thread of its own, so that no request waits for a broker.
+
+    What is asked for while the broker is away is dropped, not gathered: when it is back, the
+    reconciler asks for as many tickets as are needed then.
+    """
+
+    def __init__(self, open_queue: Callable[[], TicketQueue]) -> None:
+        self._open_queue = open_queue
+        self._condition = threading.Condition()
+        self._wanted = 0
+        self._at_least = 0
+        self._is_closing = False
+        self._is_away = False
+        self._thread = threading.Thread(target=self._run, name="tickets", daemon=True)
+
+    def start(self) -> None:
+        """Begin to publish."""
+        self._thread.start()
+
+    def add(self) -> None:
+        """Ask for one more ticket. Never blocks for longer than it takes to count."""
+        with self._condition:
+            self._wanted = min(MOST_AT_ONCE, self._wanted + 1)
+            self._condition.notify()
+
+    def fill_up_to(self, count: int) -> None:
+        """Ask for as many tickets as there are missing to ``count`` in the queue."""
+        with self._condition:
+            self._at_least = min(MOST_AT_ONCE, max(self._at_least, count))
+            self._condition.notify()
+
+    def close(self, *, patience_s: float = 2.0) -> None:
+        """Publish what was asked for, if that takes no longer than ``patience_s``, and end."""
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        queue: TicketQueue | None = None
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._wanted or self._at_least or self._is_closing)
+                wanted, at_least = self._wanted, self._at_least
+                self._wanted = self._at_least = 0
+                if self._is_closing and not wanted:
+                    return
+            try:
+                queue = queue or self._open_queue()
+                self._publish(queue, wanted, at_least)
+            except Exception as error:  # whatever a broker's client raises: that is not our end
+                metrics.TICKETS.labels("failed").inc(max(wanted, 1))
+                self._say_away(error)
+                with self._condition:
+                    self._condition.wait_for(lambda: self._is_closing, _PAUSE_S)
+
+    def _publish(self, queue: TicketQueue, wanted: int, at_least: int) -> None:
+        missing = at_least - queue.waiting() if at_least else 0
+        for _ in range(max(wanted, missing)):
+            queue.send()
+            metrics.TICKETS.labels("sent").inc()
+        if self._is_away:
+            self._is_away = False
+            _log.info("the broker is back")
+
+    def _say_away(self, error: Exception) -> None:
+        if not self._is_away:  # once, not at every ticket
+            self._is_away = True
+            reason = f"{type(error).__name__}: {error}"
+            _log.warning("the broker is away; workers find tasks by polling", reason=reason)
+
+
+# --- Replacing what was lost ----------------------------------------------------------------------
+
+
+class Turns:
+    """Turns at work that one of all the processes of a database does now and then.
+
+    Whoever asks first has the turn, for as long as it says.
+    """
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    def take(self, name: str, *, every_s: float) -> bool:
+        """Whether the caller is to do ``name`` now; nobody else is told so for ``every_s``."""
+        now = self._clock()
+        done_at = tables.turns.c.done_at
+        # A date in the future was written before a clock was set back.
+        is_due = or_(done_at <= now - every_s, done_at > now + every_s)
+        try:
+            with self._engine.begin() as db:
+                mine = tables.turns.c.name == name
+                taken = db.execute(update(tables.turns).where(mine, is_due).values(done_at=now))
+                if taken.rowcount:
+                    return True
+                is_known = db.scalar(tables.turns.select().where(mine)) is not None
+                if not is_known:
+                    db.execute(insert(tables.turns), {"name": name, "done_at": now})
+                return not is_known
+        except IntegrityError:  # another process was first to note it
+            return False
+
+
+class Reconciler:
+    """Replaces tickets that were lost: asks the database what should have been claimed by now.
+
+    Runs in every API node; they take turns, so that their number does not multiply the tickets.
+    ``fill_up_to`` makes sure of so many tickets in the queue, those that are there counted.
+    """
+
+    def __init__(
+        self,
+        store: TaskStore,
+        presence: Presence,
+        turns: Turns,
+        fill_up_to: Callable[[int], None],
+    ) -> None:
+        self._store = store
+        self._presence = presence
+        self._turns = turns
+        self._fill_up_to = fill_up_to
+
+    def tick(self) -> int:
+        """Ask for tickets where they are missing; returns for how many tasks."""
+        if not self._turns.take(_TURN, every_s=EVERY_S):
+            return 0
+        due = self._store.due(waiting_s=PATIENCE_S, limit=MOST_AT_ONCE)
+        if due:
+            # A ticket more than there are workers wakes nobody.
+            workers = sum(each.state is WorkerState.READY for each in self._presence.all())
+            self._fill_up_to(min(due, max(1, workers)))
+        return due
+
+
+class CeleryDispatch:
+    """Wakes workers by tickets through a broker."""
+
+    def __init__(self, publisher: TicketPublisher, reconciler: Reconciler) -> None:
+        self._publisher = publisher
+        self._reconciler = reconciler
+        self._reconciling: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start to publish, and to look after what was published."""
+        self._publisher.start()
+        self._reconciling = asyncio.create_task(self._reconcile_forever())
+
+    def wake(self) -> None:
+        """Publish a ticket soon; nothing is waited for."""
+        self._publisher.add()
+
+    async def stop(self) -> None:
+        """Publish the last tickets. The workers go on: they are not ours."""
+        if self._reconciling is not None:
+            self._reconciling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reconciling
+        await asyncio.to_thread(self._publisher.close)
+
+    async def _reconcile_forever(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._reconciler.tick)
+            except Exception as error:  # the database may be away; it may be back next time
+                _log.error("could not look for forgotten tasks", exc_info=error)
+            await asyncio.sleep(EVERY_S)

@@ -21,7 +21,7 @@ from redux_server.dispatch.celery import TICKET, send_ticket
 LOOK_S = 2.0  # how long a look into the database may take
 MOST_PASSES = 16  # by then all workers are busy, most likely, and will look by themselves
 _PASS_PAUSE_S = 0.02
-_log = structlog.get_logger("redux_server.dispatch.celery")
+_log = structlog.get_logger("redux_server.dispatch.celery_worker")
 
 
 class WakesWorker(Protocol):

@@ -1,4 +1,4 @@
-"""Which engine ``--dispatch`` means, and what each needs before it can be built."""
+"""Which way to dispatch tasks ``--dispatch`` means, and what each needs before it can be built."""
 
 from importlib.util import find_spec
 from typing import Protocol
@@ -8,30 +8,13 @@ from sqlalchemy import Engine as Database
 
 from redux_server.database.clock import clock_of
 from redux_server.database.connection import parse
-from redux_server.dispatch.celery import Turns
 from redux_server.dispatch.local import LocalWorkers
 from redux_server.dispatch.presence import Presence
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.signing import signing_secret
 from redux_server.tasks.store import TaskStore
 
-# DOC The engine of API nodes whose workers look into the database by themselves.
-
-
-class NoDispatch:
-    """Does nothing: what is accepted is found within half a second."""
-
-    async def start(self) -> None:
-        """There is nothing to start."""
-
-    async def stop(self) -> None:
-        """There is nothing to stop; the workers are not ours."""
-
-    def wake(self) -> None:
-        """Nobody can be told."""
-
-
-# --- Services -------------------------------------------------------------------------------------
+_BROKERS = ("amqp", "amqps", "redis", "rediss", "sqs")
 
 
 class Dispatch(Protocol):
@@ -50,7 +33,17 @@ class Dispatch(Protocol):
         ...
 
 
-_BROKERS = ("amqp", "amqps", "redis", "rediss", "sqs")
+class NoDispatch:
+    """Does nothing: workers look into the database by themselves, twice a second."""
+
+    async def start(self) -> None:
+        """There is nothing to start."""
+
+    async def stop(self) -> None:
+        """There is nothing to stop; the workers are not ours."""
+
+    def wake(self) -> None:
+        """Nobody can be told."""
 
 
 def check_dispatch(settings: ServerSettings) -> None:
@@ -88,7 +81,7 @@ def _check_broker(url: str) -> None:
 def build_dispatch(
     settings: ServerSettings, database: Database, store: TaskStore, presence: Presence
 ) -> Dispatch:
-    """The engine of an API process. Celery is loaded only where it is used."""
+    """What the API process dispatches by. Celery is loaded only where it is used."""
     if settings.dispatch == "local":
         return LocalWorkers(settings, store, presence)
     if settings.dispatch == "sql":
@@ -98,11 +91,12 @@ def build_dispatch(
         CeleryTicketQueue,
         Reconciler,
         TicketPublisher,
+        Turns,
         queue_name,
         ticket_app,
     )
 
     app = ticket_app(settings.broker_url, queue_name(signing_secret(database)))
     publisher = TicketPublisher(lambda: CeleryTicketQueue(app))
-    duties = Turns(database, clock=clock_of(database))
-    return CeleryDispatch(publisher, Reconciler(store, presence, duties, publisher.fill_up_to))
+    turns = Turns(database, clock=clock_of(database))
+    return CeleryDispatch(publisher, Reconciler(store, presence, turns, publisher.fill_up_to))

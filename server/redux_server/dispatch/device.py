@@ -1,6 +1,9 @@
-"""One worker per device: a lock on a file, which the kernel gives up when its process ends.
+"""One worker per device: the lock it holds, and the name under which it leases tasks.
 
-Knows no worker and no device, only the file.
+The lock is on a file, and the kernel gives it up when its process ends. Lock and name both belong
+to a device and a data directory: whoever has the lock may take over what a predecessor of that name
+left. Another machine, or another container on this one, has another data directory and so another
+name, even if both have the same host name. Knows no worker and no device, only the files.
 """
 
 import fcntl
@@ -21,7 +24,7 @@ def lock_path(settings: ServerSettings, device: str) -> Path:
 
 
 @contextmanager
-def holding(path: Path, *, before_waiting: Callable[[], None]) -> Iterator[None]:
+def device_lock(path: Path, *, before_waiting: Callable[[], None]) -> Iterator[None]:
     """Hold the lock; where another process has it, call ``before_waiting`` and wait."""
     with path.open("a") as file:
         try:
@@ -40,15 +43,6 @@ def is_free(path: Path) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-# --- Worker identity ------------------------------------------------------------------------------
-
-# DOC Under which name a worker holds tasks.
-# DOC
-# DOC The name belongs to a device and a data directory, as the device's lock does: who holds the lock may
-# DOC take over what a predecessor of that name left. Another machine, or another container on this one,
-# DOC has another data directory and so another name, even if both have the same host name.
 
 
 def worker_id(data_dir: Path, device: str) -> str:

@@ -1,4 +1,4 @@
-"""The embedded engine: worker processes on this machine, one per device, kept alive."""
+"""Worker processes on this machine, one per device, kept alive."""
 
 import asyncio
 import contextlib

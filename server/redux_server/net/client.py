@@ -1,8 +1,10 @@
-"""Sockets that keep the rules of ``redux_server.net.guard``, for use under ``httpcore``.
+"""One HTTP exchange with a host that a caller named, by the rules of ``redux_server.net.guard``.
 
-Holds a deadline over everything, a resolver that may be abandoned, and a network backend which
-resolves once, checks every address and connects to exactly one of these. Knows nothing of URLs,
-redirects or what is fetched.
+``GuardedClient`` is what fetching a picture and calling a webhook have in common: fresh sockets,
+one request, no redirect followed, and every fault of the network as a ``FetchError``. Below it, for
+use under ``httpcore``: a deadline over everything, a resolver that may be abandoned, and a network
+backend which resolves once, checks every address and connects to exactly one of these. Knows
+nothing of what is sent or received.
 """
 
 import queue
@@ -200,15 +202,6 @@ class GuardedBackend(httpcore.NetworkBackend):
         literal = ":" in host or host.rpartition(".")[2].isdigit()  # as parse_url leaves them
         answers = [host] if literal else self._lookup(host, port, self._deadline)
         return self._policy.check(host, answers)
-
-
-# --- Netrequest -----------------------------------------------------------------------------------
-
-# DOC One HTTP exchange over the guarded sockets of ``redux_server.net.client``.
-# DOC
-# DOC Holds what fetching a picture and calling a webhook have in common: fresh sockets, one request, no
-# DOC redirect followed, and every fault of the network as a ``FetchError``. Knows nothing of what is
-# DOC sent or received.
 
 
 class GuardedClient:

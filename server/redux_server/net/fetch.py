@@ -1,4 +1,4 @@
-"""Fetch a caller's picture over http(s) without becoming a door into the operator's network.
+"""Fetch a caller's picture over http(s), without a way into the operator's network.
 
 Holds ``ImageFetcher``: redirects, limits and what an answer must look like. Synchronous; knows
 nothing of pictures, tasks or the HTTP API. The rules on hosts and addresses are in

@@ -1,7 +1,8 @@
 """Which hosts and addresses this server may talk to on behalf of a caller.
 
 Holds the URL grammar (``parse_url``), the judgement on an IP address (``AddressPolicy``) and the
-error both raise (``FetchError``). Resolves nothing and opens nothing: see ``redux_server.net.fetch``.
+error both raise (``FetchError``). Resolves nothing and opens nothing: ``redux_server.net.client``
+does.
 
 The tables are written out instead of asking ``ipaddress.is_global``, whose answer changed between
 Python releases. Source: the IANA special-purpose address registries (RFC 6890 and its updates).

@@ -1,8 +1,8 @@
 """Turn a caller's bytes into an RGB picture, or say what is wrong with them.
 
 The bytes are decoded in a process of their own that is small, confined and killed at a limit (see
-``redux_server.pictures.decode_child``); what it answers is checked as strictly as the bytes were. Knows
-nothing of where the bytes came from.
+``decode_child``); what it answers is checked as strictly as the bytes were. Knows nothing of where
+the bytes came from.
 """
 
 import fcntl

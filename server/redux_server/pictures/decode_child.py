@@ -1,4 +1,4 @@
-"""The process that decodes one untrusted picture. Run by ``redux_server.pictures.decode``, by file path.
+"""The process that decodes one untrusted picture. ``decode`` runs it, by file path.
 
 Reads the file from stdin, writes one padded JSON line and then raw RGB rows to stdout. Imports the
 standard library, PIL and ``redux_pipelines.images.rgb``; confines itself before it parses a byte.

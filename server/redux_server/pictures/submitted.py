@@ -1,6 +1,8 @@
 """The pictures of a submit: URLs are noted as they are, inline ones stored before the task is.
 
-All are looked at before any is stored; a request with one that is no picture stores nothing.
+All are looked at before any is stored; a request with one that is no picture stores nothing. URLs
+of this very server are looked at too, while the client still listens. Knows no task, and no HTTP
+beyond the errors that it raises.
 """
 
 import asyncio
@@ -15,11 +17,12 @@ import structlog
 from redux_server import metrics
 from redux_server.errors import BadRequest, Unavailable
 from redux_server.parameters import PredictionRequest
-from redux_server.pictures import inline as inline_image
+from redux_server.pictures import inline
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
 
 MAX_URL = 8192
+_PORTS = {"http": 80, "https": 443}
 _log = structlog.get_logger("redux_server.pictures.submitted")
 
 
@@ -46,16 +49,16 @@ async def store_pictures(
         Unavailable: they cannot be stored; none is.
     """
     given = list(_given(wanted))
-    inline: dict[str, bytes] = {}
+    decoded: dict[str, bytes] = {}
     for each in given:
         if _is_url(each.sent):
             _check_url(each)
         else:
-            data = await asyncio.to_thread(inline_image.decode, each.sent, each.name)
-            inline[each.stored_as] = data
-    await _store(inline, task_id, blobs)
+            data = await asyncio.to_thread(inline.decode, each.sent, each.name)
+            decoded[each.stored_as] = data
+    await _store(decoded, task_id, blobs)
     noted = [
-        f"blob:{task_id}/{each.stored_as}" if each.stored_as in inline else each.sent
+        f"blob:{task_id}/{each.stored_as}" if each.stored_as in decoded else each.sent
         for each in given
     ]
     pictures: dict[str, Any] = {"image": noted[0]}
@@ -81,20 +84,20 @@ def sent_pictures(wanted: PredictionRequest) -> Iterator[tuple[str, str]]:
 
 def _given(wanted: PredictionRequest) -> Iterator[_Given]:
     yield _Given("image", wanted.image, "input")
-    for place, sent in enumerate(wanted.images):
-        yield _Given(f"images[{place}]", sent, f"input-{place + 1}")
+    for index, sent in enumerate(wanted.images):
+        yield _Given(f"images[{index}]", sent, f"input-{index + 1}")
     if wanted.mask is not None:
         yield _Given("mask", wanted.mask, "mask")
 
 
-async def _store(inline: dict[str, bytes], task_id: str, blobs: BlobStore) -> None:
-    for name, data in inline.items():
+async def _store(decoded: dict[str, bytes], task_id: str, blobs: BlobStore) -> None:
+    for name, data in decoded.items():
         try:
             await asyncio.to_thread(blobs.put, f"{task_id}/{name}", data)
         except OSError as error:
             metrics.REJECTED.labels("blobs").inc()
             _log.warning("an input picture could not be stored", reason=str(error))
-            if len(inline) > 1:
+            if len(decoded) > 1:
                 await _delete(task_id, blobs)
             raise Unavailable(
                 "The picture could not be stored (disk full, or its store away); nothing was "
@@ -123,20 +126,14 @@ def _check_url(given: _Given) -> None:
         raise BadRequest(f"{given.name} must be a complete http(s) URL; got {url[:80]!r}.")
 
 
-# --- Own urls -------------------------------------------------------------------------------------
-
-# DOC URLs of this very server that come back as a task's image.
-# DOC
-# DOC A file URL carries its proof in its path (see ``redux_server.storage.signing.Signer``), so the worker reads
-# DOC the file from the store, whatever host the URL names, and never over the network. Here those are
-# DOC refused that cannot lead anywhere, while the client still listens.
-
-_PORTS = {"http": 80, "https": 443}
+# --- URLs of this server --------------------------------------------------------------------------
 
 
 def check_own_url(url: str, signer: Signer, bases: Iterable[str], *, name: str = "image") -> None:
     """Refuse a URL of ours that is over, or was not made by us. Others pass.
 
+    A file URL carries its proof in its path (see ``redux_server.storage.signing.Signer``), so the
+    worker reads the file from the store, whatever host the URL names, and never over the network.
     ``bases`` are the URLs that this server goes by; empty ones are none. ``name`` is that of the
     parameter.
 

@@ -1,7 +1,9 @@
-"""Pictures that clients bring before they ask for a task: taken in, kept for a time, swept.
+"""Pictures that clients upload before they ask for a task: taken in, kept for a time, swept.
 
-Any file that is no picture of a kind we take is refused while it arrives, so that we never serve
-pages or programs of strangers. Knows no HTTP beyond the errors that it raises.
+``UploadTickets`` are the right to store one file, in the path of the URL that it is sent to;
+``Uploads`` takes files in, by a ticket or a form. Any file that is no picture of a kind we take is
+refused while it arrives, so that we never serve pages or programs of strangers. Knows no HTTP
+beyond the errors that it raises.
 """
 
 import asyncio
@@ -24,11 +26,6 @@ from redux_server.storage.blobs import BlobStore
 from redux_server.storage.disk import DiskSpace, refuse_without_room
 from redux_server.storage.signing import Signer
 
-# DOC Upload tickets: the right to store one file, in the path of the URL that it is sent to.
-# DOC
-# DOC A ticket is kept nowhere. What it allows stands in it, under a seal that only we can make; nothing
-# DOC of a client's file name is in it, nor in the key of what it stores. Knows no store and no HTTP.
-
 PREFIX = "upload-"
 TICKET_S = 3600.0
 EXTENSIONS = {
@@ -40,6 +37,10 @@ _TICKET = re.compile(
     r"(?P<seal>[0-9a-f]{32})\.(?P<text>(?P<expires_at>[0-9]{1,12})\.(?P<size>[0-9]{1,10})\."
     r"(?P<owner>[0-9a-f]{8})\.(?P<id>[0-9a-f]{32})\.(?P<extension>[a-z]{3,4}))"
 )
+MAX_OPEN = 64
+MAX_OPEN_PER_OWNER = 32
+GRACE_S = 3600.0  # a task that came with a URL in its last minute may have to wait
+_STORED_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,11 @@ class UploadTicket:
 
 
 class UploadTickets:
-    """Writes and reads tickets. ``clock`` gives Unix seconds."""
+    """Writes and reads tickets, and keeps none. ``clock`` gives Unix seconds.
+
+    What a ticket allows stands in it, under a seal that only we can make; nothing of a client's
+    file name is in it, nor in the key of what it stores.
+    """
 
     def __init__(self, signer: Signer, *, clock: Callable[[], float] = time.time) -> None:
         self._signer = signer
@@ -122,12 +127,6 @@ def _extension(name: str, content_type: str) -> str:
     return EXTENSIONS.get(suffix) or EXTENSIONS.get(subtype) or "png"
 
 
-MAX_OPEN = 64
-MAX_OPEN_PER_OWNER = 32
-GRACE_S = 3600.0  # a task that came with a URL in its last minute may have to wait
-_STORED_AT_ONCE = 2
-
-
 class Uploads:
     """Takes files in. They grow in ``folder``; ``clock`` gives Unix seconds.
 
@@ -170,21 +169,21 @@ class Uploads:
 
     @contextmanager
     def receive(self, key_id: str) -> Iterator[Incoming]:
-        """A place for one file of the owner of the API key ``key_id``.
+        """Take in one file of the owner of the API key ``key_id``.
 
         Raises:
             TooManyRequests: as many are arriving as may at a time.
             Unavailable: there is no room on the disk.
         """
         excess = self._too_large("The file is larger")
-        with self._place(owner_of(key_id), self.max_bytes, excess) as incoming:
+        with self._take_in(owner_of(key_id), self.max_bytes, excess) as incoming:
             yield incoming
 
     @contextmanager
     def receive_for(self, ticket: UploadTicket) -> Iterator[Incoming]:
-        """A place for the file of ``ticket``. Raises as ``receive`` does."""
+        """Take in the file of ``ticket``. Raises as ``receive`` does."""
         excess = ticket.wrong_size("more")
-        with self._place(ticket.owner, ticket.size_bytes, excess) as incoming:
+        with self._take_in(ticket.owner, ticket.size_bytes, excess) as incoming:
             yield incoming
 
     async def keep(self, incoming: Incoming) -> str:
@@ -232,7 +231,7 @@ class Uploads:
         return len(folders)
 
     @contextmanager
-    def _place(self, owner: str, limit: int, excess: Exception) -> Iterator[Incoming]:
+    def _take_in(self, owner: str, limit: int, excess: Exception) -> Iterator[Incoming]:
         if self._open.total() >= MAX_OPEN or self._open[owner] >= MAX_OPEN_PER_OWNER:
             metrics.REJECTED.labels("uploads_open").inc()
             raise TooManyRequests(

@@ -1,9 +1,8 @@
-"""Where pictures are kept, and the signed URLs under which anyone may fetch them.
+"""Named byte strings: what a store of pictures does, and the one in a folder.
 
 A key is ``{task}/{attempt}/{name}``: a worker that was given up for dead writes under its own
-attempt and never over its successor's output. The signature stands in the path, so that a URL
-still ends in a file name, and so that a URL of ours is known as ours whatever host it came by.
-``Blobs`` here is a folder; ``redux_server.storage.buckets`` has the same over an object store.
+attempt and never over its successor's output. ``BucketBlobs`` in ``redux_server.storage.buckets``
+does the same over an object store. Knows no URLs and no tasks.
 """
 
 import errno
@@ -23,7 +22,6 @@ from obstore.store import LocalStore, ObjectStore
 
 if TYPE_CHECKING:  # obstore has them in its stubs only
     from obstore import GetOptions, GetResult
-
 
 _CHUNK_BYTES = 256 * 2**10
 _LIST_CHUNK = 1000  # what one request to S3 can list, and delete
@@ -105,11 +103,11 @@ class ObjectBlobs(ABC):
         self._store = store
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        """See ``BlobStore``."""
+        """Store ``data`` in one write; an older blob is there until the new one is whole."""
         self._write(key, data, "overwrite")
 
     def create(self, key: str, data: bytes | memoryview) -> None:
-        """See ``BlobStore``."""
+        """Store ``data`` unless the key is taken, which the store itself decides."""
         self._write(key, data, "create")
 
     @abstractmethod
@@ -119,12 +117,12 @@ class ObjectBlobs(ABC):
         """Store ``data``; to ``create`` what is there already is a ``FileExistsError``."""
 
     def get(self, key: str) -> bytes:
-        """See ``BlobStore``."""
+        """Read all of a blob into memory."""
         with plain_errors():
             return bytes(obstore.get(self._store, key).bytes())
 
     async def open(self, key: str, *, first: int = 0, end: int | None = None) -> OpenBlob:
-        """See ``BlobStore``."""
+        """Ask for the blob or the part; its bytes are read while ``chunks`` is."""
         with plain_errors():
             options: GetOptions = {"range": {"offset": first} if end is None else (first, end)}
             is_whole = not first and end is None
@@ -133,13 +131,13 @@ class ObjectBlobs(ABC):
         return OpenBlob(found.meta["size"], f'"{e_tag}"' if e_tag else "", _pieces(found))
 
     def delete_under(self, prefix: str) -> None:
-        """See ``BlobStore``."""
+        """List the blobs, and delete as many at a time as one request can."""
         with plain_errors():
             for chunk in obstore.list(self._store, prefix, chunk_size=_LIST_CHUNK):
                 obstore.delete(self._store, [meta["path"] for meta in chunk])
 
     def tasks_before(self, when: float) -> set[str]:
-        """See ``BlobStore``."""
+        """List every blob there is; a task is the first part of its key."""
         newest: dict[str, float] = {}
         with plain_errors():
             for chunk in obstore.list(self._store, chunk_size=_LIST_CHUNK):
@@ -178,12 +176,12 @@ class Blobs(ObjectBlobs):
             path = path.parent
 
     def get(self, key: str) -> bytes:
-        """See ``BlobStore``; a link out of the folder leads nowhere."""
+        """Read all of a file into memory; a link out of the folder leads nowhere."""
         self._check_inside(key)
         return super().get(key)
 
     async def open(self, key: str, *, first: int = 0, end: int | None = None) -> OpenBlob:
-        """See ``get``."""
+        """Read a file piece by piece; a link out of the folder leads nowhere."""
         self._check_inside(key)
         return await super().open(key, first=first, end=end)
 
@@ -192,7 +190,7 @@ class Blobs(ObjectBlobs):
             raise FileNotFoundError(key)
 
     def check(self) -> None:
-        """See ``BlobStore``."""
+        """Look whether this user may read and write the folder; writes nothing."""
         if not os.access(self._folder, os.R_OK | os.W_OK | os.X_OK):
             raise StorageError(f"{self._folder} cannot be read and written by this user")
 

@@ -1,4 +1,4 @@
-"""Pictures in an object store, and the reading of ``--blob-url``.
+"""Blobs in an object store.
 
 What obstore speaks is possible: S3 and what imitates it, Google Cloud Storage, Azure. Credentials,
 region and endpoint come from the store's own variables (``AWS_ACCESS_KEY_ID``, ...), which obstore
@@ -21,9 +21,6 @@ from redux_server.storage.blobs import ObjectBlobs, StorageError, plain_errors, 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
-
-_FORMS = "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///folder"
-_BUCKETS = frozenset({"s3", "gs", "az"})
 _TRY_S = 1.5  # three requests of a check stay below 5 s
 # Options given in code replace all that obstore would read of these, so they are passed on.
 _CLIENT_OPTIONS = (
@@ -97,7 +94,7 @@ class BucketBlobs(ObjectBlobs):
             raise StorageError(f"{self._url} is not there") from error
 
     def check(self) -> None:
-        """Write, list and delete one small object. See ``BlobStore``."""
+        """Write, list and delete one small object, each tried once."""
         key = f"probe/{secrets.token_hex(8)}"
         with self._impatient() as store:
             obstore.put(store, key, b"flux-redux", use_multipart=False)

@@ -2,7 +2,7 @@
 
 A full disk stops the database too, and then a finished task could not be recorded. So tasks are
 refused while some room is left, and a file of a fixed size is kept only to be deleted when even
-that was used up, by whomever. Knows no tasks and no HTTP.
+that was used up, by whomever. Knows no tasks, and no HTTP beyond the error that it raises.
 """
 
 import errno
@@ -19,7 +19,7 @@ from redux_server import metrics
 from redux_server.errors import Unavailable
 
 BALLAST_BYTES = 16 * 2**20
-_log = structlog.get_logger("redux_server.storage.opening.disk")
+_log = structlog.get_logger("redux_server.storage.disk")
 T = TypeVar("T")
 
 
@@ -110,14 +110,12 @@ def is_full(error: BaseException) -> bool:
     return "disk is full" in str(error) or "disk I/O error" in str(error)
 
 
-# --- Refusing -------------------------------------------------------------------------------------
-
-
 def refuse_without_room(disk: DiskSpace, *, refused: str, therefore: str) -> None:
-    """Begins with ``refused`` ("No task is accepted now"), ends in ``therefore``.
+    """Let nothing new in when the disk is nearly full.
 
     Raises:
-        Unavailable: the disk is nearly full.
+        Unavailable: it is; the text begins with ``refused`` ("No task is accepted now") and ends
+            in ``therefore``.
     """
     reason = disk.complaint()
     if reason is not None:

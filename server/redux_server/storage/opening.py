@@ -1,4 +1,7 @@
-"""The parts that keep bytes, built from settings: the store of pictures, the disk, its ballast."""
+"""From settings to what keeps bytes: the store of pictures, the disk, its ballast.
+
+Holds what ``--blob-url`` means. Opens nothing over the network; ``BlobStore.check`` does.
+"""
 
 import os
 from collections.abc import Mapping
@@ -7,8 +10,11 @@ from urllib.parse import unquote, urlsplit
 
 from redux_server.settings import ServerSettings
 from redux_server.storage.blobs import Blobs, BlobStore
-from redux_server.storage.buckets import _BUCKETS, _FORMS, BlobUrlError, BucketBlobs
+from redux_server.storage.buckets import BlobUrlError, BucketBlobs
 from redux_server.storage.disk import BALLAST_BYTES, Ballast, DiskSpace
+
+_BUCKET_SCHEMES = frozenset({"s3", "gs", "az"})
+_FORMS = "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///folder"
 
 
 def open_pictures(settings: ServerSettings) -> BlobStore:
@@ -30,9 +36,6 @@ def disk_space(settings: ServerSettings) -> DiskSpace:
 def open_ballast(settings: ServerSettings) -> Ballast:
     """The ballast of the data directory; none where there is no floor for free space."""
     return Ballast(settings.ballast_path, BALLAST_BYTES if settings.min_free_disk else 0)
-
-
-# --- Buckets --------------------------------------------------------------------------------------
 
 
 def open_blobs(
@@ -73,6 +76,6 @@ def local_folder(url: str, default: Path) -> Path | None:
         raise BlobUrlError(f"must be {_FORMS}, with nothing behind; got {url!r}")
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and len(parts.path) > 1:
         return Path(unquote(parts.path))
-    if parts.scheme in _BUCKETS and parts.netloc:
+    if parts.scheme in _BUCKET_SCHEMES and parts.netloc:
         return None
     raise BlobUrlError(f"must be {_FORMS}; got {url!r}")

@@ -1,4 +1,8 @@
-"""NEW MODULE redux_server.storage.opening.signing."""
+"""Signed file paths: the right to fetch one blob until a time, and the secret behind them.
+
+The signature stands in the path, so that a URL still ends in a file name, and so that a URL of
+ours is known as ours whatever host it came by. Knows no store.
+"""
 
 import hashlib
 import hmac
@@ -10,9 +14,11 @@ from urllib.parse import urlsplit
 from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from redux_server.database import connection, tables
+from redux_server.database import tables
+from redux_server.database.connection import reader
 from redux_server.errors import Gone, NotFound
 
+_IS_SIGNING = tables.secrets.c.name == "file-urls"
 _PATH = re.compile(r"/files/(?P<sig>[0-9a-f]{32})/(?P<exp>[0-9]{1,12})/(?P<key>[\w./-]{1,256})\Z")
 
 
@@ -78,7 +84,7 @@ class Signer:
 
 def signing_secret(engine: Engine) -> bytes:
     """The secret behind file URLs: made at the first start, shared by all who use the database."""
-    with connection.reader(engine).connect() as db:
+    with reader(engine).connect() as db:
         found = db.scalar(select(tables.secrets.c.value).where(_IS_SIGNING))
     if found is not None:
         return bytes.fromhex(found)
@@ -89,6 +95,3 @@ def signing_secret(engine: Engine) -> bytes:
     except IntegrityError:  # another process was first
         return signing_secret(engine)
     return bytes.fromhex(value)
-
-
-_IS_SIGNING = tables.secrets.c.name == "file-urls"

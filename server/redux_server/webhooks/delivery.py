@@ -2,7 +2,8 @@
 
 A receiver's URL is a caller's choice, so it is called under the same guard as a picture's URL is
 fetched: every address checked, the checked one connected to, the certificate that of the name.
-Redirects are not followed, and of the answer only its head is read.
+Redirects are not followed, and of the answer only its head is read. Knows neither when a try is due
+nor what is written down of it.
 """
 
 import base64
@@ -34,6 +35,10 @@ from redux_server.tasks.task import Task
 from redux_server.webhooks.outbox import Delivery
 
 CONNECT_TIMEOUT_S = 10.0
+SECRET_PREFIX = "whsec_"
+SCHEMES = ("wavespeed", "standard", "both")
+_KEY_BYTES = 32
+_SECRET_NAME_LENGTH = 64  # of secrets.name
 _MAX_HEAD_BYTES = 2**18
 _USER_AGENT = f"flux-redux-server/{__version__}"
 
@@ -50,7 +55,7 @@ class WebhookPoster:
         find: a task by its id, or None.
         render: the message about a task, given the base of its URLs.
         secret: what signs for the id of a key.
-        scheme: one of ``webhook_signature.SCHEMES``.
+        scheme: one of ``SCHEMES``.
         timeout_s: seconds for a whole try; ``CONNECT_TIMEOUT_S`` at most for each address.
         resolver: finds addresses of a name.
         connector: opens a stream to an address.
@@ -142,20 +147,7 @@ class WebhookPoster:
             )
 
 
-# --- Webhook signature ----------------------------------------------------------------------------
-
-# DOC Signatures under webhooks, in the two schemes that receivers know. Pure functions.
-# DOC
-# DOC Both sign ``{id}.{timestamp}.{body}`` with HMAC-SHA-256 and a secret that is written
-# DOC ``whsec_...``; they differ in how the secret becomes a key and in how the result is written:
-# DOC
-# DOC * WaveSpeed v3: the key is the text after ``whsec_`` as it stands; ``v3,`` and hexadecimal.
-# DOC * Standard Webhooks v1 (https://www.standardwebhooks.com): the key is what that text means in
-# DOC   base64; ``v1,`` and base64.
-
-SECRET_PREFIX = "whsec_"
-SCHEMES = ("wavespeed", "standard", "both")
-_KEY_BYTES = 32
+# --- Signatures -----------------------------------------------------------------------------------
 
 
 def new_secret() -> str:
@@ -167,6 +159,13 @@ def signed_headers(
     scheme: str, secret: str, *, message_id: str, timestamp: int, body: bytes
 ) -> dict[str, str]:
     """The headers ``webhook-id``, ``webhook-timestamp`` and ``webhook-signature``.
+
+    Both schemes sign ``{id}.{timestamp}.{body}`` with HMAC-SHA-256 and a secret that is written
+    ``whsec_...``; they differ in how the secret becomes a key and in how the result is written:
+
+    * WaveSpeed v3: the key is the text after ``whsec_`` as it stands; ``v3,`` and hexadecimal.
+    * Standard Webhooks v1 (https://www.standardwebhooks.com): the key is what that text means in
+      base64; ``v1,`` and base64.
 
     ``scheme`` is one of ``SCHEMES``, ``timestamp`` in Unix seconds. ``both`` gives a list as
     Standard Webhooks defines it, separated by a space, the v1 signature first.
@@ -192,11 +191,6 @@ def _wavespeed(secret: str, message: bytes) -> str:
 def _standard(secret: str, message: bytes) -> str:
     key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
     return "v1," + base64.b64encode(hmac.new(key, message, hashlib.sha256).digest()).decode()
-
-
-# --- Webhooks -------------------------------------------------------------------------------------
-
-_SECRET_NAME_LENGTH = 64  # of secrets.name
 
 
 def webhook_secret(engine: Engine, key_id: str) -> str:

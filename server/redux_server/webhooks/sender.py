@@ -20,7 +20,7 @@ from redux_server.webhooks.delivery import TaskGone
 from redux_server.webhooks.outbox import Delivery, Outbox, retry_pause_s
 
 _CATCH_UP_EVERY_S = 30.0
-_log = structlog.get_logger("redux_server.webhooks.outbox")
+_log = structlog.get_logger("redux_server.webhooks.sender")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,12 @@ class WebhookSender:
 
     def _start_due(self) -> int:
         """Claim what is due and may run now, and start it; returns how many."""
-        flying = self._running()
-        room = self._limits.in_all - len(flying)
+        running = self._running()
+        room = self._limits.in_all - len(running)
         if room <= 0:
             return 0
-        hosts = Counter(one.callback.origin for one in flying)
-        keys = Counter(one.key_id for one in flying)
+        hosts = Counter(one.callback.origin for one in running)
+        keys = Counter(one.key_id for one in running)
         found = self._outbox.due(
             4 * self._limits.in_all,
             but_not_to=_full(hosts, self._limits.per_host),

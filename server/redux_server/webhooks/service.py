@@ -1,4 +1,4 @@
-"""What webhooks need, put together over a database and the settings."""
+"""All that an API process needs for webhooks, built over a database from the settings."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -22,11 +22,11 @@ _HOLD_MARGIN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Webhooks:
-    """The API process's parts for webhooks."""
+    """The webhooks of an API process. ``engine`` is the database that holds their secrets."""
 
     policy: AddressPolicy
     outbox: Outbox
-    dispatcher: WebhookSender
+    sender: WebhookSender
     engine: Engine
 
     def register(self, url: str, base_url: str) -> str:
@@ -50,7 +50,7 @@ def build_webhooks(
     *,
     clock: Callable[[], float] = time.time,
 ) -> Webhooks:
-    """Parts over ``engine``, the database of ``store``, whose ``clock`` tells what is due.
+    """Webhooks over ``engine``, the database of ``store``, whose ``clock`` tells what is due.
 
     ``render`` makes the message about a task, given the base of its URLs. Nothing is started yet.
     """

@@ -1,4 +1,4 @@
-"""From a group of claimed tasks to their ends: pictures in, one run on the device, images out.
+"""One group of leased tasks, from their pictures through one run on the device to stored images.
 
 Each task of a group ends for itself: one whose picture cannot be had, or whose images cannot be
 made, does not touch the others. Knows no store, no leases beyond ``LeasedTask``, and no torch.
@@ -39,7 +39,7 @@ _log = structlog.get_logger("redux_server.worker.batch")
 class BatchMember:
     """A task of a group on the device, and what came of it."""
 
-    held: LeasedTask
+    leased: LeasedTask
     request: GenerationRequest
     end: Result | Exception | None = None
 
@@ -96,28 +96,28 @@ class BatchRunner:
         ``has_left`` when the device is idle again, which a lost one never is. Raises
         ``DeviceError`` if the device was lost: tasks without an end then had a part in it.
         """
-        parts = []
-        for held, request in zip(group, self._prepare_all(group), strict=True):
+        members = []
+        for leased, request in zip(group, self._prepare_all(group), strict=True):
             if isinstance(request, GenerationRequest):
-                parts.append(BatchMember(held, request))
+                members.append(BatchMember(leased, request))
             else:
-                yield held, _outcome_of(held, request)
-        if parts:
-            self._device.submit(self._on_device, parts, has_begun, has_left).result()
-        for part in parts:
-            yield part.held, self._end(part)
+                yield leased, _outcome_of(leased, request)
+        if members:
+            self._device.submit(self._on_device, members, has_begun, has_left).result()
+        for member in members:
+            yield member.leased, self._end(member)
 
     def _prepare_all(self, group: Sequence[LeasedTask]) -> list[GenerationRequest | Exception]:
         if len(group) < 2:
-            return [self._prepare(held) for held in group]
-        # Side by side: a slow picture keeps its mates waiting, but not one after the other.
+            return [self._prepare(leased) for leased in group]
+        # Side by side: a slow picture keeps the others waiting, but not one after the other.
         with ThreadPoolExecutor(len(group), thread_name_prefix="picture") as threads:
             return list(threads.map(self._prepare, group))
 
-    def _prepare(self, held: LeasedTask) -> GenerationRequest | Exception:
-        given = held.task.input
+    def _prepare(self, leased: LeasedTask) -> GenerationRequest | Exception:
+        given = leased.task.input
         try:
-            with held.logged(), held.timed("fetch"):
+            with leased.logged(), leased.timed("fetch"):
                 pictures = load_pictures(self._images.load, given)
             return generation_request(given, pictures)
         except StorageError as error:  # of the input picture
@@ -127,17 +127,20 @@ class BatchRunner:
             return error
 
     def _on_device(
-        self, parts: list[BatchMember], has_begun: Callable[[], None], has_left: Callable[[], None]
+        self,
+        members: list[BatchMember],
+        has_begun: Callable[[], None],
+        has_left: Callable[[], None],
     ) -> None:
         self.device_is_idle.clear()
         # A task that was given back may have killed its worker. It is worked on alone, so that it
         # cannot take the next one down with it, again and again.
-        if not any(part.held.is_suspect for part in parts):
+        if not any(member.leased.is_suspect for member in members):
             has_begun()
         started = time.perf_counter()
         try:
-            with logged_together([part.held for part in parts]):
-                self._generate(parts)
+            with logged_together([member.leased for member in members]):
+                self._generate(members)
             self.device_is_idle.set()
             has_left()
         except DeviceError:
@@ -145,103 +148,107 @@ class BatchRunner:
             raise
         finally:
             self._caches.update(self._pipeline.cache_stats())
-        for part in parts:
-            part.held.note("inference", time.perf_counter() - started)
+        for member in members:
+            member.leased.note("inference", time.perf_counter() - started)
 
-    def _generate(self, parts: list[BatchMember]) -> None:
-        """Give every part its end. A group that fails is tried again in halves, down to one."""
-        parts = [part for part in parts if self._may_begin(part)]
-        if not parts:
+    def _generate(self, members: list[BatchMember]) -> None:
+        """Give every member its end. A group that fails is tried again in halves, down to one."""
+        members = [member for member in members if self._may_begin(member)]
+        if not members:
             return
         try:
-            self._drive(parts)
+            self._drive(members)
         except DeviceError:
             raise
         except Exception as error:
-            if len(parts) == 1:
-                parts[0].end = error
+            if len(members) == 1:
+                members[0].end = error
             else:
                 _log.warning("a batch failed and is tried in halves", exc_info=error)
         # Not within the except clause: the error holds what its frames do, tensors too.
-        rest = [part for part in parts if part.end is None]
+        rest = [member for member in members if member.end is None]
         if rest:
             half = (len(rest) + 1) // 2
             self._generate(rest[:half])
             self._generate(rest[half:])
 
-    def _drive(self, parts: list[BatchMember]) -> None:
-        """Run the pipeline until each part has its end, or nobody wants those that have none."""
-        metrics.BATCH_SIZE.observe(sum(part.request.num_images for part in parts))
-        with closing(self._pipeline.generate_batch([part.request for part in parts])) as events:
-            for place, event in events:
-                part = parts[place]
+    def _drive(self, members: list[BatchMember]) -> None:
+        """Run the pipeline until each member has its end, or nobody wants those that have none."""
+        requests = [member.request for member in members]
+        metrics.BATCH_SIZE.observe(sum(each.num_images for each in requests))
+        with closing(self._pipeline.generate_batch(requests)) as events:
+            for index, event in events:
+                member = members[index]
                 if isinstance(event, Progress):
-                    part.held.step = event.step
-                elif part.end is None:
-                    part.end = event
-                # In company, the images of a task that is dropped are made nevertheless.
-                if not any([_is_wanted(each) for each in parts]):
+                    member.leased.step = event.step
+                elif member.end is None:
+                    member.end = event
+                # In a batch, the images of a task that is dropped are made nevertheless.
+                if not any([_is_wanted(each) for each in members]):
                     return
         raise RuntimeError("the pipeline ended without a result")
 
-    def _may_begin(self, part: BatchMember) -> bool:
+    def _may_begin(self, member: BatchMember) -> bool:
         if self._stopping.is_set():
-            part.end = Abandoned("the worker is stopping")
-        return _is_wanted(part)
+            member.end = Abandoned("the worker is stopping")
+        return _is_wanted(member)
 
-    def _end(self, part: BatchMember) -> Outcome | Postponed | None:
+    def _end(self, member: BatchMember) -> Outcome | Postponed | None:
         try:
-            with part.held.logged():
-                if isinstance(part.end, Result):
-                    return self._store_images(part, part.end)
-                raise part.end or RuntimeError("the pipeline ended without a result")
+            with member.leased.logged():
+                if isinstance(member.end, Result):
+                    return self._store_images(member, member.end)
+                raise member.end or RuntimeError("the pipeline ended without a result")
         except Exception as error:
-            return _outcome_of(part.held, error)
+            return _outcome_of(member.leased, error)
 
-    def _store_images(self, part: BatchMember, result: Result) -> Outcome:
-        held, task = part.held, part.held.task
+    def _store_images(self, member: BatchMember, result: Result) -> Outcome:
+        leased, task = member.leased, member.leased.task
         for stage, seconds in result.timings.items():
-            held.note(stage.removesuffix("_s"), seconds)
+            leased.note(stage.removesuffix("_s"), seconds)
         metrics.STEPS.labels(result.quality, "computed").inc(result.computed_steps)
         metrics.STEPS.labels(result.quality, "reused").inc(result.reused_steps)
         flags = (False,) * len(result.images)
         if self._force_safety or task.input["enable_safety_checker"]:
-            with held.timed("safety"):
+            with leased.timed("safety"):
                 flags = self._safety.check(result.images)
         keys, kind = [], task.input.get("output_format", "png")
-        with held.timed("store"):
+        with leased.timed("store"):
             for i, image in enumerate(black_out(result.images, flags)):
                 key = f"{task.id}/{task.attempt}/{i}.{kind}"
                 made = provenance(
-                    self._pipeline.info, part.request, seed=result.seeds[i], quality=result.quality
+                    self._pipeline.info,
+                    member.request,
+                    seed=result.seeds[i],
+                    quality=result.quality,
                 )
                 data = encode(image, made, kind)
-                self._blobs.put(key, data, check_wanted=held.check_wanted)
+                self._blobs.put(key, data, check_wanted=leased.check_wanted)
                 keys.append(key)
         return Outcome(
             status=Status.COMPLETED,
             outputs=keys,
             has_nsfw_contents=list(flags),
             seeds=list(result.seeds),
-            timings=held.timings,
+            timings=leased.timings,
             quality=result.quality,
             reused_steps=result.reused_steps,
         )
 
 
-def _is_wanted(part: BatchMember) -> bool:
+def _is_wanted(member: BatchMember) -> bool:
     """Whether its end is still to come; one that nobody waits for any more gets it here."""
-    if part.end is None:
+    if member.end is None:
         try:
-            part.held.check_wanted()
+            member.leased.check_wanted()
         except (Abandoned, Cancelled) as error:
-            part.end = error
-    return part.end is None
+            member.end = error
+    return member.end is None
 
 
-def _outcome_of(held: LeasedTask, error: Exception) -> Outcome | Postponed | None:
+def _outcome_of(leased: LeasedTask, error: Exception) -> Outcome | Postponed | None:
     """What a task's owner is told of ``error``; none where the task has not ended."""
-    with held.logged():
+    with leased.logged():
         match error:
             case Abandoned():
                 _log.warning("task abandoned", reason=str(error))

@@ -1,4 +1,8 @@
-"""From a task's image reference to pixels: our blobs or a guarded fetch, then a safe decode."""
+"""From a task's parameters to what a pipeline is asked for, with its pictures loaded.
+
+A picture comes from our own blobs or by a guarded fetch, and is then decoded in a child process.
+Knows no store of tasks and no device.
+"""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +19,8 @@ from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
 
 _BLOB = "blob:"
+_SAME = ("prompt", "seed", "num_inference_steps", "guidance_scale", "num_images")
+_IF_GIVEN = ("quality", "redux_strength", "redux_pooling", "fit", "empty_prompt")
 
 
 class ImageGone(Exception):
@@ -53,14 +59,6 @@ class ImageLoader:
             ) from None
 
 
-# --- Generation -----------------------------------------------------------------------------------
-
-# DOC From a task's parameters to what a pipeline is asked for, with its pictures loaded.
-
-_SAME = ("prompt", "seed", "num_inference_steps", "guidance_scale", "num_images")
-_IF_GIVEN = ("quality", "redux_strength", "redux_pooling", "fit", "empty_prompt")
-
-
 class Pictures(NamedTuple):
     """The pictures of a request."""
 
@@ -88,8 +86,8 @@ def load_pictures(load: Callable[[str], Image], given: Mapping[str, Any]) -> Pic
     Raises what ``load`` does, with the name of the picture where it is not ``image``.
     """
     references = {"image": given["image"]}
-    for place, reference in enumerate(given.get("images", ())):
-        references[f"images[{place}]"] = reference
+    for index, reference in enumerate(given.get("images", ())):
+        references[f"images[{index}]"] = reference
     if "mask" in given:
         references["mask"] = given["mask"]
     if len(references) == 1:

@@ -1,4 +1,8 @@
-"""A task in a worker's hands: what it is, how far it is, and whether it is still wanted."""
+"""A task that a worker has leased: how far it is, whether it is still wanted, how its end is kept.
+
+Ends are written down however long the database is away, and counted. Knows no pictures and no
+pipeline.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +17,10 @@ from redux_server import metrics
 from redux_server.storage.disk import Ballast
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Code, Outcome, Task
+
+MAX_STARTS = 20  # of a task whose images cannot be stored, before it is given up
+_PAUSES_S = (0.2, 1.0, 5.0)
+_log = structlog.get_logger("redux_server.worker.leased")
 
 
 class Abandoned(Exception):
@@ -72,15 +80,6 @@ def logged_together(group: list[LeasedTask]) -> AbstractContextManager[None]:
     return structlog.contextvars.bound_contextvars(task_ids=[each.task.id for each in group])
 
 
-# --- Recording ------------------------------------------------------------------------------------
-
-# DOC Writing down how tasks ended, however long the database is away, and counting them.
-
-MAX_STARTS = 20  # of a task whose images cannot be stored, before it is given up
-_PAUSES_S = (0.2, 1.0, 5.0)
-_log = structlog.get_logger("redux_server.worker.loop.leased")
-
-
 class EndRecorder:
     """Records ends in a store. What cannot be recorded is left to be done again."""
 
@@ -88,30 +87,30 @@ class EndRecorder:
         self._store = store
         self._ballast = ballast
 
-    def finish(self, held: LeasedTask, outcome: Outcome) -> None:
+    def finish(self, leased: LeasedTask, outcome: Outcome) -> None:
         """Record how a task ended, unless another worker has taken it over."""
-        task = held.task
+        task = leased.task
         recorded = self._persist(lambda: self._store.finish(task.id, task.attempt, outcome))
         if recorded:
-            _report(held, outcome)
+            _report(leased, outcome)
         elif recorded is not None:
             metrics.FENCED.inc()
             _log.warning("task abandoned", reason="another worker has taken it over")
 
-    def give_back(self, held: LeasedTask, reason: str) -> None:
+    def give_back(self, leased: LeasedTask, reason: str) -> None:
         """Return a task that cost us the device; after the last attempt it fails for ``reason``."""
-        task = held.task
+        task = leased.task
         text = f"This task cost too many workers their device. The last time: {reason}"
         self._persist(
             lambda: self._store.give_back(task.id, task.attempt, error=text, has_crashed=True)
         )
 
-    def postpone(self, held: LeasedTask, reason: str) -> None:
+    def postpone(self, leased: LeasedTask, reason: str) -> None:
         """Return a task that cannot end now, so that it is neither failed nor lost."""
-        task = held.task
+        task = leased.task
         if task.attempt >= MAX_STARTS:
             text = f"The images could not be stored in {task.attempt} attempts."
-            self.finish(held, Outcome.failure(Code.INTERNAL, text))
+            self.finish(leased, Outcome.failure(Code.INTERNAL, text))
             return
         delay_s = min(300.0, 5.0 * 2.0 ** min(task.attempt - 1, 6))
         _log.warning("task returned for later", reason=reason, delay_s=delay_s)
@@ -130,8 +129,8 @@ class EndRecorder:
         return None
 
 
-def _report(held: LeasedTask, outcome: Outcome) -> None:
-    now, task = time.time(), held.task
+def _report(leased: LeasedTask, outcome: Outcome) -> None:
+    now, task = time.time(), leased.task
     metrics.count_end(outcome.status, outcome.code)
     metrics.E2E.observe(max(0.0, now - task.created_at))
     metrics.QUEUED.observe(max(0.0, (task.started_at or now) - task.created_at))

@@ -1,9 +1,10 @@
-"""The worker: takes tasks, has their images made, records how they ended.
+"""The worker's loop: claims tasks, runs them in groups, records how they ended.
 
 ``step`` is one group of tasks from claim to finish, in plain order; a group is one task unless
 several are denoised together. A few identical lanes run it side by side, so that while one group is
 on the device the next one's pictures are being fetched and the last one's images are being checked,
-encoded and stored. Knows no HTTP and no torch, and neither pictures nor pipelines (``making``).
+encoded and stored. Knows no HTTP and no torch, and neither pictures nor pipelines: those are for
+``redux_server.worker.batch``.
 """
 
 import math
@@ -26,7 +27,7 @@ from redux_server.worker.outputs import Postponed
 
 LANES = 3
 POLL_S = 0.5
-FAREWELL_S = 3.0
+LOST_DEVICE_GRACE_S = 3.0
 """How long the other lanes of a worker that lost its device may go on with what is off it."""
 _log = structlog.get_logger("redux_server.worker.loop")
 
@@ -47,7 +48,7 @@ class Worker:
         worker_id: str,
         *,
         store: TaskStore,
-        maker: BatchRunner,
+        runner: BatchRunner,
         ballast: Ballast | None = None,
         max_batch_size: int = 1,
         batch_timeout_s: float = 0.0,
@@ -57,13 +58,13 @@ class Worker:
     ) -> None:
         self._id = worker_id
         self._store = store
-        self._maker = maker
+        self._runner = runner
         self._ballast = ballast or Ballast(Path(), size_bytes=0)
         self._recorder = EndRecorder(store, self._ballast)
         self._max_batch_size = max_batch_size
         self._batch_timeout_s = batch_timeout_s
         self._heartbeat_s = heartbeat_s
-        self._held: dict[str, LeasedTask] = {}
+        self._leased: dict[str, LeasedTask] = {}
         self._stopping = threading.Event()
         self._poll_s = poll_s
         self._defer_s = defer_s
@@ -86,7 +87,7 @@ class Worker:
         False at once while there is a group on the device, or images have nowhere to go: an idle
         worker is to have the next task, and we look by ourselves as soon as there is room.
         """
-        if not self._is_claiming or not self._maker.device_is_idle.is_set():
+        if not self._is_claiming or not self._runner.device_is_idle.is_set():
             return False
         self._has_looked.clear()
         self.wake()
@@ -100,7 +101,7 @@ class Worker:
     def stop(self) -> None:
         """Claim nothing more; what is on the device is finished. Callable from a signal handler."""
         self._stopping.set()
-        self._maker.stop()
+        self._runner.stop()
         self._work_arrived.set()
         self._has_looked.set()
 
@@ -132,30 +133,30 @@ class Worker:
             try:
                 self._work(group, waits)
             finally:
-                for held in group:
-                    self._let_go(held)
+                for leased in group:
+                    self._forget(leased)
             return bool(group)
         finally:
             waits()
 
     def _work(self, group: Sequence[LeasedTask], waits: Callable[[], None]) -> None:
         try:
-            for held, outcome in self._maker.work(group, waits, has_left=self.wake):
+            for leased, outcome in self._runner.work(group, waits, has_left=self.wake):
                 if isinstance(outcome, Postponed):
-                    with held.logged():
-                        self._recorder.postpone(held, str(outcome))
+                    with leased.logged():
+                        self._recorder.postpone(leased, str(outcome))
                 elif outcome is not None:
-                    with held.logged():
-                        self._recorder.finish(held, outcome)
-                self._let_go(held)
+                    with leased.logged():
+                        self._recorder.finish(leased, outcome)
+                self._forget(leased)
         except DeviceError as error:
             self.stop()
-            for held in group:
-                if self._held.get(held.task.id) is held:
-                    self._recorder.give_back(held, str(error))
+            for leased in group:
+                if self._leased.get(leased.task.id) is leased:
+                    self._recorder.give_back(leased, str(error))
             _log.error("the device failed, so this worker ends", exc_info=error)
             self.device_failure = error
-            self._lanes_end_at = time.monotonic() + FAREWELL_S
+            self._lanes_end_at = time.monotonic() + LOST_DEVICE_GRACE_S
 
     def _lane(self) -> None:
         while not self._stopping.is_set():
@@ -167,12 +168,12 @@ class Worker:
 
     def _claim(self) -> list[LeasedTask]:
         while not self._stopping.is_set():
-            self._maker.wait_until_usable()
+            self._runner.wait_until_usable()
             claimed = self._look_for_work()
             if claimed:
                 metrics.REDELIVERIES.inc(sum(task.crashes > 0 for task in claimed))
-                group = [self._hold(task) for task in claimed]
-                self._add_company(group)
+                group = [self._lease(task) for task in claimed]
+                self._fill_batch(group)
                 return group
         return []
 
@@ -180,7 +181,7 @@ class Worker:
         """Ask the store once, when others had their turn; if in vain, wait for the next time."""
         self._is_claiming = True
         try:
-            self._maker.device_is_idle.wait(self._defer_s)
+            self._runner.device_is_idle.wait(self._defer_s)
             self._work_arrived.clear()
             if self.is_stopping:  # asked after clearing, so that the wake of ``stop`` is not lost
                 return []
@@ -192,12 +193,12 @@ class Worker:
         finally:
             self._is_claiming = False
 
-    def _add_company(self, group: list[LeasedTask]) -> None:
+    def _fill_batch(self, group: list[LeasedTask]) -> None:
         """Claim more tasks of the first one's shape, as far as there is room for their images.
 
         They are taken one by one, for each may want several images: the last may bring more than
         there is room for, and these are then made after the others. What was ever given back by a
-        dead worker has no shape, and so no company.
+        dead worker has no shape, and so is alone.
         """
         shape, ends_at = group[0].task.shape, time.monotonic() + self._batch_timeout_s
         while shape and not group[0].is_suspect and self._room(group) > 0:
@@ -205,31 +206,31 @@ class Worker:
                 return
             self._work_arrived.clear()
             try:
-                mates = self._store.claim(self._id, like=shape)
+                more = self._store.claim(self._id, like=shape)
             except SQLAlchemyError as error:  # those that are here need not suffer for it
-                _log.error("cannot look for company", exc_info=error)
+                _log.error("cannot look for more tasks of a batch", exc_info=error)
                 return
-            group += [self._hold(task) for task in mates]
+            group += [self._lease(task) for task in more]
             remaining_s = ends_at - time.monotonic()
-            if not mates and remaining_s <= 0:
+            if not more and remaining_s <= 0:
                 return
-            if not mates:
+            if not more:
                 self._work_arrived.wait(min(POLL_S, remaining_s))
 
     def _room(self, group: Sequence[LeasedTask]) -> int:
-        images = sum(int(held.task.input["num_images"]) for held in group)
+        images = sum(int(leased.task.input["num_images"]) for leased in group)
         return self._max_batch_size - images
 
-    def _hold(self, task: Task) -> LeasedTask:
-        former = self._held.get(task.id)
+    def _lease(self, task: Task) -> LeasedTask:
+        former = self._leased.get(task.id)
         if former is not None:  # a lane lost it while this process was frozen, another has it now
             former.is_lost = True
-        held = self._held[task.id] = LeasedTask(task)
-        return held
+        leased = self._leased[task.id] = LeasedTask(task)
+        return leased
 
-    def _let_go(self, held: LeasedTask) -> None:
-        if self._held.get(held.task.id) is held:
-            del self._held[held.task.id]
+    def _forget(self, leased: LeasedTask) -> None:
+        if self._leased.get(leased.task.id) is leased:
+            del self._leased[leased.task.id]
 
     def _beat(self) -> None:
         """Renew leases while ``run`` does, draining included."""
@@ -240,15 +241,15 @@ class Worker:
                 _log.error("heartbeat failed", exc_info=error)
 
     def _renew(self) -> None:
-        held = dict(self._held)
-        if not held:
+        leased = dict(self._leased)
+        if not leased:
             return
-        progress = {key: (each.task.attempt, each.step) for key, each in held.items()}
+        progress = {key: (each.task.attempt, each.step) for key, each in leased.items()}
         lease = self._ballast.make_room_for(lambda: self._store.renew(self._id, progress))
         for task_id in lease.lost:
-            held[task_id].is_lost = True
+            leased[task_id].is_lost = True
         for task_id in lease.cancelled:
-            held[task_id].is_cancelled = True
+            leased[task_id].is_cancelled = True
 
 
 class _Once:

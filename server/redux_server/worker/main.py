@@ -1,6 +1,7 @@
-"""The worker process: loads the pipeline, warms it up, then works until told to stop.
+"""The worker process: loads its model, then works until told to stop.
 
-The one module of the server that loads torch (through the pipeline).
+Builds the parts of a worker from the settings, once per process, and ties them to signals, to the
+supervisor and to the broker. Knows neither how a task is worked on nor what a pipeline is made of.
 """
 
 import contextlib
@@ -24,9 +25,8 @@ from redux_pipelines.errors import ReduxError
 from redux_server import logs, metrics
 from redux_server.database.clock import clock_of
 from redux_server.database.migration import open_database
-from redux_server.dispatch import device as device_lock
 from redux_server.dispatch.choice import check_dispatch
-from redux_server.dispatch.device import worker_id
+from redux_server.dispatch.device import device_lock, lock_path, worker_id
 from redux_server.dispatch.local import devices
 from redux_server.dispatch.presence import (
     EXIT_CANNOT_LOAD,
@@ -44,12 +44,12 @@ from redux_server.tasks.store import TaskStore
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.inputs import ImageLoader
 from redux_server.worker.loop import POLL_S, Worker
-from redux_server.worker.model import _describe, _load
+from redux_server.worker.model import describe_model, load_model
 
 _WAITING = "waiting for the previous worker of this device to end"
 _SLOW_POLL_S = 3.0  # of a worker that gets tickets, of which some may be lost
 _DEFER_S = 1.2 * POLL_S  # every idle worker has looked by then
-_log = structlog.get_logger("redux_server.worker.loop.main")
+_log = structlog.get_logger("redux_server.worker.main")
 
 
 def worker(settings: ServerSettings, *, supervised: bool) -> int:
@@ -93,15 +93,15 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
         announce(WorkerState.LOADING, _WAITING)
         _log.warning(_WAITING, device=device)
 
-    path = device_lock.lock_path(settings, device)
-    with presence.kept_alive(name), device_lock.holding(path, before_waiting=say_waiting):
+    path = lock_path(settings, device)
+    with presence.kept_alive(name), device_lock(path, before_waiting=say_waiting):
         store.release(name)  # left by a predecessor that died: the lock says it is gone
         announce(WorkerState.LOADING)
         with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
             try:
                 blobs = open_pictures(settings)
                 blobs.check()
-                pipeline, safety = device_thread.submit(_load, settings, device).result()
+                pipeline, safety = device_thread.submit(load_model, settings, device).result()
             except Exception as error:
                 announce(WorkerState.FAILED, _reason(error))
                 _log.error("cannot start", reason=str(error), exc_info=error)
@@ -110,7 +110,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
             worker = Worker(
                 name,
                 store=store,
-                maker=_maker(settings, name, (blobs, signer), (pipeline, safety), device_thread),
+                runner=_runner(settings, name, (blobs, signer), (pipeline, safety), device_thread),
                 ballast=open_ballast(settings),
                 max_batch_size=settings.max_batch_size,
                 batch_timeout_s=settings.batch_timeout / 1000,
@@ -119,7 +119,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
             )
             _stop_at_signals(worker)
             supervisor.attach(worker)
-            announce(WorkerState.READY, _describe(pipeline, settings))
+            announce(WorkerState.READY, describe_model(pipeline, settings))
             _log.info("worker ready", device=device, model=pipeline.info.name)
             with _tickets(settings, engine, worker, wanted=has_tickets):
                 worker.run()
@@ -185,7 +185,7 @@ def _tickets(
     return receiving(ticket_app(settings.broker_url, queue_name(signing_secret(engine))), worker)
 
 
-def _maker(
+def _runner(
     settings: ServerSettings,
     worker_id: str,
     pictures: tuple[BlobStore, Signer],

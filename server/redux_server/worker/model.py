@@ -1,4 +1,8 @@
-"""From settings to what a pipeline is to compile, and from its report to words. No torch here."""
+"""How a worker loads its model, and what it is asked to compile.
+
+Torch is loaded in ``load_model`` only: ``flux-redux doctor`` uses the rest without it. Knows no
+task and no database.
+"""
 
 import os
 import time
@@ -22,7 +26,57 @@ from redux_pipelines.contract.types import (
 from redux_server import __version__, metrics
 from redux_server.settings import ModelSettings, ServerSettings, UsageError
 
-_log = structlog.get_logger("redux_server.worker.loop.model")
+_log = structlog.get_logger("redux_server.worker.model")
+
+
+def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
+    """The pipeline and the safety checker that ``settings`` ask for, warmed up."""
+    from redux_pipelines.devices import keep_freed_memory
+    from redux_pipelines.images.safety import OpenNsfwChecker
+    from redux_pipelines.loading.load import load_pipeline
+
+    started = time.perf_counter()
+    pipeline = load_pipeline(**{**settings.pipeline_options(), "device": device})
+    if pipeline.info.device == "cpu":
+        keep_freed_memory()
+    safety = OpenNsfwChecker(threshold=settings.safety_threshold)
+    if wants_compile(settings):
+        _compile(pipeline, settings)
+    _warm_up(pipeline, safety)
+    _log.info("model loaded", seconds=round(time.perf_counter() - started, 1))
+    return pipeline, safety
+
+
+def _compile(pipeline: Pipeline, settings: ServerSettings) -> None:
+    """Before the first task, so that it need not wait; what fails is left out, and said."""
+    report = pipeline.compile(compile_plan(settings))
+    metrics.COMPILED.set(report.mode != "off")
+    for failure in report.failures:
+        metrics.COMPILE_FAILURES.inc()
+        _log.warning("running without", reason=failure)
+    _log.info("compiled", **asdict(report))
+
+
+def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
+    """Make one small image, so that the first task does not pay for lazy start-up."""
+    request = GenerationRequest(
+        Image.new("RGB", (64, 64), "gray"), width=512, height=512, num_inference_steps=1
+    )
+    *_, result = pipeline.generate(request)
+    safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
+
+
+def describe_model(pipeline: Pipeline, settings: ServerSettings) -> str:
+    """What was loaded, in one line for ``/readyz``."""
+    info = pipeline.info
+    attention = f" with {info.attention} attention" if info.attention else ""
+    text = f"{info.name}, {info.backend} backend{attention}, {info.dtype} on {info.device}"
+    if info.compiled != "off":
+        return f"{text}, compiled ({info.compiled})"
+    return text if settings.compile == "off" else f"{text}, not compiled: its log says why"
+
+
+# --- Compilation ----------------------------------------------------------------------------------
 
 
 def wants_compile(settings: ModelSettings) -> bool:
@@ -72,51 +126,3 @@ def describe_report(report: CompileReport) -> Iterator[str]:
     if report.cuda_graphs:
         yield f"CUDA graphs for up to {report.cuda_graphs} shapes"
     yield from report.failures
-
-
-# --- Worker main ----------------------------------------------------------------------------------
-
-
-def _load(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
-    from redux_pipelines.devices import keep_freed_memory
-    from redux_pipelines.images.safety import OpenNsfwChecker
-    from redux_pipelines.loading.load import load_pipeline
-
-    started = time.perf_counter()
-    pipeline = load_pipeline(**{**settings.pipeline_options(), "device": device})
-    if pipeline.info.device == "cpu":
-        keep_freed_memory()
-    safety = OpenNsfwChecker(threshold=settings.safety_threshold)
-    if wants_compile(settings):
-        _compile(pipeline, settings)
-    _warm_up(pipeline, safety)
-    _log.info("model loaded", seconds=round(time.perf_counter() - started, 1))
-    return pipeline, safety
-
-
-def _compile(pipeline: Pipeline, settings: ServerSettings) -> None:
-    """Before the first task, so that it need not wait; what fails is left out, and said."""
-    report = pipeline.compile(compile_plan(settings))
-    metrics.COMPILED.set(report.mode != "off")
-    for failure in report.failures:
-        metrics.COMPILE_FAILURES.inc()
-        _log.warning("running without", reason=failure)
-    _log.info("compiled", **asdict(report))
-
-
-def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
-    """Make one small image, so that the first task does not pay for lazy start-up."""
-    request = GenerationRequest(
-        Image.new("RGB", (64, 64), "gray"), width=512, height=512, num_inference_steps=1
-    )
-    *_, result = pipeline.generate(request)
-    safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
-
-
-def _describe(pipeline: Pipeline, settings: ServerSettings) -> str:
-    info = pipeline.info
-    attention = f" with {info.attention} attention" if info.attention else ""
-    text = f"{info.name}, {info.backend} backend{attention}, {info.dtype} on {info.device}"
-    if info.compiled != "off":
-        return f"{text}, compiled ({info.compiled})"
-    return text if settings.compile == "off" else f"{text}, not compiled: its log says why"

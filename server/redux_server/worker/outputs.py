@@ -1,6 +1,7 @@
-"""How a worker keeps its images when their store is away or full: tries again, then later.
+"""How a worker stores its images, and what their files say of themselves.
 
-Knows no tasks: the worker says which bytes go where, and what to do with ``Postponed``.
+While the store is away or full it tries again, then later. Knows no tasks: the worker says which
+bytes go where, and what to do with ``Postponed``.
 """
 
 import threading
@@ -15,7 +16,7 @@ from redux_server.storage.blobs import BlobStore
 
 PROBE_EVERY_S = 5.0
 _PAUSES_S = (0.5, 2.0, 5.0)
-_log = structlog.get_logger("redux_server.worker.loop.outputs")
+_log = structlog.get_logger("redux_server.worker.outputs")
 
 
 class Postponed(Exception):
@@ -29,13 +30,7 @@ class RetryingStore:
     have nowhere to go either, until a probe as large as what failed gets through.
     """
 
-    def __init__(
-        self,
-        blobs: BlobStore,
-        *,
-        worker_id: str,
-        stopping: threading.Event,
-    ) -> None:
+    def __init__(self, blobs: BlobStore, *, worker_id: str, stopping: threading.Event) -> None:
         self._blobs = blobs
         self._probe = f"probe/{worker_id.replace('/', '-').replace(':', '-')}"  # a folder
         self._stopping = stopping
@@ -77,17 +72,12 @@ class RetryingStore:
         return True
 
 
-# --- Provenance -----------------------------------------------------------------------------------
-
-# DOC What an image says of itself, in the metadata of its file.
-
-
 def provenance(
     info: ModelInfo, request: GenerationRequest, *, seed: int, quality: Quality
 ) -> dict[str, str]:
-    """For ``image_files.encode``. Not the prompt: whoever has the image can read them.
+    """What goes into the metadata of an image's file, for ``redux_pipelines.images.files.encode``.
 
-    Of the controls, those that were used.
+    Of the controls, those that were used. Not the prompt: whoever has the image can read this.
     """
     chunks = {
         "Software": f"FLUX Redux Server {__version__}",

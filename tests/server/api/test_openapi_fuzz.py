@@ -69,8 +69,8 @@ def fuzzed(
     services = build_services(max_queue=10**9)
     presence = Presence(database, silent_s=1e9)
     presence.announce("w", "cpu", WorkerState.READY, "as if")
-    dispatcher = WebhookSender(services.webhooks.outbox, lambda _: None)
-    webhooks = replace(services.webhooks, dispatcher=dispatcher)
+    sender = WebhookSender(services.webhooks.outbox, lambda _: None)
+    webhooks = replace(services.webhooks, sender=sender)
     return build_api(replace(services, presence=presence, webhooks=webhooks))
 
 

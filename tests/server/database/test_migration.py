@@ -1,6 +1,8 @@
 """Tables made by an earlier version, brought up to date on either database."""
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,6 @@ from sqlalchemy import Connection, inspect, text
 
 from e2e.services import new_postgres_database
 from redux_server.cli import main
-from redux_server.database import migration
 from redux_server.database.connection import DatabaseUnusable, connect
 from redux_server.database.migration import (
     SCHEMA_VERSION,
@@ -223,7 +224,7 @@ def test_a_failed_upgrade_leaves_everything_as_it_was(
         raise RuntimeError("power cut")
 
     upgrade = command.upgrade
-    monkeypatch.setattr(migration.command, "upgrade", fail_at_the_end)
+    monkeypatch.setattr(command, "upgrade", fail_at_the_end)
     engine = connect(old_url)
     with pytest.raises(RuntimeError, match="power cut"):
         upgrade_database(engine)
@@ -283,3 +284,15 @@ def test_db_verbs_tell_and_upgrade(old_url: str, capsys: pytest.CaptureFixture[s
     assert main.run(["db", "upgrade", *where]) == 0
     assert "is up to date" in capsys.readouterr().out
     open_database(old_url).dispose()
+
+
+def test_alembic_is_not_loaded_for_a_database_that_is_up_to_date(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'tasks.db'}"
+    code = (
+        "from redux_server.database.migration import open_database; import sys; "
+        f"open_database({url!r}); print('alembic' in sys.modules)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout == "False\n"

@@ -25,7 +25,6 @@ from redux_pipelines.contract.types import GenerationRequest
 from redux_pipelines.fake import FakePipeline
 from redux_server.database.migration import open_database
 from redux_server.database.tables import metadata, tasks
-from redux_server.dispatch.celery import EVERY_S, Reconciler, TicketPublisher, Turns
 from redux_server.dispatch.presence import Presence, WorkerState
 from redux_server.storage.blobs import Blobs
 from redux_server.storage.signing import signing_secret
@@ -35,17 +34,21 @@ from redux_server.worker.batch import BatchRunner
 from redux_server.worker.loop import Worker
 from server.worker_bench import INPUT, Images, Safety
 
-pytestmark = pytest.mark.cluster
 pytest.importorskip("celery", reason="celery is not installed (pip install '.[cluster]')")
 
-from redux_server.dispatch.celery import (  # noqa: E402
-    CeleryTicketQueue,  # noqa: E402
+from redux_server.dispatch import celery_worker
+from redux_server.dispatch.celery import (
+    EVERY_S,
+    CeleryTicketQueue,
+    Reconciler,
+    TicketPublisher,
+    Turns,
     queue_name,
     send_ticket,
     ticket_app,
     waiting_tickets,
 )
-from redux_server.dispatch.celery_worker import receiving  # noqa: E402
+from redux_server.dispatch.celery_worker import receiving
 
 WORKERS = 3
 TASKS = 40
@@ -68,11 +71,11 @@ class CountingPipeline(FakePipeline):
         return super().generate_batch(requests)
 
 
-class BadPost:
-    """Loses tickets, sends them twice and three times, and late."""
+class LossyQueue:
+    """A queue that loses tickets, sends them twice and three times, and late."""
 
-    def __init__(self, office: CeleryTicketQueue, seed: int) -> None:
-        self.office = office
+    def __init__(self, queue: CeleryTicketQueue, seed: int) -> None:
+        self.queue = queue
         self.random = random.Random(seed)
         self.fates = Counter[str]()
         self.late: list[threading.Timer] = []
@@ -81,13 +84,13 @@ class BadPost:
         fate = self.random.choice(["lost", "lost", "twice", "late", "good"])
         self.fates[fate] += 1
         if fate == "late":
-            self.late.append(threading.Timer(self.random.uniform(0.2, 2.0), self.office.send))
+            self.late.append(threading.Timer(self.random.uniform(0.2, 2.0), self.queue.send))
             self.late[-1].start()
         for _ in range({"twice": 3, "good": 1}.get(fate, 0)):
-            self.office.send()
+            self.queue.send()
 
     def waiting(self) -> int:
-        return self.office.waiting()
+        return self.queue.waiting()
 
 
 def _work(
@@ -97,13 +100,13 @@ def _work(
     ready, may_end, seen_by_all = parts
     engine = open_database(database_url)
     seen = Counter[int]()
-    maker = BatchRunner(
+    runner = BatchRunner(
         images=Images(),
         pipeline=CountingPipeline(seen, gate),
         safety=Safety(),
         blobs=Blobs(folder),
     )
-    worker = Worker(name, store=TaskStore(engine), maker=maker, poll_s=3600.0, defer_s=3600.0)
+    worker = Worker(name, store=TaskStore(engine), runner=runner, poll_s=3600.0, defer_s=3600.0)
     thread = threading.Thread(target=worker.run)
     thread.start()
     with receiving(ticket_app(broker_url, queue_name(signing_secret(engine))), worker):
@@ -193,15 +196,14 @@ def _clear(engine: Engine) -> None:
             db.execute(table.delete())
 
 
-def _publisher(
-    fleet: Fleet, wrap: Callable[[CeleryTicketQueue], Any] = lambda office: office
-) -> Any:
+def _publisher(fleet: Fleet, wrap: Callable[[CeleryTicketQueue], Any] = lambda queue: queue) -> Any:
     publisher = TicketPublisher(lambda: wrap(CeleryTicketQueue(fleet.app)))
     publisher.start()
     fleet.open.callback(publisher.close)
     return publisher
 
 
+@pytest.mark.cluster
 def test_a_ticket_wakes_a_worker_at_once(fleet: Fleet) -> None:
     fleet.start_workers("a")
     publisher = _publisher(fleet)
@@ -214,6 +216,7 @@ def test_a_ticket_wakes_a_worker_at_once(fleet: Fleet) -> None:
     wait_until(lambda: waiting_tickets(fleet.app) == 0, 10)
 
 
+@pytest.mark.cluster
 def test_tickets_that_find_no_work_are_used_up(fleet: Fleet) -> None:
     for _ in range(20):
         send_ticket(fleet.app)
@@ -222,6 +225,7 @@ def test_tickets_that_find_no_work_are_used_up(fleet: Fleet) -> None:
     wait_until(lambda: waiting_tickets(fleet.app) == 0, 20)
 
 
+@pytest.mark.cluster
 def test_a_busy_worker_leaves_tickets_to_an_idle_one(fleet: Fleet) -> None:
     gate = fleet.fork.Event()
     fleet.start_workers("busy", gate=gate)
@@ -241,12 +245,13 @@ def test_a_busy_worker_leaves_tickets_to_an_idle_one(fleet: Fleet) -> None:
     wait_until(lambda: fleet.are_ended(slow), 30)
 
 
+@pytest.mark.cluster
 def test_every_task_is_done_exactly_once_whatever_happens_to_its_ticket(fleet: Fleet) -> None:
     seed = random.SystemRandom().randrange(2**32)
-    post: list[BadPost] = []
+    post: list[LossyQueue] = []
 
-    def wrap(office: CeleryTicketQueue) -> BadPost:
-        post.append(BadPost(office, seed))
+    def wrap(queue: CeleryTicketQueue) -> LossyQueue:
+        post.append(LossyQueue(queue, seed))
         return post[-1]
 
     publisher = _publisher(fleet, wrap)
@@ -290,6 +295,7 @@ def _purge(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("broker", [rabbitmq_url, redis_url], ids=["rabbitmq", "redis"])
+@pytest.mark.cluster
 def test_a_broker_that_comes_back_is_used_again(
     broker: Callable[[], str], postgres_url: str, tmp_path: Path
 ) -> None:
@@ -324,3 +330,64 @@ def test_a_broker_that_comes_back_is_used_again(
         finally:
             fleet.close()
             engine.dispose()
+
+
+# --- One ticket -----------------------------------------------------------------------------------
+
+
+class LookingWorker:
+    """A worker that looks, or is too busy, or stops."""
+
+    def __init__(self, *, looks: bool = True, is_stopping: bool = False) -> None:
+        self.looks = looks
+        self.is_stopping = is_stopping
+        self.asked = 0
+
+    def look(self, timeout_s: float) -> bool:
+        self.asked += 1
+        return self.looks
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    found: list[int] = []
+    monkeypatch.setattr(
+        celery_worker, "send_ticket", lambda _app, *, passed_on: found.append(passed_on)
+    )
+    return found
+
+
+def test_a_ticket_is_done_when_the_worker_has_looked(passed: list[int]) -> None:
+    worker = LookingWorker()
+    celery_worker.answer(None, worker, 0)
+    assert (worker.asked, passed) == (1, [])
+
+
+def test_a_busy_worker_passes_a_ticket_on_but_not_for_ever(passed: list[int]) -> None:
+    busy = LookingWorker(looks=False)
+    for passes in range(celery_worker.MOST_PASSES + 3):
+        celery_worker.answer(None, busy, passes)
+    assert passed == list(range(1, celery_worker.MOST_PASSES + 1))
+
+
+def test_a_ticket_that_cannot_be_passed_on_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def fail(_app: Any, *, passed_on: int) -> None:
+        tried.append(passed_on)
+        raise OSError("no broker")
+
+    monkeypatch.setattr(celery_worker, "send_ticket", fail)
+    celery_worker.answer(None, LookingWorker(looks=False), 0)
+    assert tried == [1]
+
+
+def test_a_stopping_worker_gives_its_ticket_back_and_fetches_no_more(
+    passed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(celery_worker.state, "should_stop", None)
+    with pytest.raises(celery_worker.Reject) as caught:
+        celery_worker.answer(None, LookingWorker(looks=False, is_stopping=True), 0)
+    assert caught.value.requeue
+    assert passed == []
+    assert celery_worker.state.should_stop == 0

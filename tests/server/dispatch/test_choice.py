@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib.util
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from sqlalchemy import Engine
 from e2e.live import free_port
 from redux_server.cli.serve import check
 from redux_server.dispatch import choice
-from redux_server.dispatch.celery import Turns
 from redux_server.dispatch.choice import NoDispatch, build_dispatch, check_dispatch
 from redux_server.dispatch.local import LocalWorkers
 from redux_server.dispatch.presence import Presence
@@ -77,8 +78,18 @@ def test_each_engine_is_what_it_is_called(database: Engine) -> None:
     assert isinstance(sql, NoDispatch)
 
 
+def test_celery_is_not_loaded_before_it_is_used() -> None:
+    code = "import redux_server.dispatch.choice, sys; print('celery' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout == "False\n"
+
+
 def test_a_broker_that_is_away_neither_fails_nor_delays_anything(database: Engine) -> None:
     pytest.importorskip("celery", reason="celery is not installed (pip install '.[cluster]')")
+    from redux_server.dispatch.celery import Turns
+
     away = settings(dispatch="celery", broker_url=f"amqp://guest@127.0.0.1:{free_port()}//")
     engine = build_dispatch(away, database, TaskStore(database), Presence(database))
 

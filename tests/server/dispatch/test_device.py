@@ -1,4 +1,4 @@
-"""Names under which workers hold tasks."""
+"""Names under which workers lease tasks, and the lock of a device."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from redux_server.dispatch.device import worker_id
+from redux_server.dispatch.device import device_lock, is_free, lock_path, worker_id
+from redux_server.settings import ServerSettings
 
 
 def test_a_workers_name_tells_machine_and_device_and_stays(tmp_path: Path) -> None:
@@ -28,3 +29,15 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
         names = set(pool.map(lambda _: worker_id(tmp_path / "data", "cpu"), range(32)))
     assert len(names) == 1
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["worker-id"]
+
+
+# --- The lock -------------------------------------------------------------------------------------
+
+
+def test_a_devices_lock_is_free_when_its_holder_is_gone(settings: ServerSettings) -> None:
+    path = lock_path(settings, "cuda:0")
+    assert path.name == "worker-cuda-0.lock"
+    assert is_free(path)
+    with device_lock(path, before_waiting=lambda: pytest.fail("it was free")):
+        assert not is_free(path)
+    assert is_free(path)

@@ -14,7 +14,7 @@ import pytest
 
 from redux_server.database.migration import open_database
 from redux_server.dispatch import local as engine_module
-from redux_server.dispatch.device import holding, is_free, lock_path, worker_id
+from redux_server.dispatch.device import device_lock, lock_path, worker_id
 from redux_server.dispatch.local import LocalWorkers, devices
 from redux_server.dispatch.presence import Presence, WorkerState
 from redux_server.settings import ServerSettings
@@ -33,11 +33,6 @@ WORK = "while os.read(0, 4096): note('woken')\n"
 DRAIN = WORK + "time.sleep(0.3)\nnote('drained')\n"
 DIE = "sys.exit(7)\n"
 STUBBORN = WORK + "note('told')\ntime.sleep(60)\n"
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> ServerSettings:
-    return ServerSettings(data_dir=tmp_path, device="cpu", drain_timeout_s=20.0, max_attempts=2)
 
 
 @pytest.fixture
@@ -245,7 +240,7 @@ def test_what_a_predecessor_still_works_on_is_left_to_it(
         await notes.wait_for("started", 2)
         assert store.queue_state().running == 1
 
-    with holding(lock_path(settings, "cpu"), before_waiting=lambda: None):
+    with device_lock(lock_path(settings, "cpu"), before_waiting=lambda: None):
         play(settings, store, DIE, scenario)
         assert store.queue_state().running == 1
 
@@ -386,15 +381,3 @@ def test_stop_before_start_and_twice_is_harmless(
         await engine.stop()
 
     asyncio.run(run())
-
-
-# --- the lock of a device ------------------------------------------------------------------------
-
-
-def test_a_devices_lock_is_free_when_its_holder_is_gone(settings: ServerSettings) -> None:
-    path = lock_path(settings, "cuda:0")
-    assert path.name == "worker-cuda-0.lock"
-    assert is_free(path)
-    with holding(path, before_waiting=lambda: pytest.fail("it was free")):
-        assert not is_free(path)
-    assert is_free(path)

@@ -29,8 +29,8 @@ SLACK_S = 5.0  # for a machine that is busy with something else
 
 CODE = """
 import json, sys, threading, time
-from redux_server.fetch import ImageFetcher
-from redux_server.netguard import AddressPolicy, FetchError
+from redux_server.net.fetch import ImageFetcher
+from redux_server.net.guard import AddressPolicy, FetchError
 from redux_server.settings import ServerSettings
 
 allowed = ServerSettings(fetch_allow="127.0.0.1").fetch_allow_entries

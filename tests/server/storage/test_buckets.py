@@ -21,9 +21,9 @@ from redux_server.cli.serve import build_services
 from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import AddressPolicy
 from redux_server.settings import ServerSettings, UsageError
-from redux_server.storage.blobs import Blobs, BlobStore, StorageError
-from redux_server.storage.buckets import BlobUrlError, BucketBlobs
-from redux_server.storage.opening import local_folder, open_blobs
+from redux_server.storage.blobs import BlobStore, StorageError
+from redux_server.storage.buckets import BucketBlobs
+from redux_server.storage.opening import open_blobs
 from redux_server.tasks.task import NewTask
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.inputs import ImageGone, ImageLoader
@@ -207,58 +207,6 @@ def test_store_that_refuses_without_a_word_is_understood(tmp_path: Path, status:
         open_blobs("s3://x/y", tmp_path).check()
 
 
-# --- --blob-url -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "folder"),
-    [
-        ("", "/default"),
-        ("file:///srv/pictures", "/srv/pictures"),
-        ("file://localhost/srv/my%20pictures", "/srv/my pictures"),
-        ("s3://bucket", None),
-        ("s3://bucket/deep/prefix", None),
-        ("gs://bucket/prefix", None),
-        ("az://container", None),
-    ],
-)
-def test_blob_url_names_a_folder_or_a_bucket(url: str, folder: str | None) -> None:
-    assert local_folder(url, Path("/default")) == (folder and Path(folder))
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "/srv/pictures",
-        "file://other-host/srv",
-        "file:///",
-        "http://bucket/x",
-        "memory:///",
-        "s3://",
-        "s3:///x",
-        "s3://bucket/x?region=y",
-        "s3://[bucket",
-    ],
-)
-def test_other_blob_urls_are_refused_with_what_is_allowed(url: str) -> None:
-    with pytest.raises(BlobUrlError, match="s3://bucket/prefix") as caught:
-        local_folder(url, Path("/default"))
-    assert repr(url) in str(caught.value)
-
-
-def test_password_in_a_blob_url_is_refused_and_not_repeated() -> None:
-    with pytest.raises(BlobUrlError) as caught:
-        local_folder("s3://me:hunter2@bucket/x", Path("/default"))
-    assert "hunter2" not in str(caught.value)
-
-
-def test_file_url_is_a_folder_with_a_folders_promises(tmp_path: Path) -> None:
-    blobs = open_blobs(f"file://{tmp_path}/pictures", tmp_path)
-    assert isinstance(blobs, Blobs)
-    blobs.put("a/1/0.png", b"x")
-    assert (tmp_path / "pictures" / "a" / "1" / "0.png").read_bytes() == b"x"
-
-
 # --- API and worker over a bucket -----------------------------------------------------------------
 
 
@@ -274,8 +222,8 @@ def worker_of(services: Services, name: str = ME, **parts: Any) -> Worker:
     given: dict[str, Any] = {"pipeline": FakePipeline(), "safety": Safety(), "images": loader}
     given |= parts
     ours = {"heartbeat_s": given.pop("heartbeat_s", 0.5)}
-    maker = BatchRunner(blobs=services.blobs, worker_id=name, **given)
-    return Worker(name, store=services.store, maker=maker, **ours)
+    runner = BatchRunner(blobs=services.blobs, worker_id=name, **given)
+    return Worker(name, store=services.store, runner=runner, **ours)
 
 
 def test_task_goes_through_a_bucket_from_end_to_end(

@@ -1,4 +1,4 @@
-"""Delivers what is in the outbox of a database until it is killed: python dispatch.py URL."""
+"""Delivers what is in the outbox of a database until it is killed: python send_webhooks.py URL."""
 
 import sys
 import threading
@@ -19,7 +19,7 @@ from redux_server.webhooks.sender import WebhookSender
 def main(database_url: str) -> None:
     engine = open_database(database_url)
     store = TaskStore(engine)
-    courier = WebhookPoster(
+    poster = WebhookPoster(
         AddressPolicy.from_entries(["127.0.0.1"]),
         find=lambda task_id: store.get([task_id])[0],
         render=Presenter(ServerSettings(), Signer(b"secret", clock=time.time)),
@@ -29,7 +29,7 @@ def main(database_url: str) -> None:
     )
     outbox = Outbox(engine, hold_s=25.0)
     # Pauses a thousand times shorter than the real ones, and no end of tries.
-    WebhookSender(outbox, courier.deliver, pause_s=lambda _: 0.01, poll_s=0.05).start()
+    WebhookSender(outbox, poster.deliver, pause_s=lambda _: 0.01, poll_s=0.05).start()
     threading.Event().wait()
 
 

@@ -7,12 +7,10 @@ import pytest
 from sqlalchemy import Engine, event, insert, select
 
 from redux_server.database.migration import open_database
-from redux_server.database.tables import secrets as secrets_table
 from redux_server.database.tables import webhooks
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import NewTask, Outcome, Status
 from redux_server.webhooks.callback import Callback
-from redux_server.webhooks.delivery import webhook_secret
 from redux_server.webhooks.outbox import MAX_TRIES, Delivery, Outbox, retry_pause_s
 from server.in_process import Clock, end_next
 
@@ -263,22 +261,6 @@ def test_deleted_task_is_not_told_of(engine: Engine, outbox: Outbox, clock: Cloc
     TaskStore(engine, clock=clock).delete([task_id])
     assert not outbox.retry(claimed, 1.0, "late") and not outbox.delivered(claimed)
     assert outbox.count_open() == 0
-
-
-# --- secrets --------------------------------------------------------------------------------------
-
-
-def test_each_key_has_one_secret_for_good(engine: Engine) -> None:
-    first = webhook_secret(engine, "a")
-    assert webhook_secret(engine, "a") == first != webhook_secret(engine, "b")
-    with engine.connect() as db:
-        assert set(db.scalars(select(secrets_table.c.name))) == {"webhook:a", "webhook:b"}
-
-
-def test_long_key_ids_have_secrets_of_their_own(engine: Engine) -> None:
-    long = "file:" + "x" * 59
-    assert webhook_secret(engine, long) == webhook_secret(engine, long)
-    assert webhook_secret(engine, long) != webhook_secret(engine, long[:-1])
 
 
 def test_due_reads_the_index(tmp_path: Path) -> None:

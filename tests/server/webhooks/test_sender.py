@@ -1,4 +1,4 @@
-"""The dispatcher of webhooks: nothing is lost, and nobody is kept waiting by the slow."""
+"""The sender of webhooks: nothing is lost, and nobody is kept waiting by the slow."""
 
 import json
 import os
@@ -53,12 +53,12 @@ def running(
     engine: Engine, deliver: Callable[[Delivery], None], **options: Any
 ) -> Iterator[Outbox]:
     outbox = Outbox(engine, hold_s=60.0)
-    dispatcher = WebhookSender(outbox, deliver, **{"poll_s": 0.02, **options})
-    dispatcher.start()
+    sender = WebhookSender(outbox, deliver, **{"poll_s": 0.02, **options})
+    sender.start()
     try:
         yield outbox
     finally:
-        dispatcher.stop(grace_s=30)
+        sender.stop(grace_s=30)
 
 
 def counted(result: str) -> float:
@@ -287,11 +287,11 @@ def test_key_with_many_slow_hosts_holds_up_no_other(database: Engine) -> None:
 def test_stop_does_not_wait_for_a_receiver_that_hangs(database: Engine) -> None:
     slow = Slow("slow.example")
     add(database, 1, host="slow.example")
-    dispatcher = WebhookSender(Outbox(database, hold_s=60.0), slow, poll_s=0.02)
-    dispatcher.start()
+    sender = WebhookSender(Outbox(database, hold_s=60.0), slow, poll_s=0.02)
+    sender.start()
     wait_until(lambda: slow.running["all"] == 1, 60)
     started = time.monotonic()
-    dispatcher.stop(grace_s=0.2)
+    sender.stop(grace_s=0.2)
     assert time.monotonic() - started < 20
     (row,) = stored(database).values()
     assert row.next_at is not None and row.tries == 1  # comes again when the claim runs out

@@ -1,4 +1,4 @@
-"""Tasks worked off together: who gets company, and that each ends for itself."""
+"""A group of tasks on the device: batches, the safety checker, failures, a device that is lost."""
 
 import threading
 import time
@@ -12,13 +12,29 @@ from prometheus_client import REGISTRY
 from sqlalchemy.exc import OperationalError
 
 from e2e.live import wait_until
-from redux_pipelines.contract.types import BatchEvent, GenerationRequest, Progress, Result
-from redux_pipelines.errors import DeviceError, DeviceMemoryError, OutputError
+from redux_pipelines.contract.types import (
+    BatchEvent,
+    CacheStats,
+    GenerationRequest,
+    ModelInfo,
+    Progress,
+    Result,
+)
+from redux_pipelines.errors import DeviceError, DeviceMemoryError, OutputError, RequestError
 from redux_pipelines.fake import FakePipeline
 from redux_server.net.guard import FetchError
+from redux_server.pictures.decode import DecodeError
 from redux_server.tasks.task import Status
 from redux_server.worker import loop as worker_module
-from server.worker_bench import OTHER, Bench, GatedPipeline, Images
+from redux_server.worker.inputs import ImageGone
+from server.worker_bench import (
+    OTHER,
+    Bench,
+    GatedPipeline,
+    Images,
+    Safety,
+    ended,
+)
 
 SHAPE = "512*520/3//"
 
@@ -73,7 +89,7 @@ def error_of(bench: Bench, task: str) -> str:
     return outcome.error
 
 
-# --- company --------------------------------------------------------------------------------------
+# --- who joins a batch ----------------------------------------------------------------------------
 
 
 def test_tasks_of_one_shape_are_one_batch_and_each_gets_its_own_images(bench: Bench) -> None:
@@ -111,12 +127,12 @@ def test_by_default_every_task_is_alone(bench: Bench) -> None:
     tasks = submit(bench, "a", "b")
     began = time.monotonic()
     assert worker.step() and worker.step()
-    assert time.monotonic() - began < 20, "waited for company it must not have"
+    assert time.monotonic() - began < 20, "waited for others that must not join it"
     assert pipeline.batches == [["a"], ["b"]]
     assert statuses(bench, tasks) == "cc"
 
 
-def test_other_shapes_and_tasks_without_one_are_no_company(bench: Bench) -> None:
+def test_other_shapes_and_tasks_without_one_do_not_join_a_batch(bench: Bench) -> None:
     pipeline = Noting()
     worker = bench.worker(pipeline=pipeline, max_batch_size=4)
     for shape, prompt in ((SHAPE, "a"), ("other", "b"), (SHAPE, "c"), ("", "d"), ("", "e")):
@@ -139,7 +155,7 @@ def test_what_may_have_killed_a_worker_is_alone(bench: Bench) -> None:
     assert statuses(bench, tasks) == "cccc"
 
 
-def test_company_that_cannot_be_denoised_together_is_taken_apart(bench: Bench) -> None:
+def test_tasks_that_cannot_be_denoised_together_are_taken_apart(bench: Bench) -> None:
     pipeline = Noting()
     tasks = submit(bench, "a", "", "b")  # by their shape alike, and yet not
     assert bench.worker(pipeline=pipeline, max_batch_size=4).step()
@@ -164,22 +180,22 @@ def test_progress_of_each_is_recorded(bench: Bench) -> None:
     with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         pipeline.gate.release(4)  # one image after the other: three steps of one, one of the next
-        wait_until(lambda: [held.step for held in worker._held.values()] == [3, 0], 10)
+        wait_until(lambda: [leased.step for leased in worker._leased.values()] == [3, 0], 10)
         worker._renew()
         assert [bench.task(task).progress_step for task in tasks] == [3, 0]
         pipeline.open()
     assert statuses(bench, tasks) == "cc"
 
 
-# --- waiting for company --------------------------------------------------------------------------
+# --- waiting for others ---------------------------------------------------------------------------
 
 
-def test_a_task_waits_for_company_as_long_as_it_is_told(bench: Bench) -> None:
+def test_a_task_waits_for_others_as_long_as_it_is_told(bench: Bench) -> None:
     pipeline = Noting()
     worker = bench.worker(pipeline=pipeline, max_batch_size=2, batch_timeout_s=60)
     tasks = submit(bench, "a")
     with bench.beside(worker.step):
-        wait_until(lambda: tasks[0] in worker._held, 10)
+        wait_until(lambda: tasks[0] in worker._leased, 10)
         time.sleep(0.1)
         assert not pipeline.batches
         tasks += submit(bench, "other", shape="other")
@@ -189,7 +205,7 @@ def test_a_task_waits_for_company_as_long_as_it_is_told(bench: Bench) -> None:
     assert statuses(bench, tasks) == "cnc"
 
 
-def test_without_company_a_task_begins_when_its_time_is_up(bench: Bench) -> None:
+def test_without_others_a_task_begins_when_its_time_is_up(bench: Bench) -> None:
     tasks = submit(bench, "a")
     began = time.monotonic()
     assert bench.worker(max_batch_size=2, batch_timeout_s=0.3).step()
@@ -197,17 +213,17 @@ def test_without_company_a_task_begins_when_its_time_is_up(bench: Bench) -> None
     assert statuses(bench, tasks) == "c"
 
 
-def test_stop_ends_the_wait_for_company_and_returns_the_task(bench: Bench) -> None:
+def test_stop_ends_the_wait_for_others_and_returns_the_task(bench: Bench) -> None:
     worker = bench.worker(max_batch_size=2, batch_timeout_s=60)
     (task,) = submit(bench, "a")
     with bench.beside(worker.run):
-        wait_until(lambda: task in worker._held, 10)
+        wait_until(lambda: task in worker._leased, 10)
         worker.stop()
     assert bench.store.queue_state().waiting == 1
     assert bench.task(task).crashes == 0
 
 
-def test_a_database_that_goes_away_meanwhile_costs_no_more_than_company(bench: Bench) -> None:
+def test_a_database_that_goes_away_meanwhile_costs_no_more_than_the_others(bench: Bench) -> None:
     class Flaky:
         def __getattr__(self, name: str) -> Any:
             return getattr(bench.store, name)
@@ -249,7 +265,7 @@ def test_nothing_goes_to_the_device_when_no_picture_can_be_had(bench: Bench) -> 
     tasks = submit(bench, "a", "b", image="https://bad/")
     worker = bench.worker(pipeline=pipeline, images=Choosy(), max_batch_size=3)
     assert worker.step()
-    assert (pipeline.batches, statuses(bench, tasks), worker._held) == ([], "ff", {})
+    assert (pipeline.batches, statuses(bench, tasks), worker._leased) == ([], "ff", {})
 
 
 def test_pictures_of_a_batch_are_fetched_side_by_side(bench: Bench) -> None:
@@ -332,7 +348,7 @@ def test_a_batch_that_nobody_wants_any_more_is_left_at_the_next_step(bench: Benc
         pipeline.gate.release()
     assert pipeline.closed == 1
     assert statuses(bench, [cancelled]) == "x"
-    assert worker._held == {}
+    assert worker._leased == {}
 
 
 # --- too little memory, and a device that is lost -------------------------------------------------
@@ -383,13 +399,13 @@ def test_a_poison_task_fails_after_three_devices_and_its_mates_complete(bench: B
         "CUDA error: device-side assert triggered"
     )
     assert pipeline.batches[0] == ["a", "poison", "b", "c"]
-    assert all(len(batch) == 1 for batch in pipeline.batches[1:]), "a suspect had company"
+    assert all(len(batch) == 1 for batch in pipeline.batches[1:]), "a suspect was not alone"
 
 
 def test_a_lane_that_hangs_does_not_keep_a_lost_device(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "FAREWELL_S", 0.2)
+    monkeypatch.setattr(worker_module, "LOST_DEVICE_GRACE_S", 0.2)
     hangs, go_on = threading.Event(), threading.Event()
 
     class Hanging(Images):
@@ -415,3 +431,114 @@ def test_a_lane_that_hangs_does_not_keep_a_lost_device(
         assert bench.store.queue_state().waiting == 2
     finally:
         go_on.set()
+
+
+# --- the safety checker ---------------------------------------------------------------------------
+
+
+def test_flagged_image_is_black_and_the_others_are_kept(bench: Bench) -> None:
+    outcome = bench.done(safety=Safety(1), parameters={"num_images": 3}).outcome
+    assert outcome is not None
+    assert outcome.status is Status.COMPLETED
+    assert outcome.has_nsfw_contents == [False, True, False]
+    pictures = [bench.picture(key) for key in outcome.outputs]
+    assert [image.getextrema() == ((0, 0),) * 3 for image in pictures] == [False, True, False]
+    assert {image.size for image in pictures} == {(512, 520)}
+
+
+def test_checker_is_not_asked_when_the_caller_does_without(bench: Bench) -> None:
+    safety = Safety(0)
+    outcome = bench.done(safety=safety, parameters={"enable_safety_checker": False}).outcome
+    assert outcome is not None
+    assert outcome.has_nsfw_contents == [False]
+    assert safety.checked == 0
+    assert bench.picture(outcome.outputs[0]).getextrema() != ((0, 0),) * 3
+
+
+def test_operator_can_force_the_checker(bench: Bench) -> None:
+    parameters = {"enable_safety_checker": False}
+    outcome = bench.done(safety=Safety(0), force_safety=True, parameters=parameters).outcome
+    assert outcome is not None
+    assert outcome.has_nsfw_contents == [True]
+    assert bench.picture(outcome.outputs[0]).getextrema() == ((0, 0),) * 3
+
+
+def test_checker_that_breaks_fails_the_task_and_shows_nothing(bench: Bench) -> None:
+    class Broken:
+        def check(self, images: Any) -> Any:
+            raise RuntimeError("no model")
+
+    task = bench.done(safety=Broken())
+    assert task.status is Status.FAILED
+    with pytest.raises(FileNotFoundError):
+        bench.blobs.get(f"{task.id}/1/0.png")
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+class BrokenPipeline:
+    """Does as it is told, which is not what a pipeline should."""
+
+    info = ModelInfo(name="broken", backend="fake", device="cpu", dtype="uint8", size_multiple=1)
+
+    def __init__(self, *events: Progress | Result | Exception) -> None:
+        self.events = events
+
+    def cache_stats(self) -> dict[str, CacheStats]:
+        return {}
+
+    def generate_batch(self, requests: Sequence[GenerationRequest]) -> Iterator[BatchEvent]:
+        for event in self.events:
+            if isinstance(event, Exception):
+                raise event
+            yield 0, event
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FetchError("dns", "The host 'nowhere' has no usable address."),
+        DecodeError("broken", "The PNG picture is damaged."),
+        ImageGone("The input image is no longer kept by this server."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_picture_that_cannot_be_had_fails_the_task_with_its_reason(
+    bench: Bench, error: Exception
+) -> None:
+    task = bench.done(images=Images(raises=error))
+    assert task.status is Status.FAILED
+    assert task.outcome is not None
+    assert (task.outcome.code, task.outcome.error) == (1402, str(error))
+    assert (task.outcome.outputs, task.outcome.has_nsfw_contents) == ([], [])
+
+
+def test_what_the_pipeline_refuses_is_told(bench: Bench) -> None:
+    task = bench.done(pipeline=BrokenPipeline(RequestError("the prompt has too many tokens")))
+    assert task.outcome is not None
+    assert (task.outcome.code, task.outcome.error) == (1403, "the prompt has too many tokens")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "private"),
+    [
+        (FakePipeline(fail_on="fox"), "told to fail on prompts"),
+        (BrokenPipeline(MemoryError("17 GiB wanted")), "17 GiB wanted"),
+        (BrokenPipeline(Progress(1, 3)), "without a result"),
+        (BrokenPipeline(), "without a result"),
+    ],
+)
+def test_broken_pipeline_fails_the_task_with_a_public_text_and_a_private_log(
+    bench: Bench, pipeline: Any, private: str
+) -> None:
+    before = ended("5000", "failed")
+    with structlog.testing.capture_logs() as lines:
+        task = bench.done(pipeline=pipeline, parameters={"prompt": "a fox"})
+    assert task.status is Status.FAILED
+    assert task.outcome is not None
+    assert task.outcome.code == 5000
+    assert task.outcome.error == "The worker could not make this image; its log says why."
+    (line,) = [line for line in lines if line["event"] == "task failed"]
+    assert private in str(line["exc_info"])
+    assert ended("5000", "failed") == before + 1

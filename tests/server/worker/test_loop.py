@@ -1,61 +1,39 @@
-"""One task from claim to end, lanes side by side, and what happens when something goes away."""
+"""One task from claim to end, lanes side by side, when a worker looks, and what may go away."""
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from prometheus_client import REGISTRY
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Engine
 
 from e2e.live import wait_until
 from redux_pipelines.contract.types import (
-    BatchEvent,
-    CacheStats,
     GenerationRequest,
-    ModelInfo,
-    Progress,
     Result,
 )
-from redux_pipelines.errors import RequestError
 from redux_pipelines.fake import FakePipeline
-from redux_server.net.guard import FetchError
-from redux_server.pictures.decode import DecodeError
+from redux_server.storage.blobs import Blobs
 from redux_server.tasks.store import TaskStore
-from redux_server.tasks.task import Status
-from redux_server.worker import leased
+from redux_server.tasks.task import NewTask, Status
 from redux_server.worker import loop as worker_module
-from redux_server.worker.inputs import ImageGone
-from server.worker_bench import OTHER, Bench, GatedPipeline, Images, Safety
-
-
-class BrokenPipeline:
-    """Does as it is told, which is not what a pipeline should."""
-
-    info = ModelInfo(name="broken", backend="fake", device="cpu", dtype="uint8", size_multiple=1)
-
-    def __init__(self, *events: Progress | Result | Exception) -> None:
-        self.events = events
-
-    def cache_stats(self) -> dict[str, CacheStats]:
-        return {}
-
-    def generate_batch(self, requests: Sequence[GenerationRequest]) -> Iterator[BatchEvent]:
-        for event in self.events:
-            if isinstance(event, Exception):
-                raise event
-            yield 0, event
-
-
-def ended(reason: str = "", status: str = "completed") -> float:
-    return REGISTRY.get_sample_value(
-        "flux_redux_tasks_total", {"status": status, "reason": reason}
-    ) or 0.0  # fmt: skip
-
+from redux_server.worker.batch import BatchRunner
+from redux_server.worker.loop import Worker
+from server.worker_bench import (
+    INPUT,
+    OTHER,
+    Bench,
+    GatedPipeline,
+    Images,
+    Safety,
+    UnreliableStore,
+    ended,
+)
 
 # --- one task -------------------------------------------------------------------------------------
 
@@ -162,7 +140,7 @@ def test_progress_is_recorded_by_the_heartbeat(bench: Bench) -> None:
     with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
         pipeline.gate.release(2)
-        wait_until(lambda: worker._held[task_id].step == 2, 10)
+        wait_until(lambda: worker._leased[task_id].step == 2, 10)
         worker._renew()
         assert bench.task(task_id).progress_step == 2
         pipeline.open()
@@ -179,97 +157,7 @@ def test_second_attempt_writes_beside_the_first(bench: Bench) -> None:
     assert outcome.outputs == [f"{task_id}/2/0.png"]
 
 
-# --- safety ---------------------------------------------------------------------------------------
-
-
-def test_flagged_image_is_black_and_the_others_are_kept(bench: Bench) -> None:
-    outcome = bench.done(safety=Safety(1), parameters={"num_images": 3}).outcome
-    assert outcome is not None
-    assert outcome.status is Status.COMPLETED
-    assert outcome.has_nsfw_contents == [False, True, False]
-    pictures = [bench.picture(key) for key in outcome.outputs]
-    assert [image.getextrema() == ((0, 0),) * 3 for image in pictures] == [False, True, False]
-    assert {image.size for image in pictures} == {(512, 520)}
-
-
-def test_checker_is_not_asked_when_the_caller_does_without(bench: Bench) -> None:
-    safety = Safety(0)
-    outcome = bench.done(safety=safety, parameters={"enable_safety_checker": False}).outcome
-    assert outcome is not None
-    assert outcome.has_nsfw_contents == [False]
-    assert safety.checked == 0
-    assert bench.picture(outcome.outputs[0]).getextrema() != ((0, 0),) * 3
-
-
-def test_operator_can_force_the_checker(bench: Bench) -> None:
-    parameters = {"enable_safety_checker": False}
-    outcome = bench.done(safety=Safety(0), force_safety=True, parameters=parameters).outcome
-    assert outcome is not None
-    assert outcome.has_nsfw_contents == [True]
-    assert bench.picture(outcome.outputs[0]).getextrema() == ((0, 0),) * 3
-
-
-def test_checker_that_breaks_fails_the_task_and_shows_nothing(bench: Bench) -> None:
-    class Broken:
-        def check(self, images: Any) -> Any:
-            raise RuntimeError("no model")
-
-    task = bench.done(safety=Broken())
-    assert task.status is Status.FAILED
-    with pytest.raises(FileNotFoundError):
-        bench.blobs.get(f"{task.id}/1/0.png")
-
-
 # --- failures -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        FetchError("dns", "The host 'nowhere' has no usable address."),
-        DecodeError("broken", "The PNG picture is damaged."),
-        ImageGone("The input image is no longer kept by this server."),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_picture_that_cannot_be_had_fails_the_task_with_its_reason(
-    bench: Bench, error: Exception
-) -> None:
-    task = bench.done(images=Images(raises=error))
-    assert task.status is Status.FAILED
-    assert task.outcome is not None
-    assert (task.outcome.code, task.outcome.error) == (1402, str(error))
-    assert (task.outcome.outputs, task.outcome.has_nsfw_contents) == ([], [])
-
-
-def test_what_the_pipeline_refuses_is_told(bench: Bench) -> None:
-    task = bench.done(pipeline=BrokenPipeline(RequestError("the prompt has too many tokens")))
-    assert task.outcome is not None
-    assert (task.outcome.code, task.outcome.error) == (1403, "the prompt has too many tokens")
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "private"),
-    [
-        (FakePipeline(fail_on="fox"), "told to fail on prompts"),
-        (BrokenPipeline(MemoryError("17 GiB wanted")), "17 GiB wanted"),
-        (BrokenPipeline(Progress(1, 3)), "without a result"),
-        (BrokenPipeline(), "without a result"),
-    ],
-)
-def test_broken_pipeline_fails_the_task_with_a_public_text_and_a_private_log(
-    bench: Bench, pipeline: Any, private: str
-) -> None:
-    before = ended("5000", "failed")
-    with structlog.testing.capture_logs() as lines:
-        task = bench.done(pipeline=pipeline, parameters={"prompt": "a fox"})
-    assert task.status is Status.FAILED
-    assert task.outcome is not None
-    assert task.outcome.code == 5000
-    assert task.outcome.error == "The worker could not make this image; its log says why."
-    (line,) = [line for line in lines if line["event"] == "task failed"]
-    assert private in str(line["exc_info"])
-    assert ended("5000", "failed") == before + 1
 
 
 def test_worker_lives_on_after_a_failed_task(bench: Bench) -> None:
@@ -278,7 +166,7 @@ def test_worker_lives_on_after_a_failed_task(bench: Bench) -> None:
     assert worker.step() and worker.step()
     assert bench.task(bad).status is Status.FAILED
     assert bench.task(good).status is Status.COMPLETED
-    assert worker._held == {}
+    assert worker._leased == {}
 
 
 # --- leases ---------------------------------------------------------------------------------------
@@ -321,20 +209,20 @@ def test_task_that_a_frozen_worker_takes_from_itself_is_kept_by_the_new_lane(ben
     task_id = bench.submit(num_inference_steps=50)
     with bench.beside(worker.step):
         assert pipeline.is_running.wait(10)
-        first = worker._held[task_id]
+        first = worker._leased[task_id]
         bench.clock.now += 31  # the whole process slept: no heartbeat
         with bench.beside(worker.step):
-            wait_until(lambda: worker._held[task_id] is not first, 10)
+            wait_until(lambda: worker._leased[task_id] is not first, 10)
             assert first.is_lost, "two lanes would work on one task"
             worker._renew()
-            assert not worker._held[task_id].is_lost
+            assert not worker._leased[task_id].is_lost
             pipeline.gate.release()
             wait_until(lambda: pipeline.closed == 1, 10)
-            assert task_id in worker._held, "the first lane took the second's lease with it"
+            assert task_id in worker._leased, "the first lane took the second's lease with it"
             pipeline.open()
     task = bench.task(task_id)
     assert (task.status, task.attempt) == (Status.COMPLETED, 2)
-    assert worker._held == {}
+    assert worker._leased == {}
 
 
 def test_redelivered_task_is_counted(bench: Bench) -> None:
@@ -344,57 +232,6 @@ def test_redelivered_task_is_counted(bench: Bench) -> None:
     bench.store.release(OTHER)
     assert bench.worker().step()
     assert REGISTRY.get_sample_value("flux_redux_redeliveries_total") == before + 1
-
-
-class Unreliable:
-    """The store, but ``method`` fails the first ``times``."""
-
-    def __init__(self, store: TaskStore, method: str, times: int) -> None:
-        self._store = store
-        self._method = method
-        self.failures_left = times
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self._store, name)
-        if name != self._method:
-            return real
-
-        def unreliable(*given: Any, **more: Any) -> Any:
-            if self.failures_left:
-                self.failures_left -= 1
-                raise OperationalError("UPDATE tasks", {}, Exception("database is locked"))
-            return real(*given, **more)
-
-        return unreliable
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the worker's ``time.sleep`` was asked for; it returns at once."""
-    asked: list[float] = []
-    names = ("time", "monotonic", "perf_counter")
-    quick = SimpleNamespace(sleep=asked.append, **{name: getattr(time, name) for name in names})
-    monkeypatch.setattr(leased, "time", quick)
-    return asked
-
-
-@pytest.mark.parametrize("failures", [1, 3])
-def test_end_is_recorded_again_while_the_database_is_away(
-    bench: Bench, pauses: list[float], failures: int
-) -> None:
-    store = Unreliable(bench.store, "finish", failures)
-    assert bench.done(store=store).status is Status.COMPLETED
-    assert pauses == [0.2, 1.0, 5.0][:failures]
-
-
-def test_end_that_cannot_be_recorded_leaves_the_task_to_be_done_again(
-    bench: Bench, pauses: list[float]
-) -> None:
-    task = bench.done(store=Unreliable(bench.store, "finish", 4))
-    assert task.status is Status.PROCESSING
-    bench.clock.now += 31
-    (again,) = bench.store.claim(OTHER)
-    assert (again.id, again.attempt) == (task.id, 2)
 
 
 # --- cancelled and deleted ------------------------------------------------------------------------
@@ -417,7 +254,7 @@ def test_cancelled_task_stops_at_the_next_step_and_ends_as_cancelled(bench: Benc
     assert (task.outcome.code, task.outcome.outputs) == (1403, [])
     assert "cancelled" in task.outcome.error
     assert ended("1403", "cancelled") == before + 1
-    assert worker._held == {}
+    assert worker._leased == {}
     with pytest.raises(FileNotFoundError):
         bench.blobs.get(f"{task_id}/1/0.png")
 
@@ -430,7 +267,7 @@ def test_task_that_is_cancelled_before_its_turn_never_reaches_the_device(bench: 
         assert pipeline.is_running.wait(10)
         wait_until(lambda: bench.task(next_up).attempt == 1, 10)
         bench.store.cancel(next_up, "key")
-        wait_until(lambda: worker._held[next_up].is_cancelled, 10)
+        wait_until(lambda: worker._leased[next_up].is_cancelled, 10)
         pipeline.open()
         wait_until(lambda: bench.task(next_up).status.is_terminal, 10)
         worker.stop()
@@ -557,7 +394,7 @@ def test_wake_ends_the_wait_for_work(bench: Bench, monkeypatch: pytest.MonkeyPat
 
 
 def test_lane_outlives_a_database_that_is_away(bench: Bench) -> None:
-    store = Unreliable(bench.store, "claim", 3)
+    store = UnreliableStore(bench.store, "claim", 3)
     worker = bench.worker(store=store)
     task_id = bench.submit()
     with bench.beside(worker.run):
@@ -568,7 +405,7 @@ def test_lane_outlives_a_database_that_is_away(bench: Bench) -> None:
 
 def test_heartbeat_outlives_a_database_that_is_away(bench: Bench) -> None:
     pipeline = GatedPipeline()
-    store = Unreliable(bench.store, "renew", 3)
+    store = UnreliableStore(bench.store, "renew", 3)
     worker = bench.worker(store=store, pipeline=pipeline)
     task_id = bench.submit()
     with bench.beside(worker.run):
@@ -577,3 +414,137 @@ def test_heartbeat_outlives_a_database_that_is_away(bench: Bench) -> None:
         pipeline.open()
         wait_until(lambda: bench.task(task_id).status is Status.COMPLETED, 10)
         worker.stop()
+
+
+# --- looking for work -----------------------------------------------------------------------------
+
+
+NEVER_S = 3600.0
+
+
+class UnpolledBench:
+    """A store, and workers that look only when they are told to."""
+
+    def __init__(self, database: Engine, folder: Path) -> None:
+        self.store = TaskStore(database)
+        self.blobs = Blobs(folder)
+
+    @contextmanager
+    def running(self, **options: Any) -> Iterator[tuple[Worker, GatedPipeline]]:
+        pipeline = GatedPipeline()
+        given = {"poll_s": NEVER_S, "defer_s": NEVER_S, **options}
+        runner = BatchRunner(images=Images(), pipeline=pipeline, safety=Safety(), blobs=self.blobs)
+        worker = Worker("me", store=self.store, runner=runner, **given)
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        try:
+            wait_until(lambda: worker.look(5.0), 10)
+            yield worker, pipeline
+        finally:
+            pipeline.open()
+            worker.stop()
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def accept(self, count: int = 1) -> None:
+        self.store.accept([NewTask("k", "m", dict(INPUT)) for _ in range(count)], max_open=99)
+
+    def counts(self) -> tuple[int, int]:
+        state = self.store.queue_state()
+        return state.waiting, state.running
+
+
+@pytest.fixture
+def unpolled(database: Engine, tmp_path: Path) -> UnpolledBench:
+    return UnpolledBench(database, tmp_path / "blobs")
+
+
+def test_a_look_finds_what_waits_and_returns_then(unpolled: UnpolledBench) -> None:
+    with unpolled.running() as (worker, pipeline):
+        assert worker.look(5.0)  # nothing there, and that is an answer too
+        unpolled.accept()
+        assert unpolled.counts() == (1, 0)
+        assert worker.look(5.0)
+        assert pipeline.is_running.wait(10)
+        assert unpolled.counts() == (0, 1)
+
+
+def test_a_worker_that_is_stopped_while_busy_claims_nothing_more_and_ends(
+    unpolled: UnpolledBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its lanes waits for the device then, and is not to look once more."""
+    stopped: list[bool] = []
+    with unpolled.running() as (worker, pipeline):
+        claim = unpolled.store.claim
+
+        def noting(owner: str, **options: Any) -> Any:
+            stopped.append(worker.is_stopping)
+            return claim(owner, **options)
+
+        monkeypatch.setattr(unpolled.store, "claim", noting)
+        unpolled.accept(3)
+        assert worker.look(5.0)
+        assert pipeline.is_running.wait(10)
+        assert unpolled.counts() == (2, 1)
+        worker.stop()
+        pipeline.open()
+        wait_until(lambda: unpolled.counts()[1] == 0, 10)
+    assert unpolled.counts() == (2, 0)
+    assert stopped
+    assert not any(stopped)
+
+
+def test_a_worker_with_a_busy_device_does_not_look_and_says_so_at_once(
+    unpolled: UnpolledBench,
+) -> None:
+    with unpolled.running() as (worker, pipeline):
+        unpolled.accept()
+        worker.wake()
+        assert pipeline.is_running.wait(10)
+        unpolled.accept()
+        began = time.monotonic()
+        assert not worker.look(60.0)
+        assert time.monotonic() - began < 5
+        assert unpolled.counts() == (1, 1)
+
+
+def test_what_a_busy_worker_left_to_others_it_takes_when_its_device_is_free(
+    unpolled: UnpolledBench,
+) -> None:
+    with unpolled.running() as (worker, pipeline):
+        unpolled.accept(2)
+        worker.wake()
+        assert pipeline.is_running.wait(10)
+        time.sleep(0.3)
+        assert unpolled.counts() == (1, 1)
+        pipeline.open()
+        wait_until(lambda: unpolled.counts() == (0, 0), 20)  # nobody told it
+
+
+def test_it_does_not_wait_for_others_for_ever(unpolled: UnpolledBench) -> None:
+    with unpolled.running(defer_s=0.1) as (worker, pipeline):
+        unpolled.accept(2)
+        worker.wake()
+        assert pipeline.is_running.wait(10)
+        wait_until(lambda: unpolled.counts() == (0, 2), 20)
+
+
+def test_a_stopped_worker_looks_no_more(unpolled: UnpolledBench) -> None:
+    with unpolled.running() as (worker, _):
+        worker.stop()
+        unpolled.accept()
+        assert worker.is_stopping
+        assert not worker.look(0.2)
+        assert unpolled.counts() == (1, 0)
+
+
+@pytest.mark.parametrize("act", [Worker.wake, Worker.stop])
+def test_nothing_of_this_needs_a_running_worker(
+    unpolled: UnpolledBench, act: Callable[..., None]
+) -> None:
+    runner = BatchRunner(
+        images=Images(), pipeline=GatedPipeline(), safety=Safety(), blobs=unpolled.blobs
+    )
+    worker = Worker("me", store=unpolled.store, runner=runner)
+    act(worker)
+    assert not worker.look(0.1)

@@ -29,8 +29,8 @@ def note(*what):
 note("started")
 
 from redux_pipelines.errors import DeviceError
-from redux_pipelines.fakes import FakePipeline
-from redux_server import worker_main
+from redux_pipelines.fake import FakePipeline
+from redux_server.worker import main as worker_main
 from redux_server.settings import ServerSettings, build
 
 settings = build(ServerSettings, {}, os.environ)
@@ -46,7 +46,7 @@ class Poisonable(FakePipeline):
             DIE
         yield from events
 
-worker_main._load = lambda settings, device: (Poisonable(max_batch_size=4), None)
+worker_main.load_model = lambda settings, device: (Poisonable(max_batch_size=4), None)
 sys.exit(worker_main.run_worker(settings, device=settings.device, is_supervised=True))
 """
 DEATHS = {

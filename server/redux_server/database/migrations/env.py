@@ -7,7 +7,7 @@ from redux_server.database.tables import metadata
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=metadata,
-    # SQLite's DDL is transactional too, with transactions begun as redux_server.database.connection does.
+    # SQLite's DDL is transactional too, if redux_server.database.connection begins transactions.
     transactional_ddl=True,
 )
 with context.begin_transaction():

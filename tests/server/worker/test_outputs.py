@@ -1,0 +1,193 @@
+"""A worker whose images find no room, or whose store is away: it waits, and loses no task."""
+
+import errno
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, insert
+from sqlalchemy.exc import OperationalError
+
+from redux_pipelines.fake import FakePipeline
+from redux_server.database.migration import open_database
+from redux_server.database.tables import secrets
+from redux_server.storage.blobs import Blobs, StorageError
+from redux_server.storage.disk import Ballast, is_full
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import Created, NewTask, Outcome, Status
+from redux_server.worker.batch import BatchRunner
+from redux_server.worker.leased import MAX_STARTS, EndRecorder, LeasedTask
+from redux_server.worker.loop import Worker
+from server.full_disk import MIB, fill
+from server.worker_bench import INPUT, ME, OTHER, Images, Safety
+
+
+class RefusingBlobs:
+    """A folder of pictures that refuses as often as it is told."""
+
+    def __init__(self, blobs: Blobs, failures: int = 0) -> None:
+        self._blobs = blobs
+        self.failures_left = failures
+        self.puts: list[str] = []
+
+    def put(self, key: str, data: bytes) -> None:
+        self.puts.append(key)
+        if self.failures_left:
+            self.failures_left -= 1
+            raise StorageError(errno.ENOSPC, "No space left on device")
+        self._blobs.put(key, data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._blobs, name)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("redux_server.worker.outputs._PAUSES_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("redux_server.worker.outputs.PROBE_EVERY_S", 0.01)
+
+
+def submit(store: TaskStore, count: int = 1) -> list[str]:
+    tasks = store.accept([NewTask("key", "model", INPUT) for _ in range(count)], max_open=1000)
+    return [each.task.id for each in tasks if isinstance(each, Created)]
+
+
+def worker_on(store: TaskStore, blobs: Any, **parts: Any) -> Worker:
+    given: dict[str, Any] = {"pipeline": FakePipeline(), "safety": Safety(), "images": Images()}
+    given |= parts
+    ballast = given.pop("ballast", None)
+    return Worker(ME, store=store, ballast=ballast, runner=BatchRunner(blobs=blobs, **given))
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_short_shortage_is_waited_out_without_making_the_image_again(
+    database: Engine, tmp_path: Path
+) -> None:
+    store, refusing = TaskStore(database), RefusingBlobs(Blobs(tmp_path / "blobs"), failures=3)
+    (task_id,) = submit(store)
+    assert worker_on(store, refusing).step()
+    (task,) = store.get([task_id])
+    assert task is not None
+    assert (task.status, task.attempt) == (Status.COMPLETED, 1)
+    assert refusing.puts == [f"{task_id}/1/0.png"] * 4
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_task_whose_images_find_no_room_comes_back_later(
+    database: Engine, tmp_path: Path, clock: Any
+) -> None:
+    store, refusing = (
+        TaskStore(database, clock=clock),
+        RefusingBlobs(Blobs(tmp_path / "blobs"), failures=4),
+    )
+    (task_id,) = submit(store)
+    worker = worker_on(store, refusing)
+    assert worker.step()
+    (task,) = store.get([task_id])
+    assert task is not None
+    assert (task.status, task.crashes, task.outcome) == (Status.PROCESSING, 0, None)
+    assert store.claim(OTHER) == [], "too early"
+    clock.now += 5.5
+    assert worker.step()
+    (task,) = store.get([task_id])
+    assert task is not None
+    assert (task.status, task.attempt) == (Status.COMPLETED, 2)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_nothing_is_begun_while_its_images_would_have_no_room(
+    database: Engine, tmp_path: Path, clock: Any
+) -> None:
+    store, refusing = (
+        TaskStore(database, clock=clock),
+        RefusingBlobs(Blobs(tmp_path / "blobs"), failures=7),
+    )
+    first, second = submit(store, 2)
+    worker = worker_on(store, refusing)
+    assert worker.step()  # four tries for an image
+    assert worker.step()  # three probes, the fourth gets through
+    probes = [key for key in refusing.puts if key.startswith("probe/")]
+    assert len(probes) == 4
+    states = [task.status for task in store.get([first, second]) if task is not None]
+    assert states == [Status.PROCESSING, Status.COMPLETED]
+    assert refusing._blobs.tasks_before(time.time() + 60) == {second}, "a probe was left behind"
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_task_is_given_up_after_many_starts(database: Engine, tmp_path: Path, clock: Any) -> None:
+    store = TaskStore(database, clock=clock)
+    (task_id,) = submit(store)
+    for _ in range(MAX_STARTS - 1):
+        (claimed,) = store.claim(OTHER)
+        assert store.give_back(task_id, claimed.attempt)
+    refusing = RefusingBlobs(Blobs(tmp_path / "blobs"), failures=4)
+    assert worker_on(store, refusing).step()
+    (task,) = store.get([task_id])
+    assert task is not None and task.outcome is not None
+    assert (task.status, task.outcome.code) == (Status.FAILED, 5000)
+    assert f"{MAX_STARTS} attempts" in task.outcome.error
+
+
+def test_give_back_is_fenced(database: Engine, clock: Any) -> None:
+    store = TaskStore(database, clock=clock)
+    (task_id,) = submit(store)
+    store.claim(ME)
+    assert not store.give_back(task_id, 2, delay_s=5)
+    assert store.give_back(task_id, 1, delay_s=5)
+    assert not store.give_back(task_id, 1, delay_s=5)
+
+
+# --- A real disk that fills up --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_disk_that_fills_up_loses_no_task_and_records_what_is_finished(small_disk: Path) -> None:
+    database = open_database(f"sqlite:///{small_disk / 'tasks.db'}")
+    ballast = Ballast(small_disk / "ballast", 2 * MIB)
+    assert ballast.hold()
+    blobs = Blobs(small_disk / "blobs", keep_free_bytes=2 * MIB)
+    store = TaskStore(database, lease_s=600)
+    ids = submit(store, 12)
+    worker = worker_on(store, blobs, ballast=ballast)
+    for _ in range(3):
+        assert worker.step()
+
+    leased = [
+        LeasedTask(task) for _ in range(3) for task in store.claim(OTHER)
+    ]  # images stored, ends not recorded yet
+    others = fill(small_disk)
+    with pytest.raises(OperationalError) as caught:
+        write_until_refused(database)
+    assert is_full(caught.value)
+    recorder = EndRecorder(store, ballast)
+    for each in leased:
+        recorder.finish(each, ENDED)
+    assert not (small_disk / "ballast").exists(), "it was not needed, so this proves nothing"
+    assert worker.step()  # its image finds no room: the task goes back
+    states = [task.status for task in store.get(ids) if task is not None]
+    assert states.count(Status.COMPLETED) == 6
+    assert len(states) == 12 and Status.FAILED not in states
+
+    others.unlink()
+    assert ballast.hold()
+    patience = threading.Timer(120, worker.stop)  # a task that is lost would be waited for
+    patience.start()
+    for _ in range(6):
+        assert worker.step()
+    patience.cancel()
+    assert [task and task.status for task in store.get(ids)] == [Status.COMPLETED] * 12
+    database.dispose()
+
+
+ENDED = Outcome(Status.COMPLETED, outputs=["a/1/0.png"], has_nsfw_contents=[False])
+
+
+def write_until_refused(database: Engine) -> None:
+    """Use up what room SQLite has reserved in its files."""
+    for _ in range(3000):
+        name = f"{random.getrandbits(128):x}"
+        with database.begin() as db:
+            db.execute(insert(secrets), {"name": name, "value": "x" * 128})
