@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import traffic
 from redux_kernels.attention import biased_attention
 from redux_kernels.merge_folded_key import merge_folded_key
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import reference, traffic
+from redux_kernels import reference
 from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
 
 WIDTH = 3072

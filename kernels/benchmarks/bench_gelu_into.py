@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import traffic
 from redux_kernels.gelu_into import gelu_into
 
 WIDTH = 3072

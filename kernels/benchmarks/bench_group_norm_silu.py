@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import traffic
 from redux_kernels.group_norm_silu import group_norm_silu, group_norm_statistics
 
 CHANNELS, GROUPS, WIDTH, EPS = 128, 32, 256, 1e-6

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import traffic
 from redux_kernels.merge_folded_key import merge_folded_key
 
 HEADS, D = 24, 128

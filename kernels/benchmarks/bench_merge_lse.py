@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import traffic
 from redux_kernels.merge_lse import merge_lse
 
 HEADS, D = 24, 128

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import traffic
 from redux_kernels.qk_norm_rope import qk_norm_rope
 
 HEADS, D = 24, 128

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import traffic
 from timing import Case, main
 
-from redux_kernels import reference, traffic
+from redux_kernels import reference
 from redux_kernels.quantize_rows import quantize_rows
 
 WIDTH = 3072

@@ -2,7 +2,7 @@
 
 Each benchmark times one operator against what it replaces, in eager torch and under torch.compile,
 with a cold L2 cache (the median over CUDA events). GB/s are the bytes that the operator must move
-(``redux_kernels.traffic``) over the time, for all three alike.
+(``traffic.py``) over the time, for all three alike.
 """
 
 from __future__ import annotations

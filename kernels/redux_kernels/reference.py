@@ -36,14 +36,14 @@ def quantize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """See ``redux_kernels.adaln.adaln``."""
+    """LayerNorm, then ``h * (1 + scale) + shift``, in float32 and rounded once."""
     return _modulated(x, scale, shift, eps).to(x.dtype)
 
 
 def adaln_quantize(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """See ``redux_kernels.adaln.adaln_quantize``."""
+    """``adaln``, quantised before it is rounded."""
     return quantize_rows(_modulated(x, scale, shift, eps))
 
 
@@ -55,7 +55,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gate_residual_adaln(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """See ``redux_kernels.gate_residual_adaln.gate_residual_adaln``."""
+    """The sum, rounded, and ``adaln`` of what was rounded."""
     x = gate_residual(x, y, gate)
     return x, adaln(x, scale, shift, eps)
 
@@ -63,7 +63,7 @@ def gate_residual_adaln(
 def gate_residual_adaln_quantize(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``redux_kernels.gate_residual_adaln.gate_residual_adaln_quantize``."""
+    """The rounded sum, and its ``adaln_quantize``."""
     x = gate_residual(x, y, gate)
     return x, *adaln_quantize(x, scale, shift, eps)
 
@@ -108,7 +108,7 @@ def gelu_into(mlp: Tensor, out: Tensor, column: int = 0) -> None:
 
 
 def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ``redux_kernels.gelu_quantize.gelu_quantize``."""
+    """GELU in float32, and ``beside`` before it, quantised together."""
     h = gelu(mlp)
     return quantize_rows(h if beside is None else torch.cat((beside.float(), h), dim=-1))
 
@@ -138,13 +138,13 @@ def merge_lse(
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """See ``redux_kernels.attention.biased_attention``."""
+    """Attention by torch in float32, with ``bias`` added to each key's logits."""
     q, k, v = q.float(), k.float(), v.float()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None, None])
 
 
 def group_norm_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """See ``redux_kernels.group_norm_silu.group_norm_statistics``."""
+    """Means and variances ``(B, groups)`` in float32, in two passes over ``x (B, S, C)``."""
     x, (batch, rows, channels) = x.float(), x.shape
     mean = x.mean(1).view(batch, groups, -1).mean(-1)
     centre = mean.repeat_interleave(channels // groups, dim=1)[:, None]
@@ -158,7 +158,7 @@ def group_norm_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def group_norm_silu(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> Tensor:
-    """See ``redux_kernels.group_norm_silu.group_norm_silu``.
+    """GroupNorm of ``x (B, S, C)`` with given statistics, then SiLU.
 
     One multiplication and one addition an element, as torch's GroupNorm on a CPU: where a mean is
     many standard deviations off zero, the kernel, which takes it off first, rounds less.

@@ -7,9 +7,13 @@ kernels move, and divides by what the vendor says the GPU can do at most. Nothin
 and no implementation reaches it; a measured time below it would be a mistake.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from redux_kernels import traffic
+sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"))
+
+import traffic
 
 HIDDEN, HEADS, HEAD_DIM, DEPTH, DEPTH_SINGLE = 3072, 24, 128, 19, 38
 CHANNELS, CONTEXT, PICTURE, TEXT, STEPS = 64, 4096, 729, 512, 28
@@ -91,7 +95,7 @@ def _attention(img: int, txt: int) -> int:
 
 
 def _rows(rows: int) -> int:
-    """Bytes of the fused row kernels of all blocks (``redux_kernels.traffic``)."""
+    """Bytes of the fused row kernels of all blocks (``kernels/benchmarks/traffic.py``)."""
     norm = traffic.gate_residual_adaln(rows, HIDDEN)
     merge = traffic.merge_folded_key(rows, HEADS, HEAD_DIM)
     gelu = traffic.gelu_into(rows, 4 * HIDDEN)

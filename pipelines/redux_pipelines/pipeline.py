@@ -105,7 +105,7 @@ class ReduxPipeline:
         return replace(self._info, compiled=compiled_mode(self._parts.denoiser))
 
     def compile(self, plan: CompilePlan) -> CompileReport:
-        """See ``Pipeline``. Raises ``ValueError`` for another backend than the engine."""
+        """Warm up the transformer. Raises ``ValueError`` for another backend than the engine."""
         sizes = tuple(
             sampling.grid_for(width, height, self._info.size_multiple)
             for width, height in plan.sizes

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from redux_kernels import traffic
+import traffic
 
 FLOAT64 = re.compile(r"\b(?:torch\.float64|tl\.float64|fp64)\b|\*fp64")
 

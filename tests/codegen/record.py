@@ -21,7 +21,8 @@ ROOT = HERE.parent.parent
 RECORD = HERE / "codegen.json"
 COMPILERS = ("g++", "c++", "clang++")
 
-sys.path += [str(HERE.parent), str(HERE.parent / "kernels")]  # no packages: no ``import tests``
+# no packages: no ``import tests``
+sys.path += map(str, (HERE.parent, HERE.parent / "kernels", ROOT / "kernels" / "benchmarks"))
 
 import torch  # noqa: E402
 

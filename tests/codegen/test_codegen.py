@@ -9,10 +9,10 @@ import json
 
 import pytest
 import torch
+import traffic
 
 from codegen import record
 from codegen.generated import FLOAT64
-from redux_kernels import traffic
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""Compiled code is found by the next process, and a damaged file costs no more than compiling."""
+"""Compiled code is found by the next process; damaged, it costs no more than compiling."""
 
 import os
 import re
@@ -15,12 +15,12 @@ pytestmark = [
 ]
 
 
-def warm_up(home: Path, name: str) -> str:
+def warm_up(home: Path) -> str:
     """A process of its own, whose compiler has kept nothing but what is in ``home``."""
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(home),
-        "TORCHINDUCTOR_CACHE_DIR": str(home.parent / name),
+        "TORCHINDUCTOR_CACHE_DIR": str(home.parent / "elsewhere"),
         "OMP_NUM_THREADS": "1",
         "FLUX_REDUX_MODEL": "tiny",
     }
@@ -43,15 +43,38 @@ def graphs(printed: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def test_the_next_process_reuses_compiled_code(tmp_path: Path) -> None:
-    home = tmp_path / "cache"
-    assert graphs(warm_up(home, "first")) == (1, 0)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that a first start has filled."""
+    home = tmp_path_factory.mktemp("warm") / "cache"
+    compiled, reused = graphs(warm_up(home))
+    assert (compiled > 0, reused) == (True, 0)
+    return home
+
+
+def kept_in(home: Path) -> Path:
     (kept,) = (home / "flux-redux" / "compile").iterdir()
-    whole = kept.read_bytes()
-    assert graphs(warm_up(home, "second")) == (1, 1)
-    assert kept.read_bytes() == whole
-    kept.write_bytes(whole[: len(whole) // 2])
-    printed = warm_up(home, "third")
-    assert graphs(printed) == (1, 0)
-    assert "it is damaged" in printed
-    assert graphs(warm_up(home, "fourth")) == (1, 1)
+    return kept
+
+
+def objects(home: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in kept_in(home).rglob("*.so")}
+
+
+def test_the_next_process_reuses_compiled_code(home: Path) -> None:
+    before = objects(home)
+    assert before, "a CPU's object files are kept"
+    compiled, reused = graphs(warm_up(home))
+    assert compiled == reused
+    assert objects(home) == before
+
+
+@pytest.mark.parametrize("pattern", ["fxgraph/*/*/*", "aotautograd/*/*", "*/*.so"])
+def test_damaged_code_is_compiled_anew(home: Path, pattern: str) -> None:
+    damaged = [path for path in kept_in(home).glob(pattern) if path.is_file()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:100])
+    assert graphs(warm_up(home))[0] > 0
+    compiled, reused = graphs(warm_up(home))
+    assert compiled == reused > 0

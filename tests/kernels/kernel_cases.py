@@ -1,5 +1,7 @@
 """What the kernels' tests share: where they run, tensors amid canaries, tolerances."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,12 @@ TOLERANCES = [
 """(dtype, atol, rtol) against the float32 result: one unit in the last place."""
 
 NAN = float("nan")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Plain attention ``(B, heads, S, d)`` with a bias per key, and its log-sum-exp."""
+    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
+    return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1)
 
 
 def amid_canaries(*shape: int, dtype: torch.dtype, device: str = "cpu", gap: int = 16) -> Tensor:

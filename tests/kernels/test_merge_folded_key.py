@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import KERNEL_DEVICES, NAN, TOLERANCES, amid_canaries, canaries_of
+from kernel_cases import KERNEL_DEVICES, NAN, TOLERANCES, amid_canaries, attention, canaries_of
 
 from redux_kernels import merge_folded_key as op
 from redux_kernels import reference
@@ -16,12 +16,6 @@ SHAPES = [
     pytest.param(1, 1, 1, 16, id="one-row"),
     pytest.param(1, 2, 0, 64, id="no-rows"),
 ]
-
-
-def attention(q, k, v):
-    """Plain attention and its log-sum-exp."""
-    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1)
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

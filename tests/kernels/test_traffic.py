@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import traffic
 from flux_blocks import FLUX, DoubleBlock, SingleBlock
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from redux_kernels import traffic
 
 TEXT, IMAGE = 1241, 4096
 TOTAL = TEXT + IMAGE

@@ -37,6 +37,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A small random network, as diffusers has it."""
+    from pipelines.networks import diffusers_model
+
+    return diffusers_model()
+
+
+@pytest.fixture(scope="module")
+def ours(model: Any) -> Any:
+    """The engine with the weights of ``model``."""
+    from pipelines.networks import engine
+
+    return engine(model)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return _build(tmp_path_factory, "tiny")

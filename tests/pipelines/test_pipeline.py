@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from redux_pipelines.contract.types import Progress, Result
-from redux_pipelines.denoising.denoiser import ExactRun
 from redux_pipelines.errors import RequestError
 from redux_pipelines.images.rgb import centre_crop
 from redux_pipelines.pipeline import ReduxPipeline
@@ -247,13 +246,15 @@ class _Spy:
 
 
 class _SpyPrepared:
+    reused = 0
+
     def __init__(self, prepared, tensors):
         self._prepared = prepared
         self._tensors = tensors
 
     def start(self, tier):
         assert tier.cache is None
-        return ExactRun(self)
+        return self
 
     def predict(self, img, step):
         velocity = self._prepared.predict(img, step)

@@ -64,7 +64,7 @@ def onednn_blocks(
 
 
 def _test_onednn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See ``Readiness``."""
+    """Why oneDNN's blocks do not run there, or None."""
     return onednn.refusal(device, dtype)
 
 
@@ -130,7 +130,7 @@ _Block = tuple[Tensor, Tensor, Tensor | None]
 def attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
 ) -> Tensor:
-    """See ``Attention``. float32 only; the result's rows lie before its heads."""
+    """Attention block by block, in float32 only; the result's rows lie before its heads."""
     if into is None:
         into = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
         into = into.transpose(1, 2)

@@ -197,7 +197,7 @@ class Implementation:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
     ) -> Tensor:
-        """See ``Attention``."""
+        """Attend by the function of this implementation."""
         return self.attend(q, k, v, groups, into)
 
     def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,10 +1,9 @@
-"""Compiled code that outlives the process: torch's cache artifacts, one file per kind of machine.
+"""Compiled code that outlives the process: a private folder per network and kind of machine.
 
-A file starts with one line that says what it was made on; it is used only where every fact of that
-line is the same, for code of another processor would crash. Loading one runs what it holds: only
-files that belong to this user or root, and that nobody else may write, are read. Whatever is wrong
-with a file is a warning, and it is written anew. A CPU's object files are not in it: torch has them
-in its ``TORCHINDUCTOR_CACHE_DIR`` and builds them again where that is empty. Knows no network.
+torch fills it by itself (``TORCHINDUCTOR_CACHE_DIR``): graphs, kernels and a CPU's object files. A
+file in the folder says what its code was made on, for code of another processor would crash. What
+the folder holds is run, so it must belong to this user or root, and nobody else may write to it.
+torch deletes nothing: whole folders are, those used longest ago. Knows no network.
 """
 
 import contextlib
@@ -13,8 +12,8 @@ import json
 import logging
 import os
 import platform
+import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,12 +23,11 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-MAX_FILES = 8
-"""Files kept in a directory; those used longest ago are deleted."""
+MAX_FOLDERS = 8
+"""Folders kept; those used longest ago are deleted."""
 
 CPU_INFO = Path("/proc/cpuinfo")
-_MAGIC = "flux-redux compile artifacts 1"
-_MAX_HEADER_BYTES = 64 * 1024
+_FACTS = "facts.json"
 
 Facts = Mapping[str, str]
 
@@ -67,99 +65,71 @@ def _cpu() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptFile:
-    """A file of compiled code as its first line describes it."""
+class KeptCode:
+    """A folder of compiled code as its own file describes it."""
 
     path: Path
     facts: Facts
     size_bytes: int
 
 
-def kept_files(directory: Path) -> Iterator[KeptFile]:
-    """The files in ``directory`` that say what they were made on; nothing of them is loaded."""
-    for path in sorted(directory.glob("*.bin")):
+def kept_code(directory: Path) -> Iterator[KeptCode]:
+    """The folders in ``directory`` that say what they were made on; nothing of them is loaded."""
+    for path in sorted(directory.glob(f"*/{_FACTS}")):
         try:
-            with path.open("rb") as file:
-                header = json.loads(file.readline(_MAX_HEADER_BYTES))
-            if header["format"] == _MAGIC:
-                yield KeptFile(path, dict(header["facts"]), path.stat().st_size)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not a file of ours, or a damaged one
+            facts = dict(json.loads(path.read_text()))
+            yield KeptCode(path.parent, facts, _size(path.parent))
+        except (OSError, ValueError, TypeError):
+            continue  # not a folder of ours, or a damaged one
 
 
-class ArtifactFile:
-    """The file in ``directory`` for compiled code that depends on ``facts``."""
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class CodeFolder:
+    """The folder in ``directory`` for compiled code that depends on ``facts``."""
 
     def __init__(self, directory: Path, facts: Facts) -> None:
-        self._facts = dict(facts)
-        digest = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
-        self.path = directory / f"{digest[:24]}.bin"
+        self._facts = json.dumps(dict(facts), sort_keys=True)
+        self.path = directory / hashlib.sha256(self._facts.encode()).hexdigest()[:24]
 
-    def load(self) -> int:
-        """Hand the file's artifacts to torch; returns their bytes, 0 if there are none to use."""
-        try:
-            artifacts = self._read()
-            if torch.compiler.load_cache_artifacts(artifacts) is None:
-                raise ValueError("torch cannot read what it holds")
-            os.utime(self.path)
-        except FileNotFoundError:
-            return 0
-        except Exception as error:
-            # Deserialising foreign bytes may raise anything, and compiling anew is always possible.
-            logger.warning("compiled code in %s is not used: %s", self.path, error)
-            return 0
-        return len(artifacts)
+    def use(self) -> bool:
+        """Have torch find and keep code there from now on; whether it does.
 
-    def save(self) -> int:
-        """Write all that this process compiled or loaded; returns its bytes, 0 if that failed."""
-        saved = torch.compiler.save_cache_artifacts()
-        if saved is None:
-            return 0
+        A folder that cannot be had, or that others could have written to, is a warning.
+        """
         try:
-            self._write(saved[0])
-            _prune(self.path.parent)
+            self._make()
         except OSError as error:
-            logger.warning("compiled code is not kept for the next start: %s", error)
-            return 0
-        return len(saved[0])
+            logger.warning("compiled code is not kept in %s: %s", self.path, error)
+            return False
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.path)
+        _prune(self.path.parent)
+        return True
 
-    def _read(self) -> bytes:
-        with self.path.open("rb") as file:
-            _check_owner(os.fstat(file.fileno()))
-            header = json.loads(file.readline(_MAX_HEADER_BYTES))
-            artifacts = file.read()
-        if not isinstance(header, dict) or header.get("format") != _MAGIC:
-            raise ValueError("it is of another format")
-        if header["facts"] != self._facts:
-            raise ValueError("it was made on another machine")
-        if header["sha256"] != hashlib.sha256(artifacts).hexdigest():
-            raise ValueError("it is damaged")
-        return artifacts
+    def discard(self) -> None:
+        """Delete what is kept: it is damaged, or wrong."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
-    def _write(self, artifacts: bytes) -> None:
-        digest = hashlib.sha256(artifacts).hexdigest()
-        header = {"format": _MAGIC, "facts": self._facts, "sha256": digest}
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=folder, prefix="new-", suffix=".tmp")  # mode 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(header).encode() + b"\n" + artifacts)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    def _make(self) -> None:
+        for folder in (self.path.parent, self.path):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _check_owner(folder.stat())
+        if not (self.path / _FACTS).exists():
+            (self.path / _FACTS).write_text(self._facts)
+        os.utime(self.path)
 
 
 def _check_owner(found: os.stat_result) -> None:
     if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError("others could have written it")
+        raise PermissionError("others could have written to it")
 
 
-def _prune(folder: Path) -> None:
-    """Delete all but the files used last."""
-    files = [(path.stat().st_mtime, path) for path in folder.glob("*.bin")]
-    for _, path in sorted(files, reverse=True)[MAX_FILES:]:
+def _prune(directory: Path) -> None:
+    """Delete all but the folders used last, and the files of versions that packed their code."""
+    folders = [(path.parent.stat().st_mtime, path.parent) for path in directory.glob(f"*/{_FACTS}")]
+    for _, folder in sorted(folders, reverse=True)[MAX_FOLDERS:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in directory.glob("*.bin"):
         path.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ class _Opaque:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
     ) -> Tensor:
-        """See ``Attention``."""
+        """Attend through an operator that a compiler does not look into."""
         if into is not None:
             _attend_into(q, k, v, self.table, self.name, into)
             return into

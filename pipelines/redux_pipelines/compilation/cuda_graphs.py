@@ -82,7 +82,7 @@ class GraphedStep:
         return sum(entry is not None for entry in self._entries.values())
 
     def __call__(self, img: Tensor, txt: Tensor, mod: Tensor, joint: BlockContext) -> Tensor:
-        """See ``Step``. The result is a tensor of its own."""
+        """Replay the graph of this shape, or run the step; the result is a tensor of its own."""
         inputs = _Inputs(img, mod, txt, *joint.rope)
         entry = self._find(_key(inputs, joint), inputs, joint)
         if entry is None:
@@ -156,9 +156,7 @@ class _CudaReplay:
     output: Tensor
 
     def replay(self) -> None:
-        """See ``Replay``."""
         self.graph.replay()
 
     def reset(self) -> None:
-        """See ``Replay``."""
         self.graph.reset()

@@ -145,8 +145,7 @@ class CompileReport:
     """What became of a ``CompilePlan``.
 
     ``mode`` and ``cuda_graphs`` are what runs now; ``failures`` says why it is less than was
-    planned. ``seconds`` by stage; ``graphs`` were compiled or found, ``reused`` of them found;
-    ``loaded_bytes`` and ``saved_bytes`` are those of compiled code kept between starts.
+    planned. ``seconds`` by stage; ``graphs`` were compiled or found, ``reused`` of them found.
     """
 
     mode: CompileMode
@@ -155,8 +154,6 @@ class CompileReport:
     seconds: Mapping[str, float]
     graphs: int = 0
     reused: int = 0
-    loaded_bytes: int = 0
-    saved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

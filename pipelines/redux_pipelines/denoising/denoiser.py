@@ -9,7 +9,6 @@ and no sampling loop.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,36 +32,22 @@ class Run(Protocol):
         ...
 
     def predict(self, img: Tensor, step: int) -> Tensor:
-        """Velocity of ``img (B, L, C)`` at ``step``; steps come in their order, each once."""
+        """Velocity of ``img (B, L, C)`` at ``step``, same shape and dtype.
+
+        Steps come in their order, each once.
+        """
         ...
 
 
-class PreparedDenoiser(Protocol):
-    """A transformer made ready for a schedule, a grid, and one conditioning or one per image."""
+class PreparedDenoiser(Run, Protocol):
+    """A transformer made ready for a schedule, a grid, and one conditioning or one per image.
 
-    def predict(self, img: Tensor, step: int) -> Tensor:
-        """Exact velocity of ``img (B, L, C)`` at step ``step``, same shape and dtype."""
-        ...
+    It is itself the run that computes every step: such a run keeps nothing from step to step.
+    """
 
     def start(self, tier: Tier) -> Run:
         """Begin a run. ``tier`` is one of those that the denoiser's ``qualities`` name."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ExactRun:
-    """A ``Run`` that computes every step."""
-
-    prepared: PreparedDenoiser
-
-    @property
-    def reused(self) -> int:
-        """None."""
-        return 0
-
-    def predict(self, img: Tensor, step: int) -> Tensor:
-        """See ``Run``."""
-        return self.prepared.predict(img, step)
 
 
 class Denoiser(Protocol):

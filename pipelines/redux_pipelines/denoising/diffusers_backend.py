@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from redux_pipelines.conditioning.tokens import Conditioning, Tokens
 from redux_pipelines.contract.types import Quality
-from redux_pipelines.denoising.denoiser import ExactRun, PreparedDenoiser, Run
+from redux_pipelines.denoising.denoiser import PreparedDenoiser, Run
 from redux_pipelines.denoising.quality import Tier
 from redux_pipelines.lru import LRU
 from redux_pipelines.sampling import Grid, Schedule, image_ids
@@ -59,7 +59,7 @@ class DiffusersDenoiser:
         )
 
     def join(self, prepared: Sequence[PreparedDenoiser]) -> PreparedDenoiser:
-        """See ``Denoiser``: diffusers takes text, pooled text and guidance per image."""
+        """Stack text, pooled text and guidance, which diffusers takes per image."""
         parts = [each for each in prepared if isinstance(each, _PreparedDiffusers)]
         if len({each.txt.shape for each in parts}) > 1:
             raise ValueError("requests with different numbers of tokens cannot share a batch")
@@ -107,6 +107,7 @@ class _PreparedDiffusers:
     So it is with ``bias (B, 1, 1, S)``.
     """
 
+    reused: ClassVar[int] = 0
     transformer: Any
     txt: Tensor
     vec: Tensor
@@ -139,4 +140,4 @@ class _PreparedDiffusers:
     def start(self, tier: Tier) -> Run:
         if tier.cache is not None:
             raise ValueError("a step cache needs the engine backend; this one is diffusers")
-        return ExactRun(self)
+        return self

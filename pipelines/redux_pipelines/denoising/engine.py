@@ -6,7 +6,7 @@ kept for the next request of the same kind. Knows no images and no sampling loop
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from redux_pipelines.compilation.compiled import Compiled, traceable
 from redux_pipelines.compilation.cuda_graphs import GraphedStep, Step
 from redux_pipelines.conditioning.tokens import Conditioning, fold_tokens
 from redux_pipelines.contract.types import QUALITIES
-from redux_pipelines.denoising.denoiser import ExactRun, PreparedDenoiser, Run
+from redux_pipelines.denoising.denoiser import PreparedDenoiser, Run
 from redux_pipelines.denoising.quality import Tier
 from redux_pipelines.denoising.step_cache import CachedRun
 from redux_pipelines.lru import LRU, digest, tensor_bytes
@@ -93,7 +93,7 @@ class EngineDenoiser:
         return _PreparedEngine(self._flux, step, txt, modulation, joint)
 
     def join(self, prepared: Sequence[PreparedDenoiser]) -> PreparedDenoiser:
-        """See ``Denoiser``. Of one image it is that image's own: text and modulation as they are.
+        """Stack text and modulations; of one image it is that image's own, as they are.
 
         A batch has a text and a modulation per image even where they are equal, so that compiled
         code and CUDA graphs know one form of a batch.
@@ -156,6 +156,7 @@ class _PerImage:
 
 @dataclass(frozen=True, slots=True)
 class _PreparedEngine:
+    reused: ClassVar[int] = 0
     flux: Flux
     step: Step
     txt: Tensor
@@ -167,7 +168,7 @@ class _PreparedEngine:
 
     def start(self, tier: Tier) -> Run:
         if tier.cache is None:
-            return ExactRun(self)
+            return self
         return CachedRun(self.flux, self.txt, self.modulation, self.joint, tier.cache)
 
 

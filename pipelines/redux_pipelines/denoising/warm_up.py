@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from redux_pipelines.compilation.cache import ArtifactFile, machine_facts
+from redux_pipelines.compilation.cache import CodeFolder, machine_facts
 from redux_pipelines.compilation.compiled import Backend, Compiled, compiled_graphs, gist
 from redux_pipelines.compilation.cuda_graphs import Capture, CudaCapture, GraphedStep
 from redux_pipelines.conditioning.tokens import Conditioning, Tokens
@@ -86,33 +86,41 @@ class _WarmUp:
     batches: Sequence[int]
     seconds: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    loaded_bytes: int = 0
-    saved_bytes: int = 0
     graphs: int = 0
     reused: int = 0
 
     def compile(self, backend: Backend) -> None:
-        """Compile and compare at every size, with what was kept from the last start."""
-        kept = self._artifacts()
-        if kept is not None:
-            with self._timed("load"):
-                self.loaded_bytes = kept.load()
-        graphs, hits, misses = compiled_graphs(), _count("hit"), _count("miss")
-        self.denoiser.compiled = Compiled(self.denoiser.flux, self.plan.mode, backend)
+        """Compile and compare at every size, with what was kept from the last start.
+
+        If that fails, what was kept may be damaged: it is tried once more without.
+        """
+        kept = self._code_folder()
+        was_there = kept is not None and kept.path.exists()
+        failure = self._try(kept, backend)
+        if failure is not None and was_there:
+            logger.warning("compiling anew, without what was kept")
+            torch._dynamo.reset()
+            failure = self._try(kept, backend)
+        if failure is not None:
+            self.failures.append(f"not compiled: {failure}")
+
+    def _try(self, kept: CodeFolder | None, backend: Backend) -> str | None:
+        """Compile and compare; why that failed, if it did, and nothing is kept then."""
+        in_use = kept if kept is not None and kept.use() else None
+        graphs, hits = compiled_graphs(), _found()
+        compiled = self.denoiser.compiled = Compiled(self.denoiser.flux, self.plan.mode, backend)
         try:
-            self._compare_all(self.denoiser.compiled)
+            self._compare_all(compiled)
         except Exception as error:  # whatever it is, the network can run without
             logger.warning("cannot compile", exc_info=error)
-            self.denoiser.compiled.remove(f"{type(error).__name__}: {gist(error)}")
+            compiled.remove(f"{type(error).__name__}: {gist(error)}")
         finally:
             _end_compiler_processes()
         self.graphs = compiled_graphs() - graphs
-        self.reused = _count("hit") - hits
-        if self.denoiser.compiled.failure is not None:
-            self.failures.append(f"not compiled: {self.denoiser.compiled.failure}")
-        elif kept is not None and _count("miss") > misses:
-            with self._timed("save"):
-                self.saved_bytes = kept.save()
+        self.reused = _found() - hits
+        if compiled.failure is not None and in_use is not None:
+            in_use.discard()
+        return compiled.failure
 
     def capture(self, capture: Capture | None) -> None:
         """Replay a step of the first size, and keep doing so only if it gives the same bits."""
@@ -144,20 +152,16 @@ class _WarmUp:
             seconds=self.seconds,
             graphs=self.graphs,
             reused=self.reused,
-            loaded_bytes=self.loaded_bytes,
-            saved_bytes=self.saved_bytes,
         )
 
-    def _artifacts(self) -> ArtifactFile | None:
+    def _code_folder(self) -> CodeFolder | None:
         if self.plan.cache_dir is None:
             return None
         weight = self.denoiser.flux.txt_in.weight
         params = {name: str(value) for name, value in asdict(self.denoiser.flux.params).items()}
         facts = {"mode": self.plan.mode, "dtype": str(weight.dtype), "version": self.plan.version}
         facts["fp8"] = str(self.denoiser.flux.has_fp8)
-        return ArtifactFile(
-            self.plan.cache_dir, {**machine_facts(weight.device), **params, **facts}
-        )
+        return CodeFolder(self.plan.cache_dir, {**machine_facts(weight.device), **params, **facts})
 
     def _compare_all(self, compiled: Compiled) -> None:
         for batch in self.batches:
@@ -231,9 +235,9 @@ def _relative_error(given: Tensor, expected: Tensor) -> float:
     return float(difference / norm)
 
 
-def _count(what: str) -> int:
-    """Graphs whose compiled code was found (``hit``) or not (``miss``)."""
-    return counters["inductor"][f"fxgraph_cache_{what}"]
+def _found() -> int:
+    """Graphs whose compiled code was kept from before, so far."""
+    return counters["inductor"]["fxgraph_cache_hit"]
 
 
 def _end_compiler_processes() -> None:

@@ -1,119 +1,48 @@
-"""A checkpoint with its transformer in fp8, written beside the original, tensor by tensor.
+"""A checkpoint with its transformer in fp8, written beside the original, file by file.
 
-Never holds more than one tensor. The new folder appears whole or not at all: it is written under
-another name beside its place and renamed at the end. Weights of other parts are hard links where
-the disk allows it; small files are copies. Knows no network.
+Never holds more than one of the new files. The new folder appears whole or not at all: it is
+written under another name beside its place and renamed at the end. Weights of other parts are hard
+links where the disk allows it; small files are copies. Knows no network.
 """
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from redux_pipelines.errors import WeightsError
+from redux_pipelines.fp8.linear import E4M3
 from redux_pipelines.fp8.weights import CONFIG_KEY, FORMAT, METHOD, SCALE, WEIGHT, Quantized, is_fp8
 from redux_pipelines.loading.flux_weights import WEIGHTS, Shards, check_names, fp8_layers
 from redux_pipelines.network.flux import FluxParams
 from redux_weights.layout import BASE_FILES, find_missing_base
 
-# DOC A safetensors file written tensor by tensor, with all sizes known before.
-# DOC
-# DOC ``safetensors.torch.save_file`` wants all tensors in memory. The format is 8 bytes with the header's
-# DOC length, a JSON header, and the tensors without gaps
-# DOC (https://github.com/huggingface/safetensors#format). Wide elements come first, so that each tensor
-# DOC lies at a multiple of its element's size. Knows no checkpoints.
-
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
-_DTYPES = {
+SHARD_BYTES = 5 * 10**9
+_FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor to come: its name, its dtype in safetensors' words, its shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes in the file."""
-        return _ITEM_BYTES[self.dtype] * math.prod(self.shape)
-
-
-class ShardWriter:
-    """One file. ``entries`` may be written in any order, and all must be; use it in a ``with``."""
-
-    def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
-        self._file = path.open("xb")
-        self._places: dict[str, int] = {}
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
-        end = 0
-        for entry in sorted(entries, key=lambda each: -_ITEM_BYTES[each.dtype]):
-            self._places[entry.name] = end
-            offsets = [end, end := end + entry.size_bytes]
-            header[entry.name] = {
-                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets
-            }  # fmt: skip
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._start = 8 + len(text)
-
-    def write(self, entry: Entry, tensor: Tensor) -> None:
-        """Put a tensor where the header says it is."""
-        if (tensor.dtype, tuple(tensor.shape)) != (_DTYPES[entry.dtype], entry.shape):
-            raise ValueError(
-                f"{entry.name} is {tensor.dtype} {tuple(tensor.shape)}, but the header says "
-                f"{entry.dtype} {entry.shape}"
-            )
-        self._file.seek(self._start + self._places.pop(entry.name))
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        self._file.write(flat.view(torch.uint8).numpy().data)
-
-    def __enter__(self) -> "ShardWriter":
-        """The writer itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the file, safely on the disk unless there was an exception."""
-        with self._file:
-            if kind is not None:
-                return
-            if self._places:
-                raise ValueError(f"not written: {', '.join(self._places)}")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-
-SHARD_BYTES = 5 * 10**9
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _CPU = torch.device("cpu")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _SPARE_BYTES = 2**20  # headers, indices, folders
+
 Report = Callable[[int, int], None]
-"""Called with bytes of the transformer that are written, and that there will be."""
+"""Called with bytes of the transformer that are done, and that there will be."""
+
+Plan = Sequence[Mapping[str, Tensor]]
+"""The new files' tensors by name, on torch's ``meta`` device: dtypes and shapes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +76,7 @@ def quantize_checkpoint(
     with _whole_or_nothing(part, out):
         _write_transformer(part / "transformer", config, plan, tensors, report)
         links = [_link(file, part / name) for name, file in others.items()]
-    before = sum(_size(*shards.describe(key)) for key in shards)
+    before = sum(_announced(key, shards).nbytes for key in shards)
     return Summary(before, _total(plan), sum(links), len(links) - sum(links))
 
 
@@ -168,37 +97,39 @@ def _check_place(out: Path) -> None:
         raise WeightsError(f"{out.parent} is not a folder: create it, or choose another --out")
 
 
-def _plan(shards: Shards, tensors: Quantized, shard_bytes: int) -> list[list[Entry]]:
-    """The new files' tensors. A scale is in the file of its weight, after it."""
-    files: list[list[Entry]] = [[]]
+def _plan(shards: Shards, tensors: Quantized, shard_bytes: int) -> Plan:
+    """What to write. A scale is in the file of its weight, after it."""
+    files: list[dict[str, Tensor]] = [{}]
     for key in tensors:
-        entry = _entry(key, shards, tensors)
-        is_full = sum(each.size_bytes for each in files[-1]) + entry.size_bytes > shard_bytes
+        planned = _planned(key, shards, tensors)
+        is_full = sum(each.nbytes for each in files[-1].values()) + planned.nbytes > shard_bytes
         if is_full and files[-1] and not key.endswith(SCALE):
-            files.append([])
-        files[-1].append(entry)
+            files.append({})
+        files[-1][key] = planned
     return files
 
 
-def _entry(key: str, shards: Shards, tensors: Quantized) -> Entry:
+def _planned(key: str, shards: Shards, tensors: Quantized) -> Tensor:
     if key.endswith(SCALE):
-        _, shape = shards.describe(key.removesuffix(SCALE) + WEIGHT)
-        return Entry(key, "F32", (shape[0], 1))
+        weight = _announced(key.removesuffix(SCALE) + WEIGHT, shards)
+        return torch.empty(len(weight), 1, device="meta")
+    found = _announced(key, shards)
+    return found.to(E4M3) if tensors.is_quantized(key) else found
+
+
+def _announced(key: str, shards: Shards) -> Tensor:
+    """A tensor of the original as its file announces it, which is not read."""
     dtype, shape = shards.describe(key)
     if dtype not in _FLOATS:
         raise WeightsError(
             f"the transformer's {key} is {dtype}, and only {', '.join(_FLOATS)} are quantised: "
             "give the original weights"
         )
-    return Entry(key, "F8_E4M3" if tensors.is_quantized(key) else dtype, shape)
+    return torch.empty(shape, dtype=_FLOATS[dtype], device="meta")
 
 
-def _total(plan: Sequence[Sequence[Entry]]) -> int:
-    return sum(entry.size_bytes for entries in plan for entry in entries)
-
-
-def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return Entry("", dtype, shape).size_bytes
+def _total(plan: Plan) -> int:
+    return sum(each.nbytes for planned in plan for each in planned.values())
 
 
 def _other_files(base: Path) -> dict[Path, Path]:
@@ -212,7 +143,7 @@ def _other_files(base: Path) -> dict[Path, Path]:
     return found
 
 
-def _check_space(folder: Path, plan: Sequence[Sequence[Entry]], others: dict[Path, Path]) -> None:
+def _check_space(folder: Path, plan: Plan, others: dict[Path, Path]) -> None:
     place = folder.stat().st_dev
     copied = sum(file.stat().st_size for file in others.values() if file.stat().st_dev != place)
     wanted, free = _total(plan) + copied + _SPARE_BYTES, shutil.disk_usage(folder).free
@@ -239,7 +170,7 @@ def _whole_or_nothing(part: Path, out: Path) -> Iterator[None]:
 def _write_transformer(
     folder: Path,
     config: dict[str, Any],
-    plan: Sequence[Sequence[Entry]],
+    plan: Plan,
     tensors: Quantized,
     report: Report,
 ) -> None:
@@ -247,19 +178,48 @@ def _write_transformer(
     about = _about(plan)
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(about)}
     done, total, weight_map = 0, _total(plan), {}
-    for number, entries in enumerate(plan, start=1):
+    for number, planned in enumerate(plan, start=1):
         name = _file_name(number, len(plan))
-        with ShardWriter(folder / name, entries, metadata) as writer:
-            for entry in entries:
-                writer.write(entry, tensors[entry.name])
-                done += entry.size_bytes
-                report(done, total)
-                weight_map[entry.name] = name
+        made = _empty(planned)
+        for key, tensor in made.items():
+            tensor.copy_(tensors[key])
+            done += tensor.nbytes
+            report(done, total)
+            weight_map[key] = name
+        _save(made, folder / name, metadata)
+        del made, tensor  # before the next file's are there
     if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     text = json.dumps({**config, CONFIG_KEY: about}, indent=2)
     (folder / "config.json").write_text(text + "\n")
+
+
+def _empty(planned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Memory for a file's tensors, in one piece.
+
+    In pieces it would lie scattered between what quantising needs and frees, and be held twice.
+    """
+    sizes = [-(-each.nbytes // 8) * 8 for each in planned.values()]
+    parts = torch.split(torch.empty(sum(sizes), dtype=torch.uint8), sizes)
+    return {
+        key: part[: each.nbytes].view(each.dtype).view(each.shape)
+        for (key, each), part in zip(planned.items(), parts, strict=True)
+    }
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a new file, which is on the disk when this returns.
+
+    safetensors leaves it to its owner alone; who may read its folder may read it too.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _file_name(number: int, count: int) -> str:
@@ -269,11 +229,11 @@ def _file_name(number: int, count: int) -> str:
     return f"{stem}-{number:05d}-of-{count:05d}.{suffix}"
 
 
-def _about(plan: Sequence[Sequence[Entry]]) -> dict[str, Any]:
+def _about(plan: Plan) -> dict[str, Any]:
     """What ``config.json`` and the files' headers say of how they were made."""
-    entries = [entry for entries in plan for entry in entries]
-    scaled = {each.name.removesuffix(SCALE) for each in entries if each.name.endswith(SCALE)}
-    matrices = {each.name.removesuffix(WEIGHT) for each in entries if each.shape[1:] > (1,)}
+    shapes = {key: tuple(each.shape) for planned in plan for key, each in planned.items()}
+    scaled = {key.removesuffix(SCALE) for key in shapes if key.endswith(SCALE)}
+    matrices = {key.removesuffix(WEIGHT) for key, shape in shapes.items() if shape[1:] > (1,)}
     return {
         "quant_method": METHOD,
         "format": FORMAT,

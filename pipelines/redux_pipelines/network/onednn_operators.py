@@ -21,19 +21,19 @@ class OneDnnOperators(TorchOperators):
     def normed_linear(
         self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
     ) -> tuple[Tensor, Tensor]:
-        """See ``Operators``."""
+        """One product of oneDNN with the modulated rows."""
         x = self.settle(stream)
         weight, bias = _parameters(linear)
         return x, onednn.linear(modulate(x, shift, scale), weight[rows], bias[rows])
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """See ``Operators``."""
+        """One product of oneDNN."""
         return onednn.linear(x, *_parameters(linear))
 
     def normed_mlp(
         self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
     ) -> tuple[Tensor, Tensor]:
-        """See ``Operators``."""
+        """Both products for a few rows at a time: what lies between stays in the caches."""
         x = self.settle(stream)
         rows = modulate(x, shift, scale)
         return x, onednn.mlp(rows, *_parameters(up), *_parameters(down))
@@ -41,7 +41,7 @@ class OneDnnOperators(TorchOperators):
     def single_in(
         self, stream: Residual, shift: Tensor, scale: Tensor, linear1: Linear, linear2: Linear
     ) -> SingleRows:
-        """See ``Operators``. The MLP is through ``linear2`` already."""
+        """The MLP is through ``linear2`` already."""
         x, width = self.settle(stream), stream.x.shape[-1]
         rows = modulate(x, shift, scale)
         (up, up_bias), (down, down_bias) = _parameters(linear1), _parameters(linear2)
@@ -50,7 +50,7 @@ class OneDnnOperators(TorchOperators):
         return SingleRows(x, qkv, mlp)
 
     def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
-        """See ``Operators``."""
+        """Add attention's columns of ``linear2`` to the MLP's result."""
         weight, _ = _parameters(linear2)
         return onednn.add_linear(attend(None), weight[:, : rows.x.shape[-1]], rows.mlp)
 

@@ -128,7 +128,7 @@ class _OneProjection:
         linear1: Linear,
         linear2: Linear,
     ) -> SingleRows:
-        """See ``Operators``. ``linear2`` has to wait for attention."""
+        """The rows keep all of ``linear1``'s output: ``linear2`` has to wait for attention."""
         x, up = self.normed_linear(stream, shift, scale, linear1)
         return SingleRows(x, up[..., : 3 * x.shape[-1]], up)
 
@@ -141,11 +141,11 @@ class TorchOperators(_OneProjection):
     by_heads = True  # attention on a CPU is up to a tenth faster so, values and all
 
     def rotation(self, table: Rope) -> Rope:
-        """See ``Operators``."""
+        """``table`` as it is."""
         return table
 
     def settle(self, stream: Residual) -> Tensor:
-        """See ``Operators``."""
+        """Added to the stream in place."""
         x, y, gate = stream
         if y is None or gate is None:
             return x
@@ -154,18 +154,18 @@ class TorchOperators(_OneProjection):
     def normed_linear(
         self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
     ) -> tuple[Tensor, Tensor]:
-        """See ``Operators``."""
+        """The norm's affine map is the modulation; then one product."""
         x = self.settle(stream)
         return x, project(linear, modulate(x, shift, scale), rows)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """See ``Operators``."""
+        """One product."""
         return project(linear, x)
 
     def place_heads(
         self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
     ) -> None:
-        """See ``Operators``."""
+        """Norm and rotate queries and keys together; values are copied."""
         rows = slice(first, first + qkv.shape[1])
         parts = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])
         norm_rope(parts[:, :, :2], weight[:, None], rope, qk[:, rows])
@@ -175,12 +175,12 @@ class TorchOperators(_OneProjection):
     def normed_mlp(
         self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
     ) -> tuple[Tensor, Tensor]:
-        """See ``Operators``."""
+        """GELU in place, between two products."""
         x, rows = self.normed_linear(stream, shift, scale, up)
         return x, project(down, gelu_(rows))
 
     def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
-        """See ``Operators``. Attention goes where the values were, beside the MLP."""
+        """Attention goes where the values were, beside the MLP."""
         up, width = rows.mlp, rows.x.shape[-1]
         up[..., 2 * width : 3 * width] = attend(None)
         gelu_(up[..., 3 * width :])
@@ -198,18 +198,18 @@ class KernelOperators(_OneProjection):
     by_heads = False  # flash attention reads rows
 
     def rotation(self, table: Rope) -> Rope:
-        """See ``Operators``: one angle per pair, ``(S, D/2)``."""
+        """One angle per pair, ``(S, D/2)``."""
         return Rope(table.cos[:, 0, 0, ::2].contiguous(), table.sin[:, 0, 0, 1::2].contiguous())
 
     def settle(self, stream: Residual) -> Tensor:
-        """See ``Operators``."""
+        """A new tensor, by one pass of torch."""
         x, y, gate = stream
         return x if y is None or gate is None else torch.addcmul(x, gate, y)
 
     def normed_linear(
         self, stream: Residual, shift: Tensor, scale: Tensor, linear: Linear, rows: slice = ALL
     ) -> tuple[Tensor, Tensor]:
-        """See ``Operators``."""
+        """Residual, norm and modulation in one kernel, which quantises for a ``linear`` in fp8."""
         x, y, gate = stream
         mod = _for_each(scale, x), _for_each(shift, x)
         if isinstance(linear, Fp8Linear):
@@ -225,7 +225,7 @@ class KernelOperators(_OneProjection):
         return x, project(linear, h, rows)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """See ``Operators``."""
+        """Quantise by a kernel where ``linear`` is in fp8; one product."""
         if isinstance(linear, Fp8Linear):
             q, row_scale = quantize_rows(x)
             return linear.forward_quantized(q, row_scale, x.dtype)
@@ -234,7 +234,7 @@ class KernelOperators(_OneProjection):
     def place_heads(
         self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
     ) -> None:
-        """See ``Operators``."""
+        """Split, norm, rotate and place the heads in one kernel."""
         q, k = (each.transpose(1, 2) for each in qk.unbind(2))
         values = None if v is None else v.transpose(1, 2)
         qk_norm_rope(qkv, weight[0], weight[1], rope.cos, rope.sin, q, k, values, first)
@@ -242,7 +242,7 @@ class KernelOperators(_OneProjection):
     def normed_mlp(
         self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
     ) -> tuple[Tensor, Tensor]:
-        """See ``Operators``."""
+        """GELU in a kernel, which quantises where ``down`` is in fp8."""
         x, rows = self.normed_linear(stream, shift, scale, up)
         if isinstance(down, Fp8Linear):
             q, row_scale = gelu_quantize(rows)
@@ -252,7 +252,7 @@ class KernelOperators(_OneProjection):
         return x, project(down, activated)
 
     def single_out(self, rows: SingleRows, attend: Attend, linear2: Linear) -> Tensor:
-        """See ``Operators``."""
+        """Attention and GELU are written beside each other, or quantised together for fp8."""
         up, width = rows.mlp, rows.x.shape[-1]
         if isinstance(linear2, Fp8Linear):
             q, row_scale = gelu_quantize(up[..., 3 * width :], attend(None))

@@ -121,7 +121,7 @@ def describe_report(report: CompileReport) -> Iterator[str]:
     if report.mode != "off":
         yield (
             f"compiled ({report.mode}): {report.graphs} graphs, of which {report.reused} were kept "
-            f"from before; read {report.loaded_bytes:,} bytes, wrote {report.saved_bytes:,}"
+            "from before"
         )
     if report.cuda_graphs:
         yield f"CUDA graphs for up to {report.cuda_graphs} shapes"

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -51,11 +52,6 @@ inductor = pytest.mark.filterwarnings(
 )
 """For tests that load Inductor, which still uses what torch deprecates."""
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return diffusers_model()
 
 
 def given(model, strength=1.0, **fields):
@@ -290,16 +286,15 @@ def test_inductors_code_is_right_to_rounding_at_every_size(mode, operators):
     denoiser = engine(model, operators=operators())
     denoiser.compiled = Compiled(denoiser.flux, mode)
     with torch.inference_mode():
-        for grid in GRIDS:
-            for fields in VARIANTS:
-                img = noise(model, grid)
-                prepared = denoiser.prepare(given(model, **fields), SCHEDULE, grid)
-                out = prepared.predict(img, 1)
-                cut = prepared.start(TIERS["balanced"]).predict(img, 1)
-                with denoiser.compiled.paused():
-                    expected = prepared.predict(img, 1)
-                assert error(out, expected) <= 1e-6
-                assert error(cut, expected) <= 1e-6
+        for grid, fields in product(GRIDS, VARIANTS):
+            img = noise(model, grid)
+            prepared = denoiser.prepare(given(model, **fields), SCHEDULE, grid)
+            out = prepared.predict(img, 1)
+            cut = prepared.start(TIERS["balanced"]).predict(img, 1)
+            with denoiser.compiled.paused():
+                expected = prepared.predict(img, 1)
+            assert error(out, expected) <= 1e-6
+            assert error(cut, expected) <= 1e-6
     assert denoiser.compiled.is_active
     assert compiled_graphs() == {"full": 1 + 3, "blocks": 3}[mode]  # one block of each kind
 
@@ -313,11 +308,9 @@ def test_compiled_step_on_a_gpu_is_the_step(mode):
     denoiser = engine(model, device=torch.device("cuda"))
     denoiser.compiled = Compiled(denoiser.flux, mode)
     with torch.inference_mode():
-        for grid in GRIDS:
-            for fields in VARIANTS:
-                img = noise(model, grid)
-                prepared = denoiser.prepare(given(model, **fields), SCHEDULE, grid)
-                out = prepared.predict(img.cuda(), 1).cpu()
-                reference = engine(model).prepare(given(model, **fields), SCHEDULE, grid)
-                assert error(out, reference.predict(img, 1)) <= 1e-3
+        for grid, fields in product(GRIDS, VARIANTS):
+            img, request = noise(model, grid), given(model, **fields)
+            out = denoiser.prepare(request, SCHEDULE, grid).predict(img.cuda(), 1).cpu()
+            reference = engine(model).prepare(request, SCHEDULE, grid)
+            assert error(out, reference.predict(img, 1)) <= 1e-3
     assert denoiser.compiled.is_active

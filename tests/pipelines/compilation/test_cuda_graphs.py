@@ -44,11 +44,6 @@ class FakeCapture:
         return self.made[-1]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return diffusers_model()
-
-
 def prepared(model, grid=GRID, **fields):
     return engine(model).prepare(conditioning(model, **fields), SCHEDULE, grid)
 

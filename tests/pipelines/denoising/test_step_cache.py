@@ -136,16 +136,6 @@ def test_half_precision_is_summed_in_float32():
 # --- the network ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model():
-    return diffusers_model()
-
-
-@pytest.fixture(scope="module")
-def ours(model):
-    return engine(model)
-
-
 def started(denoiser, model, policy, steps=5):
     prepared = denoiser.prepare(conditioning(model), schedule_of(steps), small_grid())
     return prepared, prepared.start(Tier(policy))

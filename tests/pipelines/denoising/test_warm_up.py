@@ -24,11 +24,6 @@ def _no_compiler_processes(monkeypatch, fresh_compiler):
     monkeypatch.setattr(module, "_end_compiler_processes", lambda: None)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return diffusers_model()
-
-
 @pytest.fixture
 def denoiser(model):
     return engine(model)
@@ -83,7 +78,10 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("backend", "reason"), FAILURES.values(), ids=FAILURES)
-def test_what_is_wrong_or_crashes_is_taken_back(shallow, tmp_path, backend, reason, caplog):
+def test_what_is_wrong_or_crashes_is_taken_back(
+    shallow, tmp_path, backend, reason, caplog, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
     plan = CompilePlan("full", cache_dir=tmp_path)
     with caplog.at_level(logging.WARNING):
         report = warm_up(shallow, plan, GRIDS, (1,), backend=backend)
@@ -94,6 +92,26 @@ def test_what_is_wrong_or_crashes_is_taken_back(shallow, tmp_path, backend, reas
     assert reason in failure
     assert "forward" not in vars(shallow.flux)
     assert list(tmp_path.iterdir()) == []  # nothing wrong is kept
+
+
+def test_where_what_was_kept_fails_it_is_compiled_anew(shallow, tmp_path, monkeypatch, caplog):
+    """The first start keeps code; then that is damaged."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    plan = CompilePlan("full", cache_dir=tmp_path)
+    assert warm_up(shallow, plan, GRIDS, (1,), backend="eager").mode == "full"
+    (folder,) = tmp_path.iterdir()
+    (folder / "damaged").touch()
+
+    def broken_while_kept(graph, inputs):
+        return crashing(graph, inputs) if (folder / "damaged").exists() else graph
+
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING):
+        report = warm_up(shallow, plan, GRIDS, (1,), backend=broken_while_kept)
+    assert (report.mode, report.failures) == ("full", ())
+    assert "illegal instruction" in caplog.text
+    assert "compiling anew, without what was kept" in caplog.text
+    assert [path.name for path in folder.iterdir()] == ["facts.json"]
 
 
 def test_after_the_warm_up_a_step_cache_compiles_nothing_more(denoiser):

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipelines.networks import CPU, SMALL, conditioning, diffusers_model, error, noise, predict
+from pipelines.networks import CPU, SMALL, conditioning, error, noise, predict
 from redux_kernels.reference import quantize_rows
 from redux_pipelines.attention.choice import choose
 from redux_pipelines.denoising.engine import EngineDenoiser
@@ -22,11 +22,6 @@ from redux_pipelines.sampling import Grid
 
 PARAMS = FluxParams.of(SMALL)
 LAYERS = fp8_layers(PARAMS)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return diffusers_model()
 
 
 @pytest.fixture(scope="module")

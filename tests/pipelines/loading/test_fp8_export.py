@@ -1,24 +1,25 @@
 """`flux-redux weights quantize`, without its command line: what is written, and what is refused."""
 
 import errno
+import gc
 import json
 import os
 import shutil
+import weakref
 from collections import namedtuple
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fp8.linear import E4M3
 from redux_pipelines.fp8.weights import Quantized
 from redux_pipelines.loading import fp8_export
-from redux_pipelines.loading import fp8_export as fp8_export_module
 from redux_pipelines.loading.flux_weights import WEIGHTS, Shards, fp8_layers
-from redux_pipelines.loading.fp8_export import Entry, ShardWriter, quantize_checkpoint
+from redux_pipelines.loading.fp8_export import quantize_checkpoint
 from redux_pipelines.loading.load import load_pipeline
 from redux_pipelines.network.flux import FluxParams
 from redux_weights.layout import find_missing
@@ -84,6 +85,7 @@ def test_shards_hold_the_same_and_none_is_larger_than_asked_for(tiny, sharded):
         assert scaled <= tensors.keys(), "a scale is in the file of its weight"
     index = json.loads((folder / f"{WEIGHTS}.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(shards[key].nbytes for key in shards)
 
 
 def test_each_tensor_lies_at_a_multiple_of_its_elements_size(made):
@@ -214,11 +216,17 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tiny, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["safetensors", "fsync"])
+def test_a_disk_that_fills_up_leaves_nothing(tiny, tmp_path, monkeypatch, place):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if place == "fsync":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr(fp8_export_module.os, "fsync", full)
+    if place == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(fp8_export, "save_file", full)
     with pytest.raises(WeightsError, match=r"cannot write .*out: No space left on device"):
         quantize(tiny.base, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -281,52 +289,47 @@ def test_weights_that_are_e4m3_already_are_refused(tiny, tmp_path):
         quantize(base, tmp_path / "out")
 
 
-def test_tensors_are_read_one_at_a_time(tiny, tmp_path, monkeypatch):
-    """The first weight is on the disk before the second is asked for."""
-    events = []
-    read, write = Quantized.__getitem__, ShardWriter.write
+def test_one_file_and_one_tensor_are_held_at_a_time(tiny, tmp_path, monkeypatch):
+    files, tensors = [], []
+    empty, read = fp8_export._empty, Quantized.__getitem__
+
+    def spied_empty(planned):
+        assert not [each for each in files if each() is not None], "the file before"
+        made = empty(planned)
+        files.extend(map(weakref.ref, made.values()))
+        return made
 
     def spied_read(self, key):
-        events.append(("read", key))
-        return read(self, key)
+        assert not [each for each in tensors if each() is not None], "the tensor before"
+        tensor = read(self, key)
+        if not key.endswith("_scale"):  # which comes with its weight
+            tensors.append(weakref.ref(tensor))
+        return tensor
 
-    def spied_write(self, entry, tensor):
-        events.append(("write", entry.name))
-        write(self, entry, tensor)
-
+    monkeypatch.setattr(fp8_export, "_empty", spied_empty)
     monkeypatch.setattr(Quantized, "__getitem__", spied_read)
-    monkeypatch.setattr(fp8_export.ShardWriter, "write", spied_write)
-    quantize(tiny.base, tmp_path / "out")
-    assert events[::2] == [("read", name) for _, name in events[1::2]]
-    assert all(kind == "write" for kind, _ in events[1::2])
+    gc.disable()  # reference counts alone must do
+    try:
+        quantize(tiny.base, tmp_path / "out", shard_bytes=SHARD_BYTES)
+    finally:
+        gc.enable()
+    assert len(files) > len(tensors) > 20
 
 
-@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3"])
-def test_the_writer_and_safetensors_agree(tmp_path, dtype):
-    kind = fp8_export_module._DTYPES[dtype]
-    tensors = {"odd": torch.randn(3, 5).to(kind), "one": torch.randn(7).to(kind)}
-    entries = [Entry(name, dtype, tuple(each.shape)) for name, each in tensors.items()]
-    with ShardWriter(tmp_path / "a", entries, {"format": "pt"}) as writer:
-        for entry in reversed(entries):
-            writer.write(entry, tensors[entry.name])
-    same(load_file(tmp_path / "a"), tensors)
-    with safe_open(tmp_path / "a", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+def test_every_new_file_is_on_the_disk_before_the_folder_appears(tiny, tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def spied(file):
+        assert not (tmp_path / "out").exists()
+        synced.append(os.fstat(file).st_ino)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", spied)
+    quantize(tiny.base, tmp_path / "out", shard_bytes=SHARD_BYTES)
+    files = (tmp_path / "out" / "transformer").glob("*.safetensors")
+    assert {path.stat().st_ino for path in files} == set(synced)
 
 
-def test_a_file_that_is_not_filled_is_an_error(tmp_path):
-    entries = [Entry("a", "F32", (2,)), Entry("b", "F32", (2,))]
-    with (
-        pytest.raises(ValueError, match="not written: b"),
-        ShardWriter(tmp_path / "a", entries, {}) as writer,
-    ):
-        writer.write(entries[0], torch.zeros(2))
-
-
-def test_a_tensor_that_is_not_the_announced_one_is_an_error(tmp_path):
-    entry = Entry("a", "F32", (2,))
-    with (
-        pytest.raises(ValueError, match=r"a is torch.float32 \(3,\), but the header says F32"),
-        ShardWriter(tmp_path / "a", [entry], {}) as writer,
-    ):
-        writer.write(entry, torch.zeros(3))
+def test_who_may_read_the_config_may_read_the_weights(made):
+    modes = {path.stat().st_mode for path in (made[0] / "transformer").iterdir()}
+    assert len(modes) == 1

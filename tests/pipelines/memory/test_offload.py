@@ -30,11 +30,6 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 COUNT = 5  # blocks of a small model: two double, three single
 
 
-@pytest.fixture(scope="module")
-def model():
-    return diffusers_model()
-
-
 def _streaming(model, streamed, device=CPU, dtype=torch.float32):
     """The engine with some blocks in host memory, as ``components`` makes it."""
     params = FluxParams.of(model.config)

@@ -31,16 +31,6 @@ CASES = {
 ALL_OPERATORS = [TorchOperators(), KernelOperators(), OneDnnOperators()]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return diffusers_model()
-
-
-@pytest.fixture(scope="module")
-def ours(model):
-    return engine(model)
-
-
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("grid", [Grid(4, 6), Grid(1, 1), Grid(9, 5)], ids=str)
 @pytest.mark.parametrize("batch", [1, 4])

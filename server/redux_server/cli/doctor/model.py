@@ -116,7 +116,7 @@ def _check_download(subject: str, source: str) -> Iterator[Finding]:
 
 # DOC The part of ``flux-redux doctor`` that tells what can be compiled here, and what is kept of it.
 # DOC
-# DOC Compiles nothing and loads nothing of what is kept: only the first lines of files are read.
+# DOC Compiles nothing and loads nothing of what is kept: only what its folders say of it is read.
 
 _COMPILE, _KEPT = "torch.compile", "compiled code"
 
@@ -196,26 +196,26 @@ def _check_folder(settings: ServerSettings) -> Iterator[Finding]:
 
 
 def _held(folder: Path, settings: ServerSettings) -> str:
-    """What of the files in ``folder`` is for the devices, torch and version that are here."""
+    """What of the code kept in ``folder`` is for the devices, torch and version that are here."""
     import torch
 
-    from redux_pipelines.compilation.cache import kept_files, machine_facts
+    from redux_pipelines.compilation.cache import kept_code, machine_facts
     from redux_server.dispatch.local import devices
 
-    files = list(kept_files(folder))
-    if not files:
+    kept = list(kept_code(folder))
+    if not kept:
         return f"none in {folder} yet: the first start compiles (or `flux-redux warmup`)"
     usable = []
     for name in devices(settings.device):
         if name == "cpu" or torch.cuda.is_available():
             here = {**machine_facts(torch.device(name)), "version": __version__}
-            usable += [file for file in files if here.items() <= file.facts.items()]
-    modes = sorted({file.facts.get("mode", "?") for file in usable})
-    size = sum({file.path: file.size_bytes for file in usable}.values())
-    total = f"{len(files)} file(s) in {folder}"
+            usable += [each for each in kept if here.items() <= each.facts.items()]
+    modes = sorted({each.facts.get("mode", "?") for each in usable})
+    size = sum({each.path: each.size_bytes for each in usable}.values())
+    total = f"code of {len(kept)} network(s) in {folder}"
     if not usable:
         return f"{total}, none of them for this machine, torch and version"
-    count = len({file.path for file in usable})
+    count = len({each.path for each in usable})
     return (
         f"{total}; {count} of {size / 1e6:.1f} MB for this machine, torch and version "
         f"({', '.join(modes)})"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from redux_pipelines.compilation.cache import ArtifactFile, machine_facts
+from redux_pipelines.compilation.cache import CodeFolder, machine_facts
 from redux_server import __version__
 from redux_server.cli.doctor import model
 from redux_server.cli.doctor.findings import Finding, Level
@@ -34,13 +34,14 @@ def by_subject(findings: Iterator[Finding]) -> dict[str, Finding]:
 
 
 def keep(monkeypatch: pytest.MonkeyPatch, **facts: str) -> int:
-    """Leave a file of compiled code as a worker does; its bytes."""
-    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code" * 500_000, None))
-    folder = cache_dir()
-    assert folder is not None
-    file = ArtifactFile(folder, {**machine_facts(CPU), "version": __version__, **facts})
-    assert file.save()
-    return file.path.stat().st_size
+    """Leave a folder of compiled code as a worker does; its bytes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    directory = cache_dir()
+    assert directory is not None
+    folder = CodeFolder(directory, {**machine_facts(CPU), "version": __version__, **facts})
+    assert folder.use()
+    (folder.path / "code").write_bytes(b"code" * 500_000)
+    return sum(path.stat().st_size for path in folder.path.iterdir())
 
 
 def test_a_missing_c_compiler_is_noted(
@@ -118,23 +119,24 @@ def test_what_is_kept_for_this_machine_and_version_is_told_from_the_rest(
     keep(monkeypatch, mode="full", version="0.0.0-other")
     keep(monkeypatch, mode="full", processor="another GPU")
     found = by_subject(check_compile(settings))["compiled code"]
-    assert found.text.startswith("4 file(s) in ")
+    assert found.text.startswith("code of 4 network(s) in ")
     assert found.text.endswith(
         f"; 2 of {size / 1e6:.1f} MB for this machine, torch and version (blocks, full)"
     )
     assert f"{size / 1e6:.1f}" == "4.0"
 
 
-def test_only_files_of_others_are_said_to_be_of_no_use(
+def test_only_code_of_others_is_said_to_be_of_no_use(
     settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(monkeypatch, torch="1.0")
     folder = cache_dir()
     assert folder is not None
-    (folder / "junk.bin").write_bytes(b"\x00\xff no header")
-    (folder / "list.bin").write_bytes(b"[1, 2]\n")
+    for name, content in (("junk", b"\x00\xff no facts"), ("list", b"[1, 2]")):
+        (folder / name).mkdir()
+        (folder / name / "facts.json").write_bytes(content)
     found = by_subject(check_compile(settings))["compiled code"]
-    assert found.text.startswith("1 file(s) in ")
+    assert found.text.startswith("code of 1 network(s) in ")
     assert found.text.endswith("none of them for this machine, torch and version")
 
 
