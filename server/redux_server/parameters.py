@@ -1,7 +1,8 @@
-"""Parameters that the hosted endpoint does not have: what users of Redux ask for beside it.
+"""The parameters of a request: their names, defaults, ranges, and the words of their errors.
 
-Nobody who leaves them out notices them. Their words are those of ``redux_pipelines.contract.types``. Knows
-nothing of the other parameters but that ``image`` is the first picture.
+Those of the hosted endpoint come from its documentation, descriptions included. ``Extensions`` are
+those it does not have, in the words of ``redux_pipelines.contract.types``: nobody who leaves them
+out notices them. Knows neither HTTP nor storage.
 """
 
 import hashlib
@@ -44,26 +45,72 @@ from redux_pipelines.contract.types import (
     Quality,
 )
 
-IMAGE_FORMS: Final = "an http(s) URL, a data URI (data:image/png;base64,...) or base64 of a picture"
+MAX_SEED = 9_999_999_999
+MAX_PROMPT = 10_000
+MODELS: Final = (
+    "wavespeed-ai/flux-pro-redux",
+    "wavespeed-ai/flux-redux-pro",
+    "wavespeed-ai/flux-redux-dev",
+)
+_SIZE = re.compile(r"(\d{1,9})\s*[*x×]\s*(\d{1,9})", re.IGNORECASE)
+_EXAMPLE_IMAGE = (
+    "https://d2g64w682n9w0w.cloudfront.net/media/images/1745413935078739480_xIVRNKGD.png"
+)
+# Neither a URL nor base64: no picture, whatever is in it.
+_FILE_NAME = re.compile(r"(?![a-z]{2,}:)[^\n]*\.[A-Za-z]{3,4}", re.IGNORECASE)
 
 
-def one_of(names: tuple[str, ...]) -> str:
-    """What a parameter with these values takes, in the words of an error message."""
+def _one_of(names: tuple[str, ...]) -> str:
     return "one of " + ", ".join(f'"{name}"' for name in names)
 
 
-EXTENSIONS_ALLOWED: Final = {
+IMAGE_FORMS: Final = "an http(s) URL, a data URI (data:image/png;base64,...) or base64 of a picture"
+ALLOWED: Final = {
+    "image": IMAGE_FORMS,
+    "prompt": f"a text of at most {MAX_PROMPT} characters",
+    "size": f'"WIDTH*HEIGHT", each from {MIN_SIDE} to {MAX_SIDE}, such as "1024*1024"',
+    "seed": f"an integer from -1 (random) to {MAX_SEED}",
+    "num_inference_steps": f"an integer from 1 to {MAX_STEPS}",
+    "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
+    "num_images": f"an integer from 1 to {MAX_IMAGES}",
+    "enable_safety_checker": "true or false",
+    "enable_sync_mode": "true or false",
+    "enable_base64_output": "true or false",
+    "webhook_url": "an https URL",
+    "webhook": "an https URL",
+    "quality": _one_of(QUALITIES),
     "images": f"an array of pictures, at most {MAX_PICTURES} with that of image, "
     f"each {IMAGE_FORMS}",
     "image_weights": f"an array of numbers from 0 to {MAX_WEIGHT:g}, one for each picture: that of "
     "image first, then those of images",
     "redux_strength": f"a number from 0 to {MAX_WEIGHT:g}",
     "redux_pooling": f"an integer from 1 to {MAX_POOLING}",
-    "fit": one_of(FITS),
+    "fit": _one_of(FITS),
     "mask": IMAGE_FORMS,
-    "empty_prompt": one_of(EMPTY_PROMPTS),
-    "output_format": one_of(OUTPUT_FORMATS),
+    "empty_prompt": _one_of(EMPTY_PROMPTS),
+    "output_format": _one_of(OUTPUT_FORMATS),
 }
+"""What each parameter takes, in the words of an error message."""
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels of ``"1024*768"`` (``x`` is understood too).
+
+    Raises:
+        ValueError: not of that form, or a side out of range.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("not a size")
+    width, height = int(match[1]), int(match[2])
+    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
+        raise ValueError("out of range")
+    return width, height
+
+
+def _check_size(text: str) -> str:
+    width, height = parse_size(text)
+    return f"{width}*{height}"
 
 
 def _whole(value: Any) -> Any:
@@ -73,8 +120,6 @@ def _whole(value: Any) -> Any:
     return value
 
 
-# Neither a URL nor base64: no picture, whatever is in it.
-_FILE_NAME = re.compile(r"(?![a-z]{2,}:)[^\n]*\.[A-Za-z]{3,4}", re.IGNORECASE)
 Whole = Annotated[int, BeforeValidator(_whole)]
 Picture = Annotated[str, Field(min_length=1)]
 Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
@@ -155,82 +200,6 @@ class Extensions(BaseModel):
             for name, field in Extensions.model_fields.items()
             if name not in ("images", "mask") and getattr(self, name) != field.default
         }
-
-
-def with_first_image(body: dict[str, Any]) -> dict[str, Any]:
-    """``body``, the first of its ``images`` in the place of an ``image`` that is not there.
-
-    Where it is there and they begin with it too, it counts once: so do clients that send both.
-    """
-    images = body.get("images")
-    if not isinstance(images, list) or not images:
-        return body
-    image = body.get("image", images[0])
-    rest = images[1:] if _is_again(images[0], image) else images
-    return {**body, "image": image, "images": rest}
-
-
-def _is_again(first: Any, image: Any) -> bool:
-    """Whether ``first`` stands for ``image``.
-
-    wavespeed-mcp 0.1.27 leaves there what it was told by its user, be it base64 or the name of a
-    local file, and sends in ``image`` what it made of that.
-    """
-    if not isinstance(first, str) or not isinstance(image, str):
-        return first is image
-    return first == image or image.endswith(f",{first}") or bool(_FILE_NAME.fullmatch(first))
-
-
-# --- Schemas --------------------------------------------------------------------------------------
-
-MAX_SEED = 9_999_999_999
-MAX_PROMPT = 10_000
-MODELS: Final = (
-    "wavespeed-ai/flux-pro-redux",
-    "wavespeed-ai/flux-redux-pro",
-    "wavespeed-ai/flux-redux-dev",
-)
-_SIZE = re.compile(r"(\d{1,9})\s*[*x×]\s*(\d{1,9})", re.IGNORECASE)
-_EXAMPLE_IMAGE = (
-    "https://d2g64w682n9w0w.cloudfront.net/media/images/1745413935078739480_xIVRNKGD.png"
-)
-# What each parameter takes, in the words of an error message.
-ALLOWED: Final = {
-    "image": IMAGE_FORMS,
-    "prompt": f"a text of at most {MAX_PROMPT} characters",
-    "size": f'"WIDTH*HEIGHT", each from {MIN_SIDE} to {MAX_SIDE}, such as "1024*1024"',
-    "seed": f"an integer from -1 (random) to {MAX_SEED}",
-    "num_inference_steps": f"an integer from 1 to {MAX_STEPS}",
-    "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
-    "num_images": f"an integer from 1 to {MAX_IMAGES}",
-    "enable_safety_checker": "true or false",
-    "enable_sync_mode": "true or false",
-    "enable_base64_output": "true or false",
-    "webhook_url": "an https URL",
-    "webhook": "an https URL",
-    "quality": one_of(QUALITIES),
-    **EXTENSIONS_ALLOWED,
-}
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels of ``"1024*768"`` (``x`` is understood too).
-
-    Raises:
-        ValueError: not of that form, or a side out of range.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError("not a size")
-    width, height = int(match[1]), int(match[2])
-    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
-        raise ValueError("out of range")
-    return width, height
-
-
-def _check_size(text: str) -> str:
-    width, height = parse_size(text)
-    return f"{width}*{height}"
 
 
 class PredictionRequest(Extensions):
@@ -315,7 +284,7 @@ class PredictionRequest(Extensions):
 
     @property
     def shape(self) -> str:
-        """What has to be equal for tasks to be denoised together: see ``batching.BatchKey``.
+        """What has to be equal for tasks to be denoised together; see ``batching.BatchKey``.
 
         Empty for a task that shares a batch with none.
         """
@@ -345,8 +314,32 @@ def parse_request(body: Any) -> PredictionRequest:
         pydantic.ValidationError: see ``complaint`` for its text.
     """
     if isinstance(body, dict):
-        body = with_first_image({name: each for name, each in body.items() if each is not None})
+        body = _with_first_image({name: each for name, each in body.items() if each is not None})
     return PredictionRequest.model_validate(body)
+
+
+def _with_first_image(body: dict[str, Any]) -> dict[str, Any]:
+    """``body``, the first of its ``images`` in the place of an ``image`` that is not there.
+
+    Where it is there and they begin with it too, it counts once: so do clients that send both.
+    """
+    images = body.get("images")
+    if not isinstance(images, list) or not images:
+        return body
+    image = body.get("image", images[0])
+    rest = images[1:] if _is_again(images[0], image) else images
+    return {**body, "image": image, "images": rest}
+
+
+def _is_again(first: Any, image: Any) -> bool:
+    """Whether ``first`` stands for ``image``.
+
+    wavespeed-mcp 0.1.27 leaves there what it was told by its user, be it base64 or the name of a
+    local file, and sends in ``image`` what it made of that.
+    """
+    if not isinstance(first, str) or not isinstance(image, str):
+        return first is image
+    return first == image or image.endswith(f",{first}") or bool(_FILE_NAME.fullmatch(first))
 
 
 def complaint(errors: Sequence[Any], allowed: Mapping[str, str] = ALLOWED) -> str:

@@ -1,4 +1,8 @@
-"""``flux-redux keys``: create, list, revoke."""
+"""``flux-redux keys``, ``db`` and ``weights``: what an administrator does beside a server.
+
+Works on the database and on checkpoints themselves, so it needs no server. Loads no pipeline until
+weights are converted.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -9,10 +13,8 @@ from pathlib import Path
 from sqlalchemy import Engine
 
 from redux_pipelines.errors import ReduxError
-from redux_pipelines.loading.load import locate
 from redux_server.api.auth import KeyRing
-from redux_server.cli.client import note
-from redux_server.cli.progress import ProgressReport
+from redux_server.cli.progress import ProgressReport, note
 from redux_server.database.connection import connect, shown
 from redux_server.database.migration import (
     SCHEMA_VERSION,
@@ -25,6 +27,10 @@ from redux_weights.layout import BASE_FILES
 
 MAX_PRIORITY = 10
 _MAX_NAME = 128
+_MEBIBYTE = 2**20
+
+
+# --- Keys -----------------------------------------------------------------------------------------
 
 
 def create(settings: ServerSettings, name: str, priority: int) -> int:
@@ -53,7 +59,7 @@ def revoke(settings: ServerSettings, key_id: str) -> int:
     if _ring(settings).revoke(key_id):
         print(f"revoked {key_id}")
         return 0
-    print(f"flux-redux: no valid key {key_id!r}; see `flux-redux keys list`", file=sys.stderr)
+    note(f"no valid key {key_id!r}; see `flux-redux keys list`")
     return 1
 
 
@@ -61,42 +67,36 @@ def _ring(settings: ServerSettings) -> KeyRing:
     return KeyRing(open_database(settings.database))
 
 
-# --- Db cli ---------------------------------------------------------------------------------------
-
-# DOC ``flux-redux db``: which tables a database has, and bringing them up to date.
+# --- The database ---------------------------------------------------------------------------------
 
 
 def current(settings: ServerSettings) -> int:
     """Print the version of the tables and the one this program needs; 1 when they differ."""
-    with _database(settings) as engine:
-        found = schema_version(engine)
-        print(f"{shown(engine.url)}: {found or 'no tables'} (this flux-redux: {SCHEMA_VERSION})")
+    with _database(settings) as database:
+        found = schema_version(database)
+        print(f"{shown(database.url)}: {found or 'no tables'} (this flux-redux: {SCHEMA_VERSION})")
     return 0 if found == SCHEMA_VERSION else 1
 
 
 def upgrade(settings: ServerSettings) -> int:
     """Bring the tables up to date; all of it or nothing."""
-    with _database(settings) as engine:
-        before, after = upgrade_database(engine)
+    with _database(settings) as database:
+        before, after = upgrade_database(database)
         done = "is up to date" if before == after else f"upgraded from {before or 'nothing'}"
-        print(f"{shown(engine.url)}: {after}, {done}")
+        print(f"{shown(database.url)}: {after}, {done}")
     return 0
 
 
 @contextmanager
 def _database(settings: ServerSettings) -> Iterator[Engine]:
-    engine = connect(settings.database)
+    database = connect(settings.database)
     try:
-        yield engine
+        yield database
     finally:
-        engine.dispose()
+        database.dispose()
 
 
-# --- Weights cli ----------------------------------------------------------------------------------
-
-# DOC ``flux-redux weights``: quantize. Finds the base, shows progress, says what was made.
-
-_MEBIBYTE = 2**20
+# --- Weights --------------------------------------------------------------------------------------
 
 
 def quantize(settings: ModelSettings, out: str) -> int:
@@ -108,6 +108,7 @@ def quantize(settings: ModelSettings, out: str) -> int:
     if not settings.base:
         raise UsageError("weights quantize needs --base: a diffusers folder or a Hub repository")
     from redux_pipelines.loading.fp8_export import quantize_checkpoint
+    from redux_pipelines.loading.load import locate
 
     target = Path(out).expanduser().absolute()
     try:

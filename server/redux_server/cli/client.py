@@ -1,12 +1,12 @@
 """A client of the server's API for one task: submit, follow or poll, cancel, download.
 
-Knows no command line, no pipeline and no storage.
+A task is followed by its server-sent events; what they do not tell is polled. Knows no flags, no
+pipeline and no database.
 """
 
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -18,42 +18,16 @@ import httpx
 from httpx_sse import EventSource
 
 from redux_pipelines.contract.types import OUTPUT_FORMATS
+from redux_server.cli.progress import note
 from redux_server.parameters import MODELS, PredictionRequest
 from redux_server.settings import LOOPBACK_HOSTS, UsageError
 
-# DOC Reads a task's server-sent events, as a client. Knows no polling and no command line.
-
+Json = dict[str, Any]
+TRIES = 5
+MAX_PAUSE_S = 60.0
 # The server breaks its own silences every 15 s; who hears nothing for longer hears it through
 # something that keeps it back.
 SILENCE_S = 20.0
-Json = dict[str, Any]
-
-
-def follow(http: httpx.Client, url: str, headers: Mapping[str, str]) -> Generator[Json, None, None]:
-    """The data of each event of the stream at ``url``, which are objects: tasks, or an error.
-
-    Ends when the stream does, however: at its end, where there is none, when it is cut off, when
-    nothing comes for ``SILENCE_S``, or at what is no event. So the last state may be untold.
-    """
-    asked = {"Accept": "text/event-stream", **headers}
-    timeout = httpx.Timeout(SILENCE_S, connect=10.0)
-    try:
-        with http.stream("GET", url, headers=asked, timeout=timeout) as response:
-            if response.status_code != 200:
-                return
-            for event in EventSource(response).iter_sse():
-                if not event.data:  # a comment, or the pause before another try
-                    continue
-                data = json.loads(event.data)
-                if not isinstance(data, dict):
-                    return
-                yield data
-    except (httpx.HTTPError, ValueError):
-        return
-
-
-TRIES = 5
-MAX_PAUSE_S = 60.0
 _FIRST_POLL_S, _LAST_POLL_S = 0.2, 1.0
 _BUSY = frozenset({429, 502, 503, 504})
 _TASK_ID = re.compile(r"\w[\w.:-]{0,127}", re.ASCII)
@@ -216,9 +190,27 @@ class Client:
         return theirs.geturl()
 
 
-def note(text: str) -> None:
-    """Tell the user something on standard error."""
-    print(f"flux-redux: {text}", file=sys.stderr, flush=True)
+def follow(http: httpx.Client, url: str, headers: Mapping[str, str]) -> Generator[Json, None, None]:
+    """The data of each event of the stream at ``url``, which are objects: tasks, or an error.
+
+    Ends when the stream does, however: at its end, where there is none, when it is cut off, when
+    nothing comes for ``SILENCE_S``, or at what is no event. So the last state may be untold.
+    """
+    asked = {"Accept": "text/event-stream", **headers}
+    timeout = httpx.Timeout(SILENCE_S, connect=10.0)
+    try:
+        with http.stream("GET", url, headers=asked, timeout=timeout) as response:
+            if response.status_code != 200:
+                return
+            for event in EventSource(response).iter_sse():
+                if not event.data:  # a comment, or the pause before another try
+                    continue
+                data = json.loads(event.data)
+                if not isinstance(data, dict):
+                    return
+                yield data
+    except (httpx.HTTPError, ValueError):
+        return
 
 
 def make_folder(folder: Path) -> None:

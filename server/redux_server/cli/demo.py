@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 import httpx
 
 from redux_server.api.auth import KeyRing
-from redux_server.cli.client import Client, ClientError, make_folder, note
-from redux_server.cli.progress import ProgressReport
-from redux_server.cli.serve import sample
+from redux_server.cli.client import Client, ClientError, make_folder
+from redux_server.cli.progress import ProgressReport, note
+from redux_server.cli.sample import sample
 from redux_server.cli.submit import note_caveat, picture, read_parameters, report, wait_shown
 from redux_server.database.migration import open_database
 from redux_server.parameters import PredictionRequest

@@ -1,7 +1,8 @@
-"""``flux-redux generate``: one request in this process, without a server.
+"""``flux-redux generate`` and ``warmup``: the model in this process, without a server.
 
-Shares the API's words for parameters and the worker's pipeline and safety checker. Loads torch
-only after everything that can be refused early has been checked.
+``generate`` makes the images of one request, in the API's words for parameters and with the
+worker's pipeline and safety checker. ``warmup`` compiles now, so that the next start of a worker
+need not. Both load torch only after everything that can be refused early has been checked.
 """
 
 import json
@@ -27,8 +28,8 @@ from redux_pipelines.contract.types import (
 from redux_pipelines.errors import ImageError, ReduxError
 from redux_pipelines.images.files import encode
 from redux_pipelines.images.rgb import to_rgb
-from redux_server.cli.client import ClientError, make_folder, note, save
-from redux_server.cli.progress import ProgressReport
+from redux_server.cli.client import ClientError, make_folder, save
+from redux_server.cli.progress import ProgressReport, note
 from redux_server.cli.submit import note_caveat, read_parameters
 from redux_server.dispatch.local import devices
 from redux_server.parameters import ALLOWED, parse_size
@@ -53,7 +54,7 @@ _STAGES = ("load_s", "encode_s", "denoise_s", "decode_s", "safety_s")
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _Generated:
     """Images fit to be shown, and how they came about. ``timings`` are seconds by stage."""
 
     images: tuple[Image.Image, ...]
@@ -89,14 +90,14 @@ def generate(
     try:
         request = generation_request(wanted, _open_pictures(image, images, mask))
         make_folder(paths[0].parent)
-        made = _make(request, settings, is_checked=asked.enable_safety_checker)
-        for path, made_image, seed in zip(paths, made.images, made.seeds, strict=True):
-            chunks = provenance(made.info, request, seed=seed, quality=made.quality)
-            save(path, encode(made_image, chunks, asked.output_format))
+        generated = _generate(request, settings, is_checked=asked.enable_safety_checker)
+        for path, each, seed in zip(paths, generated.images, generated.seeds, strict=True):
+            chunks = provenance(generated.info, request, seed=seed, quality=generated.quality)
+            save(path, encode(each, chunks, asked.output_format))
     except (ReduxError, ClientError) as error:
         note(str(error))
         return 1
-    _report(made, paths, as_json=as_json)
+    _report(generated, paths, as_json=as_json)
     return 0
 
 
@@ -134,7 +135,9 @@ def _open_picture(source: str) -> Image.Image:
         raise ImageError(f"cannot read {source} as a picture: {error}") from None
 
 
-def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bool) -> _Made:
+def _generate(
+    request: GenerationRequest, settings: ModelSettings, *, is_checked: bool
+) -> _Generated:
     from redux_pipelines.images.safety import NullChecker, OpenNsfwChecker, black_out
 
     started = time.perf_counter()
@@ -154,7 +157,7 @@ def _make(request: GenerationRequest, settings: ModelSettings, *, is_checked: bo
     flags = checker.check(result.images)
     safety_s = time.perf_counter() - denoised
     timings = {**result.timings, "load_s": loaded - started, "safety_s": safety_s}
-    return _Made(
+    return _Generated(
         images=black_out(result.images, flags),
         seeds=result.seeds,
         flags=flags,
@@ -188,36 +191,34 @@ def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:
     raise RuntimeError("the pipeline ended without a result")
 
 
-def _report(made: _Made, paths: list[Path], *, as_json: bool) -> None:
-    note_caveat(made.info.name)
-    for path, is_flagged in zip(paths, made.flags, strict=True):
+def _report(generated: _Generated, paths: list[Path], *, as_json: bool) -> None:
+    note_caveat(generated.info.name)
+    for path, is_flagged in zip(paths, generated.flags, strict=True):
         if is_flagged:
             note(f"{path} is black: the safety checker withheld the image")
         print(path)
     if as_json:
         summary = {
-            "seed": made.seeds[0],
-            "seeds": made.seeds,
+            "seed": generated.seeds[0],
+            "seeds": generated.seeds,
             "files": [str(path) for path in paths],
-            "has_nsfw_contents": made.flags,
-            "model": made.info.name,
-            "quality": made.quality,
-            "reused_steps": made.reused_steps,
-            "timings": made.timings,
+            "has_nsfw_contents": generated.flags,
+            "model": generated.info.name,
+            "quality": generated.quality,
+            "reused_steps": generated.reused_steps,
+            "timings": generated.timings,
         }
         print(json.dumps(summary))
 
 
-# --- Warmup ---------------------------------------------------------------------------------------
-
-# DOC ``flux-redux warmup``: compile the model now, so that the next start of a worker need not.
+# --- Compiling ahead ------------------------------------------------------------------------------
 
 
 def warmup(settings: ModelSettings, *, sizes: str) -> int:
     """Load, compile, compare, keep; prints seconds by stage. 1 if less than asked for was done.
 
     Raises:
-        UsageError: settings with nothing to do, or a size that cannot be made.
+        UsageError: settings with nothing to do, or a size that cannot be generated.
     """
     check_compile(settings)
     if not wants_compile(settings):

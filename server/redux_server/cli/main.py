@@ -23,6 +23,7 @@ from redux_pipelines.contract.types import (
     WARM_UP_SIZES,
 )
 from redux_server import __version__
+from redux_server.cli.progress import note
 from redux_server.settings import (
     ClientSettings,
     ModelSettings,
@@ -315,10 +316,10 @@ def run(arguments: Sequence[str]) -> int:
         verb: Verb = given.pop("verb")
         return verb.run(given)
     except UsageError as error:
-        print(f"flux-redux: {error}", file=sys.stderr)
+        note(str(error))
         return EXIT_USAGE
     except PermissionError as error:
-        print(f"flux-redux: no permission for {error.filename}", file=sys.stderr)
+        note(f"no permission for {error.filename}")
         return EXIT_USAGE
     except KeyboardInterrupt:
         return 130

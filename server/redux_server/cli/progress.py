@@ -1,4 +1,7 @@
-"""How far a task is, on a terminal or in a log. Knows no task and no server, only numbers."""
+"""What a verb says on standard error while it works: sentences, and how far a task is.
+
+Knows no task and no server, only text and numbers. Loads tqdm when it draws.
+"""
 
 import shutil
 import sys
@@ -6,9 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 _LINE_EVERY_S = 15.0
+
+
+def note(text: str) -> None:
+    """Tell the user something on standard error."""
+    print(f"flux-redux: {text}", file=sys.stderr, flush=True)
 
 
 class ProgressReport:
@@ -31,7 +37,7 @@ class ProgressReport:
     def show(self, state: str, step: int = 0, total_steps: int = 0, *, detail: str = "") -> None:
         """Show ``state`` (such as "queued") and, where there are steps, how many are done.
 
-        A ``detail`` is shown after the state, of which it is no other.
+        A ``detail`` is shown after the state; another detail is not another state.
         """
         if self._stream.isatty():
             self._draw(state + detail, step, total_steps)
@@ -40,6 +46,8 @@ class ProgressReport:
 
     def _draw(self, state: str, step: int, total_steps: int) -> None:
         if self._bar is None or bool(self._bar.total) != bool(total_steps):
+            from tqdm import tqdm
+
             self.close()
             size = shutil.get_terminal_size()  # never 0, as a new pseudo-terminal's own may be
             shape = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"

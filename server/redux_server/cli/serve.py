@@ -1,23 +1,25 @@
-"""``flux-redux serve``: checks what can be checked early, builds the parts, runs uvicorn."""
+"""``flux-redux serve``: checks what can be checked early, builds the services, runs uvicorn.
+
+Knows no route and no worker: those are the app's and the dispatch's.
+"""
 
 import gc
 import signal
 import socket
 import sys
 from collections.abc import Iterable
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from textwrap import fill
 
 import uvicorn
 
-from redux_pipelines.loading.load import MINI, caveat
+from redux_pipelines.loading.load import caveat
 from redux_server import __version__, logs
 from redux_server.api.app import build_app
 from redux_server.api.auth import KeyFileError
 from redux_server.api.http_server import BoundedHttpProtocol, DrainingServer
 from redux_server.api.services import Services, assemble
+from redux_server.cli.sample import sample
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
 from redux_server.net.guard import AddressPolicy
@@ -99,7 +101,7 @@ def _check_hosts(flag: str, entries: Iterable[str]) -> None:
 
 
 def build_services(settings: ServerSettings) -> Services:
-    """The API process's parts over the data directory of ``settings``."""
+    """What the API process works with, over the data directory of ``settings``."""
     try:
         blobs = open_pictures(settings)
         blobs.check()
@@ -166,15 +168,3 @@ Try it as soon as {url}/readyz says "ready":
     curl --header "Authorization: Bearer {key}" \\
       "{url}/api/v2/wavespeed-ai/flux/<the id from the answer>/result"
 """
-
-
-# --- Sample ---------------------------------------------------------------------------------------
-
-# DOC The picture that ``demo`` and the first start of ``serve`` offer: one the model can do well.
-
-
-def sample(settings: ServerSettings) -> Traversable:
-    """An icon for the embedded model, trained on icons (though not on this one); else a photo."""
-    is_mini = settings.model == MINI and not settings.base
-    name = "sample-icon.png" if is_mini else "sample.jpg"
-    return files("redux_server").joinpath("static", name)

@@ -13,9 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from redux_pipelines.contract.types import OutputFormat
-from redux_pipelines.loading.load import caveat
-from redux_server.cli.client import Client, ClientError, Json, make_folder, note
-from redux_server.cli.progress import ProgressReport
+from redux_server.cli.client import Client, ClientError, Json, make_folder
+from redux_server.cli.progress import ProgressReport, note
 from redux_server.parameters import PredictionRequest, complaint, parse_request
 from redux_server.pictures.inline import MAX_BYTES, media_type
 from redux_server.settings import ClientSettings, UsageError
@@ -136,6 +135,8 @@ def report(task: Json, paths: list[Path]) -> None:
 
 def note_caveat(model: str) -> None:
     """Say what to expect of the pictures of ``model``, where they cannot be FLUX's."""
+    from redux_pipelines.loading.load import caveat  # which `submit` itself needs not load
+
     if text := caveat(model):
         note(text)
 

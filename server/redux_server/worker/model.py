@@ -1,7 +1,7 @@
 """How a worker loads its model, and what it is asked to compile.
 
-Torch is loaded in ``load_model`` only: ``flux-redux doctor`` uses the rest without it. Knows no
-task and no database.
+Torch and metrics are loaded where a worker loads its model, and not before: ``flux-redux doctor``
+and ``generate`` use the rest without them. Knows no task and no database.
 """
 
 import os
@@ -23,7 +23,7 @@ from redux_pipelines.contract.types import (
     Pipeline,
     SafetyChecker,
 )
-from redux_server import __version__, metrics
+from redux_server import __version__
 from redux_server.settings import ModelSettings, ServerSettings, UsageError
 
 _log = structlog.get_logger("redux_server.worker.model")
@@ -49,6 +49,8 @@ def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyC
 
 def _compile(pipeline: Pipeline, settings: ServerSettings) -> None:
     """Before the first task, so that it need not wait; what fails is left out, and said."""
+    from redux_server import metrics
+
     report = pipeline.compile(compile_plan(settings))
     metrics.COMPILED.set(report.mode != "off")
     for failure in report.failures:

@@ -1,4 +1,4 @@
-"""``generate`` in this process, with the fake model."""
+"""``generate`` and ``warmup`` in this process, with the fake model."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from e2e.live import a_picture
+from redux_pipelines.contract.types import WARM_UP_SIZES, CompilePlan
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fake import FakePipeline
 from redux_pipelines.images import safety
 from redux_pipelines.loading import load as load_module
-from redux_server.cli.main import run
+from redux_server import __version__
+from redux_server.cli import serve
+from redux_server.cli.main import EXIT_USAGE, run
+from redux_server.settings import ServerSettings, UsageError
+from server.compiling import DONE, FAILED, loads
 
 
 @pytest.fixture
@@ -259,3 +265,114 @@ def test_the_model_settings_reach_the_pipeline(
         "attention": "auto",
         "quality": "exact",
     }
+
+
+def test_generate_takes_all_of_it_and_out_decides_the_kind(tmp_path: Path) -> None:
+    for name, data in (("a.png", a_picture(40, 40, "red")), ("b.png", a_picture(40, 40, "blue"))):
+        (tmp_path / name).write_bytes(data)
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    common = ["generate", a, "--model", "fake", "--size", "512*512", "--seed", "1"]
+    flags = ["--images", b, "--image-weights", "1,0.5", "--redux-strength", "2", "--mask", b]
+    flags += ["--redux-pooling", "9", "--fit", "letterbox", "--empty-prompt", "encode"]
+    assert run([*common, *flags, "-o", str(tmp_path / "o.jpg")]) == 0
+    assert run([*common, "-o", str(tmp_path / "plain.png")]) == 0
+    with Image.open(tmp_path / "o.jpg") as steered, Image.open(tmp_path / "plain.png") as plain:
+        assert steered.format == "JPEG"
+        said = steered.getexif()[0x010E].splitlines()
+        assert {"Picture-Weights: 2, 1", "Pooling: 9", "Fit: letterbox", "Mask: yes"} <= set(said)
+        assert steered.getpixel((0, 0)) != plain.getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["-o", "o.jpg", "--output-format", "webp"], "--out must be the name of a .webp file"),
+        (["-o", "o.gif"], "--out must be the name of a .png file"),
+        (["--redux-strength", "11"], "redux_strength must be a number from 0 to 10; got 11.0"),
+        (["--image-weights", "1,2"], "image_weights must be an array"),
+        (["--image-weights", "a"], "invalid numbers value: 'a'"),
+        (["--fit", "crop"], 'fit must be one of "squash"'),
+    ],
+    ids=str,
+)
+def test_flags_of_no_use_are_refused_before_anything_is_loaded(
+    flags: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "a.png", *flags]) == 2
+    assert text in capsys.readouterr().err
+
+
+# --- warmup ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_warmup_says_what_it_did(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = loads(monkeypatch, DONE)
+    assert run(["warmup", "--compile", "full", "--sizes", "512x640,1024*1024"]) == 0
+    (plan,) = pipeline.plans
+    assert plan == CompilePlan(
+        mode="full",
+        sizes=((512, 640), (1024, 1024)),
+        cuda_graphs=0,
+        cache_dir=home / "cache" / "flux-redux" / "compile",
+        version=__version__,
+    )
+    printed = capsys.readouterr().out
+    for line in (
+        "load the model: 0.0 s",
+        "16x16 tokens, batch 1: 33.0 s",
+        "compiled (full): 2 graphs, of which 1 were kept from before",
+    ):
+        assert line in printed.splitlines()
+
+
+def test_warmup_that_fails_says_why_and_exits_with_1(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = loads(monkeypatch, FAILED)
+    assert run(["warmup", "--compile", "blocks"]) == 1
+    assert "not compiled: no compiler here" in capsys.readouterr().out
+    assert pipeline.plans[0].sizes == WARM_UP_SIZES
+
+
+def test_the_fake_model_has_nothing_to_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["warmup", "--model", "fake", "--compile", "full"]) == 1
+    assert "the fake model has nothing to compile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "nothing to warm up: give --compile full (or blocks), or --cuda-graphs N"),
+        (["--compile", "full", "--sizes", "9x9"], "--sizes must be sizes separated by commas"),
+        (["--compile", "full", "--sizes", ""], "--sizes must be sizes separated by commas"),
+        (["--compile", "yes"], "--compile must be one of off, blocks, full, got 'yes'"),
+        (["--compile", "full", "--backend", "diffusers"], "need --backend engine"),
+        (["--cuda-graphs", "2", "--backend", "diffusers"], "need --backend engine"),
+        (["--cuda-graphs", "65"], "--cuda-graphs must be at most 64, got 65"),
+    ],
+)
+def test_what_cannot_be_warmed_up_is_refused_at_once(
+    arguments: list[str],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(load_module, "load_pipeline", lambda **_: pytest.fail("loaded"))
+    assert run(["warmup", *arguments]) == EXIT_USAGE
+    assert complaint in capsys.readouterr().err
+
+
+def test_other_verbs_refuse_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = str(tmp_path / "a.png")
+    assert run(["generate", picture, "--compile", "full", "--backend", "diffusers"]) == EXIT_USAGE
+    assert "--compile and --cuda-graphs need --backend engine" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="need --backend engine, got 'diffusers'"):
+        serve.check(ServerSettings(data_dir=tmp_path, compile="full", backend="diffusers"))

@@ -1,4 +1,8 @@
-"""What ``flux-redux doctor`` finds of where pictures are kept. Looks only: writes nothing."""
+"""What ``flux-redux doctor`` finds of the host: packages, data directory, pictures, port, keys.
+
+Of what several machines share, too: the database and what ``--dispatch`` needs. Makes no folder and
+writes no picture. Knows neither GPUs nor models.
+"""
 
 import errno
 import os
@@ -23,66 +27,6 @@ from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import StorageError
 from redux_server.storage.buckets import BlobUrlError, BucketBlobs
 from redux_server.storage.opening import local_folder
-
-_LITTLE_SPACE_BYTES = 2 * 2**30
-
-
-def check_pictures(settings: ServerSettings) -> Iterator[Finding]:
-    """Whether ``--blob-url`` names a store that answers; nothing of the usual folder."""
-    url = settings.blob_url
-    try:
-        folder = local_folder(url, settings.blobs_dir)
-        if not url:
-            return
-        if folder is not None:
-            yield Finding(Level.OK, "pictures", str(folder))
-            yield from check_space("pictures", folder, _LITTLE_SPACE_BYTES)
-            return
-        BucketBlobs(url).look()
-    except BlobUrlError as error:
-        yield Finding(Level.MISSING, "pictures", f"--blob-url {error}")
-    except StorageError as error:
-        yield Finding(Level.MISSING, "pictures", str(error))
-    else:
-        text = f"{url} answers (whether it can be written, serve tries when it starts)"
-        yield Finding(Level.OK, "pictures", text)
-
-
-def check_floor(settings: ServerSettings, free_bytes: int) -> Iterator[Finding]:
-    """Whether so much free space is above ``--min-free-disk``."""
-    if free_bytes < settings.min_free_disk * 2**20:
-        text = (
-            f"{free_bytes >> 20} MiB free, below --min-free-disk {settings.min_free_disk}: every "
-            "submit would be answered 503; make room, or lower it"
-        )
-        yield Finding(Level.MISSING, "disk space", text)
-
-
-# --- Cluster findings -----------------------------------------------------------------------------
-
-# DOC ``flux-redux doctor`` on what several machines share: the database, and the engine's needs.
-
-
-def check_cluster(settings: ServerSettings) -> Iterator[Finding]:
-    """Whether a database that was named can be used, and ``--dispatch`` has what it needs."""
-    if settings.database_url:
-        try:
-            engine = open_database(settings.database)
-        except DatabaseUnusable as error:
-            yield Finding(Level.MISSING, "database", str(error))
-        else:
-            yield Finding(Level.OK, "database", shown(engine.url))
-            engine.dispose()
-    if settings.dispatch != "local":
-        try:
-            check_dispatch(settings)
-        except UsageError as error:
-            yield Finding(Level.MISSING, "dispatch", str(error))
-        else:
-            yield Finding(Level.OK, "dispatch", settings.dispatch)
-
-
-# --- Doctor ---------------------------------------------------------------------------------------
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "sqlalchemy", "fastapi")
 NETWORK_FILESYSTEMS = frozenset(
@@ -134,6 +78,16 @@ def check_data_dir(settings: ServerSettings) -> Iterator[Finding]:
     yield from check_floor(settings, shutil.disk_usage(place).free)
 
 
+def check_floor(settings: ServerSettings, free_bytes: int) -> Iterator[Finding]:
+    """Whether so much free space is above ``--min-free-disk``."""
+    if free_bytes < settings.min_free_disk * 2**20:
+        text = (
+            f"{free_bytes >> 20} MiB free, below --min-free-disk {settings.min_free_disk}: every "
+            "submit would be answered 503; make room, or lower it"
+        )
+        yield Finding(Level.MISSING, "disk space", text)
+
+
 def filesystem_of(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str:
     """The type of the file system that holds ``path``, such as ``ext4``; proc(5) has the format."""
     target = path.resolve()
@@ -144,6 +98,46 @@ def filesystem_of(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) ->
         if target.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), right.split()[0]
     return kind
+
+
+def check_pictures(settings: ServerSettings) -> Iterator[Finding]:
+    """Whether ``--blob-url`` names a store that answers; nothing of the usual folder."""
+    url = settings.blob_url
+    try:
+        folder = local_folder(url, settings.blobs_dir)
+        if not url:
+            return
+        if folder is not None:
+            yield Finding(Level.OK, "pictures", str(folder))
+            yield from check_space("pictures", folder, _LITTLE_SPACE_BYTES)
+            return
+        BucketBlobs(url).look()
+    except BlobUrlError as error:
+        yield Finding(Level.MISSING, "pictures", f"--blob-url {error}")
+    except StorageError as error:
+        yield Finding(Level.MISSING, "pictures", str(error))
+    else:
+        text = f"{url} answers (whether it can be written, serve tries when it starts)"
+        yield Finding(Level.OK, "pictures", text)
+
+
+def check_cluster(settings: ServerSettings) -> Iterator[Finding]:
+    """Whether a database that was named can be used, and ``--dispatch`` has what it needs."""
+    if settings.database_url:
+        try:
+            database = open_database(settings.database)
+        except DatabaseUnusable as error:
+            yield Finding(Level.MISSING, "database", str(error))
+        else:
+            yield Finding(Level.OK, "database", shown(database.url))
+            database.dispose()
+    if settings.dispatch != "local":
+        try:
+            check_dispatch(settings)
+        except UsageError as error:
+            yield Finding(Level.MISSING, "dispatch", str(error))
+        else:
+            yield Finding(Level.OK, "dispatch", settings.dispatch)
 
 
 def check_port(settings: ServerSettings) -> Iterator[Finding]:

@@ -1,4 +1,8 @@
-"""The part of ``flux-redux doctor`` that looks for the model's files. Downloads nothing."""
+"""What ``flux-redux doctor`` finds of the model: its files, the safety checker, compiled code.
+
+Downloads, compiles and loads nothing of FLUX: of compiled code that an earlier start kept, only the
+first lines are read. Knows no GPU but by its name.
+"""
 
 import os
 import shutil
@@ -19,10 +23,13 @@ from redux_server.cli.doctor.findings import (
     gigabytes,
 )
 from redux_server.cli.serve import check
+from redux_server.dispatch.local import devices
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.worker.model import cache_dir, wants_compile
 from redux_weights.embedded import find_mini
 from redux_weights.layout import find_missing
+
+_COMPILE, _KEPT = "torch.compile", "compiled code"
 
 
 def check_model(settings: ServerSettings) -> Iterator[Finding]:
@@ -112,13 +119,20 @@ def _check_download(subject: str, source: str) -> Iterator[Finding]:
         yield from check_space("model cache", Path(constants.HF_HUB_CACHE), FLUX_BYTES)
 
 
-# --- Compile findings -----------------------------------------------------------------------------
+def check_safety_checker(settings: ServerSettings) -> Iterator[Finding]:
+    """Its model file, by hash, and that it can be loaded."""
+    from redux_pipelines.images.safety import OpenNsfwChecker
 
-# DOC The part of ``flux-redux doctor`` that tells what can be compiled here, and what is kept of it.
-# DOC
-# DOC Compiles nothing and loads nothing of what is kept: only what its folders say of it is read.
+    try:
+        OpenNsfwChecker(threshold=settings.safety_threshold)
+    except (ReduxError, ImportError) as error:
+        yield Finding(Level.MISSING, "safety checker", str(error))
+    else:
+        text = f"OpenNSFW, withholds from a score of {settings.safety_threshold:g}"
+        yield Finding(Level.OK, "safety checker", text)
 
-_COMPILE, _KEPT = "torch.compile", "compiled code"
+
+# --- Compiling ------------------------------------------------------------------------------------
 
 
 def check_compiler(_settings: ServerSettings) -> Iterator[Finding]:
@@ -140,15 +154,13 @@ def check_compile(settings: ServerSettings) -> Iterator[Finding]:
     """Whether ``--compile`` can work on each device, and what an earlier start left for it."""
     import torch
 
-    from redux_server.dispatch.local import devices
-
     for name in devices(settings.device):
         if name == "cpu" or torch.cuda.is_available():
-            yield _judge(name, settings)
+            yield _check_device(name, settings)
     yield from _check_folder(settings)
 
 
-def _judge(device: str, settings: ServerSettings) -> Finding:
+def _check_device(device: str, settings: ServerSettings) -> Finding:
     """What lacks is a note: a worker runs on without. Settings that ``serve`` refuses are not."""
     if wants_compile(settings) and settings.backend != "engine":
         text = f"needs --backend engine, and it is {settings.backend}"
@@ -192,15 +204,14 @@ def _check_folder(settings: ServerSettings) -> Iterator[Finding]:
         text = f"{place} cannot be written by this user, so every start compiles anew"
         yield Finding(Level.NOTE, _KEPT, text)
     else:
-        yield Finding(Level.OK, _KEPT, _held(folder, settings))
+        yield Finding(Level.OK, _KEPT, _describe_kept(folder, settings))
 
 
-def _held(folder: Path, settings: ServerSettings) -> str:
+def _describe_kept(folder: Path, settings: ServerSettings) -> str:
     """What of the code kept in ``folder`` is for the devices, torch and version that are here."""
     import torch
 
     from redux_pipelines.compilation.cache import kept_code, machine_facts
-    from redux_server.dispatch.local import devices
 
     kept = list(kept_code(folder))
     if not kept:
@@ -220,19 +231,3 @@ def _held(folder: Path, settings: ServerSettings) -> str:
         f"{total}; {count} of {size / 1e6:.1f} MB for this machine, torch and version "
         f"({', '.join(modes)})"
     )
-
-
-# --- Doctor ---------------------------------------------------------------------------------------
-
-
-def check_safety_checker(settings: ServerSettings) -> Iterator[Finding]:
-    """Its model file, by hash, and that it can be loaded."""
-    from redux_pipelines.images.safety import OpenNsfwChecker
-
-    try:
-        OpenNsfwChecker(threshold=settings.safety_threshold)
-    except (ReduxError, ImportError) as error:
-        yield Finding(Level.MISSING, "safety checker", str(error))
-    else:
-        text = f"OpenNSFW, withholds from a score of {settings.safety_threshold:g}"
-        yield Finding(Level.OK, "safety checker", text)

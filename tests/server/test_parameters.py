@@ -1,10 +1,9 @@
-"""Parameters beside those of the hosted endpoint: from the request to what a pipeline is given."""
+"""The request's parameters: from what a client sends to what a pipeline is given."""
 
 import base64
 import io
 from collections.abc import Callable
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +14,17 @@ from e2e.live import a_picture, data_uri
 from redux_pipelines.contract.batching import batch_key, is_solitary
 from redux_pipelines.contract.types import GenerationRequest
 from redux_pipelines.fake import FakePipeline
-from redux_server.api.prediction import prediction, public_input
 from redux_server.database.tables import tasks
 from redux_server.net.guard import FetchError
-from redux_server.parameters import MODELS, Extensions, PredictionRequest, complaint, parse_request
+from redux_server.parameters import (
+    ALLOWED,
+    MODELS,
+    Extensions,
+    PredictionRequest,
+    complaint,
+    parse_request,
+    parse_size,
+)
 from redux_server.tasks.task import Status, Task
 from redux_server.worker.inputs import ImageGone, Pictures, generation_request, load_pictures
 from server.in_process import Api, Clock
@@ -37,18 +43,104 @@ STEERED: dict[str, Any] = {
 }
 
 
-def stored(api: Api, task_id: str) -> Task:
-    (task,) = api.services.store.get([task_id])
-    assert task is not None
-    return task
+def test_defaults_are_the_documented_ones() -> None:
+    parameters = parse_request({"image": "https://example.com/a.png"}).parameters()
+    seed = parameters.pop("seed")
+    assert parameters == {
+        "prompt": "",
+        "size": "1024*1024",
+        "num_inference_steps": 28,
+        "guidance_scale": 3.5,
+        "num_images": 1,
+        "enable_safety_checker": True,
+    }
+    assert 0 <= seed < 2**31
 
 
-def files(api: Api) -> list[str]:
-    folder = api.services.settings.blobs_dir
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+def test_seed_minus_one_is_picked_anew_each_time() -> None:
+    request = parse_request({"image": "x", "seed": -1})
+    assert len({request.parameters()["seed"] for _ in range(8)}) > 1
 
 
-# --- parsing --------------------------------------------------------------------------------------
+def test_seed_zero_stays_zero() -> None:
+    assert parse_request({"image": "x", "seed": 0}).parameters()["seed"] == 0
+
+
+def test_null_is_absent_and_unknown_fields_are_dropped() -> None:
+    request = parse_request({"image": "x", "size": None, "prompt": None, "loras": [1]})
+    assert request == parse_request({"image": "x"})
+    assert "loras" not in request.parameters()
+
+
+@pytest.mark.parametrize("name", ["exact", "balanced", "fast"])
+def test_quality_is_a_parameter_where_it_was_asked_for(name: str) -> None:
+    assert parse_request({"image": "x", "quality": name}).parameters()["quality"] == name
+    assert "quality" not in parse_request({"image": "x", "quality": None}).parameters()
+
+
+def test_whole_float_is_taken_as_an_integer() -> None:
+    given = parse_request({"image": "x", "seed": 5.0, "num_images": 2.0}).parameters()
+    assert (given["seed"], given["num_images"]) == (5, 2)
+    assert type(given["seed"]) is int
+
+
+@pytest.mark.parametrize("name", ["seed", "num_inference_steps", "num_images", "guidance_scale"])
+def test_true_is_not_a_number(name: str) -> None:
+    with pytest.raises(ValidationError):
+        parse_request({"image": "x", name: True})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1024*768", (1024, 768)),
+        ("512*1536", (512, 1536)),
+        ("1024x768", (1024, 768)),
+        ("1024X768", (1024, 768)),
+        ("1024×768", (1024, 768)),
+        (" 1024 * 768 ", (1024, 768)),
+        ("777*513", (777, 513)),
+    ],
+)
+def test_size_is_read_in_all_its_spellings(text: str, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size
+    assert parse_request({"image": "x", "size": text}).size == f"{size[0]}*{size[1]}"
+
+
+@pytest.mark.parametrize("text", ["511*512", "512*1537", "1024", "a*b", "1024**1024", "-512*512"])
+def test_other_size_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_size(text)
+
+
+def test_complaint_names_each_wrong_parameter_with_what_is_allowed() -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse_request({"seed": "7", "num_images": 9})
+    text = complaint(caught.value.errors(include_url=False))
+    assert f"image is required: {ALLOWED['image']}." in text
+    assert f'seed must be {ALLOWED["seed"]}; got "7".' in text
+    assert f"num_images must be {ALLOWED['num_images']}; got 9." in text
+
+
+def test_complaint_shortens_long_values_and_survives_any_value() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    for given in ("x" * 100_000, deep, {"a": deep}, "\ud800", float("nan"), 10**300):
+        with pytest.raises(ValidationError) as caught:
+            parse_request({"image": "x", "num_images": given})
+        text = complaint(caught.value.errors(include_url=False))
+        assert len(text) < 200
+        text.encode("ascii")
+
+
+def test_every_parameter_has_words_for_errors_and_a_description() -> None:
+    fields = PredictionRequest.model_fields
+    assert set(ALLOWED) == set(fields)
+    assert all(field.description for field in fields.values())
+
+
+# --- beside the hosted endpoint's -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,7 +245,22 @@ def test_schema_lists_extensions_last_with_their_limits_for_a_form() -> None:
     assert all("description" in each for each in schema["properties"].values())
 
 
-# --- what may share a batch -----------------------------------------------------------------------
+# --- what may share a batch, and what is the same request -----------------------------------------
+
+
+def test_shape_is_what_has_to_be_equal_to_be_denoised_together() -> None:
+    def shape(**more: Any) -> str:
+        return PredictionRequest(image="x", **more).shape
+
+    same = [{}, {"seed": 3}, {"guidance_scale": 9.0}, {"num_images": 2}]
+    assert len({shape(**more) for more in same}) == 1
+    assert shape(prompt="a fox") == shape(prompt="a hen")
+    apart = [{}, {"size": "512*512"}, {"num_inference_steps": 4}, {"quality": "fast"}]
+    apart += [{"prompt": "a fox"}]
+    assert len({shape(**more) for more in apart}) == len(apart)
+    longest = shape(size="1536*1536", num_inference_steps=50, quality="balanced", prompt="x")
+    assert len(longest) <= tasks.c.shape.type.length
+
 
 VARIETY: list[dict[str, Any]] = [
     {},
@@ -203,7 +310,30 @@ def test_tasks_that_nobody_shares_a_batch_with_have_no_shape() -> None:
     assert [parse_request({"image": URL, **each}).shape for each in solitary] == ["", ""]
 
 
+def test_digest_tells_requests_apart_by_what_they_ask_for() -> None:
+    def digest(*more: str, **given: Any) -> str:
+        return parse_request({"image": "x", **given}).digest(*more)
+
+    same = [{}, {"seed": -1}, {"seed": None}, {"size": "1024x1024"}, {"stranger": 1}]
+    assert len({digest(**given) for given in same}) == 1
+    assert len(digest()) == 64
+    apart = [{}, {"seed": 0}, {"prompt": "y"}, {"image": "y"}, {"quality": "exact"}]
+    assert len({digest(**given) for given in apart}) == len(apart)
+    assert len({digest(), digest("a"), digest("a", "b"), digest("ab")}) == 4
+
+
 # --- submitting -----------------------------------------------------------------------------------
+
+
+def stored(api: Api, task_id: str) -> Task:
+    (task,) = api.services.store.get([task_id])
+    assert task is not None
+    return task
+
+
+def files(api: Api) -> list[str]:
+    folder = api.services.settings.blobs_dir
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 def test_inline_pictures_are_stored_beside_the_task_and_not_echoed(api: Api) -> None:
@@ -280,17 +410,6 @@ def test_same_key_with_other_controls_is_another_request(api: Api) -> None:
     assert again.json()["data"]["id"] == first.json()["data"]["id"]
     other = api.post(PATH, json={"image": URL, "redux_strength": 0.6}, headers=headers)
     assert other.status_code == 409
-
-
-def test_echo_of_a_prompt_that_looks_like_a_stored_picture() -> None:
-    task = Task(
-        id="0" * 32, key_id="k", model=MODELS[0], status=Status.CREATED, request_id="",
-        input={**parse_request({"image": URL, "prompt": "blob:x"}).parameters(), "image": URL},
-        created_at=1.0, started_at=None, finished_at=None, attempt=0, crashes=0, progress_step=0,
-        outcome=None,
-    )  # fmt: skip
-    assert public_input(task)["prompt"] == "blob:x"
-    assert prediction(task, base_url="http://h", sign=lambda key, _: key)["input"]["image"] == URL
 
 
 # --- working --------------------------------------------------------------------------------------
@@ -370,45 +489,3 @@ def test_inputs_are_deleted_with_their_task(api: Api, clock: Clock) -> None:
     deleted = api.post("/api/v3/predictions/delete", json={"ids": [data["id"]]})
     assert deleted.json()["data"]["deleted_count"] == 1
     assert files(api) == []
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-
-def test_generate_takes_all_of_it_and_out_decides_the_kind(tmp_path: Path) -> None:
-    from redux_server.cli.main import run
-
-    for name, data in (("a.png", RED), ("b.png", BLUE)):
-        (tmp_path / name).write_bytes(data)
-    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
-    common = ["generate", a, "--model", "fake", "--size", "512*512", "--seed", "1"]
-    flags = ["--images", b, "--image-weights", "1,0.5", "--redux-strength", "2", "--mask", b]
-    flags += ["--redux-pooling", "9", "--fit", "letterbox", "--empty-prompt", "encode"]
-    assert run([*common, *flags, "-o", str(tmp_path / "o.jpg")]) == 0
-    assert run([*common, "-o", str(tmp_path / "plain.png")]) == 0
-    with Image.open(tmp_path / "o.jpg") as steered, Image.open(tmp_path / "plain.png") as plain:
-        assert steered.format == "JPEG"
-        said = steered.getexif()[0x010E].splitlines()
-        assert {"Picture-Weights: 2, 1", "Pooling: 9", "Fit: letterbox", "Mask: yes"} <= set(said)
-        assert steered.getpixel((0, 0)) != plain.getpixel((0, 0))
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["-o", "o.jpg", "--output-format", "webp"], "--out must be the name of a .webp file"),
-        (["-o", "o.gif"], "--out must be the name of a .png file"),
-        (["--redux-strength", "11"], "redux_strength must be a number from 0 to 10; got 11.0"),
-        (["--image-weights", "1,2"], "image_weights must be an array"),
-        (["--image-weights", "a"], "invalid numbers value: 'a'"),
-        (["--fit", "crop"], 'fit must be one of "squash"'),
-    ],
-    ids=str,
-)
-def test_flags_of_no_use_are_refused_before_anything_is_loaded(
-    flags: list[str], text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from redux_server.cli.main import run
-
-    assert run(["generate", "a.png", *flags]) == 2
-    assert text in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The request's parameters, and the prediction object clients read (wire contract, section 2)."""
+"""The prediction object clients read (wire contract, section 2)."""
 
 import json
 import re
@@ -6,18 +6,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from redux_server.api.prediction import envelope, prediction, timestamp
-from redux_server.database.tables import tasks
-from redux_server.parameters import (
-    ALLOWED,
-    MODELS,
-    PredictionRequest,
-    complaint,
-    parse_request,
-    parse_size,
-)
+from redux_server.api.prediction import envelope, prediction, public_input, timestamp
+from redux_server.parameters import MODELS
 from redux_server.tasks.task import Outcome, Status, Task
 
 BASE_URL = "http://host:8000"
@@ -150,6 +141,12 @@ def test_inline_picture_is_not_echoed() -> None:
     assert ID + "/input" not in json.dumps(data)
 
 
+def test_echo_of_a_prompt_that_looks_like_a_stored_picture() -> None:
+    task = a_task(Status.CREATED, input={**INPUT, "prompt": "blob:x"})
+    assert public_input(task)["prompt"] == "blob:x"
+    assert data_of(Status.CREATED, input=task.input)["input"]["image"] == INPUT["image"]
+
+
 def test_outputs_are_signed_from_the_moment_the_task_ended() -> None:
     assert data_of(Status.COMPLETED)["outputs"][0] == f"{BASE_URL}/files/s/1763822402/{ID}/1/0.png"
 
@@ -182,132 +179,3 @@ def test_progress_counts_the_steps_of_all_images(status: Status, step: int) -> N
 )
 def test_timestamp_always_has_three_decimals(moment: datetime, text: str) -> None:
     assert timestamp(moment.timestamp()) == text
-
-
-# --- parameters -----------------------------------------------------------------------------------
-
-
-def test_defaults_are_the_documented_ones() -> None:
-    parameters = parse_request({"image": "https://example.com/a.png"}).parameters()
-    seed = parameters.pop("seed")
-    assert parameters == {
-        "prompt": "",
-        "size": "1024*1024",
-        "num_inference_steps": 28,
-        "guidance_scale": 3.5,
-        "num_images": 1,
-        "enable_safety_checker": True,
-    }
-    assert 0 <= seed < 2**31
-
-
-def test_seed_minus_one_is_picked_anew_each_time() -> None:
-    request = parse_request({"image": "x", "seed": -1})
-    assert len({request.parameters()["seed"] for _ in range(8)}) > 1
-
-
-def test_seed_zero_stays_zero() -> None:
-    assert parse_request({"image": "x", "seed": 0}).parameters()["seed"] == 0
-
-
-def test_null_is_absent_and_unknown_fields_are_dropped() -> None:
-    request = parse_request({"image": "x", "size": None, "prompt": None, "loras": [1]})
-    assert request == parse_request({"image": "x"})
-    assert "loras" not in request.parameters()
-
-
-@pytest.mark.parametrize("name", ["exact", "balanced", "fast"])
-def test_quality_is_a_parameter_where_it_was_asked_for(name: str) -> None:
-    assert parse_request({"image": "x", "quality": name}).parameters()["quality"] == name
-    assert "quality" not in parse_request({"image": "x", "quality": None}).parameters()
-
-
-def test_whole_float_is_taken_as_an_integer() -> None:
-    given = parse_request({"image": "x", "seed": 5.0, "num_images": 2.0}).parameters()
-    assert (given["seed"], given["num_images"]) == (5, 2)
-    assert type(given["seed"]) is int
-
-
-@pytest.mark.parametrize("name", ["seed", "num_inference_steps", "num_images", "guidance_scale"])
-def test_true_is_not_a_number(name: str) -> None:
-    with pytest.raises(ValidationError):
-        parse_request({"image": "x", name: True})
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("1024*768", (1024, 768)),
-        ("512*1536", (512, 1536)),
-        ("1024x768", (1024, 768)),
-        ("1024X768", (1024, 768)),
-        ("1024×768", (1024, 768)),
-        (" 1024 * 768 ", (1024, 768)),
-        ("777*513", (777, 513)),
-    ],
-)
-def test_size_is_read_in_all_its_spellings(text: str, size: tuple[int, int]) -> None:
-    assert parse_size(text) == size
-    assert parse_request({"image": "x", "size": text}).size == f"{size[0]}*{size[1]}"
-
-
-@pytest.mark.parametrize("text", ["511*512", "512*1537", "1024", "a*b", "1024**1024", "-512*512"])
-def test_other_size_is_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError):
-        parse_size(text)
-
-
-def test_complaint_names_each_wrong_parameter_with_what_is_allowed() -> None:
-    with pytest.raises(ValidationError) as caught:
-        parse_request({"seed": "7", "num_images": 9})
-    text = complaint(caught.value.errors(include_url=False))
-    assert f"image is required: {ALLOWED['image']}." in text
-    assert f'seed must be {ALLOWED["seed"]}; got "7".' in text
-    assert f"num_images must be {ALLOWED['num_images']}; got 9." in text
-
-
-def test_complaint_shortens_long_values_and_survives_any_value() -> None:
-    deep: Any = []
-    for _ in range(5000):
-        deep = [deep]
-    for given in ("x" * 100_000, deep, {"a": deep}, "\ud800", float("nan"), 10**300):
-        with pytest.raises(ValidationError) as caught:
-            parse_request({"image": "x", "num_images": given})
-        text = complaint(caught.value.errors(include_url=False))
-        assert len(text) < 200
-        text.encode("ascii")
-
-
-def test_every_parameter_has_words_for_errors_and_a_description() -> None:
-    fields = PredictionRequest.model_fields
-    assert set(ALLOWED) == set(fields)
-    assert all(field.description for field in fields.values())
-
-
-# --- what requests have in common -----------------------------------------------------------------
-
-
-def test_shape_is_what_has_to_be_equal_to_be_denoised_together() -> None:
-    def shape(**more: Any) -> str:
-        return PredictionRequest(image="x", **more).shape
-
-    same = [{}, {"seed": 3}, {"guidance_scale": 9.0}, {"num_images": 2}]
-    assert len({shape(**more) for more in same}) == 1
-    assert shape(prompt="a fox") == shape(prompt="a hen")
-    apart = [{}, {"size": "512*512"}, {"num_inference_steps": 4}, {"quality": "fast"}]
-    apart += [{"prompt": "a fox"}]
-    assert len({shape(**more) for more in apart}) == len(apart)
-    longest = shape(size="1536*1536", num_inference_steps=50, quality="balanced", prompt="x")
-    assert len(longest) <= tasks.c.shape.type.length
-
-
-def test_digest_tells_requests_apart_by_what_they_ask_for() -> None:
-    def digest(*more: str, **given: Any) -> str:
-        return parse_request({"image": "x", **given}).digest(*more)
-
-    same = [{}, {"seed": -1}, {"seed": None}, {"size": "1024x1024"}, {"stranger": 1}]
-    assert len({digest(**given) for given in same}) == 1
-    assert len(digest()) == 64
-    apart = [{}, {"seed": 0}, {"prompt": "y"}, {"image": "y"}, {"quality": "exact"}]
-    assert len({digest(**given) for given in apart}) == len(apart)
-    assert len({digest(), digest("a"), digest("a", "b"), digest("ab")}) == 4
