@@ -76,22 +76,22 @@ def bench(database: Engine, tmp_path: Path, clock: Clock) -> Bench:
 
 @pytest.fixture
 def build_services(tmp_path: Path, database: Engine) -> Callable[..., Services]:
-    """ServicesDep over a temporary folder; keywords are settings."""
+    """Services over a temporary folder; keywords are settings."""
 
     def build(**settings: Any) -> Services:
         # No floor, hence no ballast: hundreds of tests would keep one each.
         settings = {"min_free_disk": 0, "model": "fake", **settings}
         given = ServerSettings(data_dir=tmp_path / "data", **settings)
-        parts = assemble(given, database, open_pictures(given))
-        parts.poller.every_s = 0.01
-        return replace(parts, dispatch=IdleDispatch())
+        services = assemble(given, database, open_pictures(given))
+        services.poller.every_s = 0.01
+        return replace(services, dispatch=IdleDispatch())
 
     return build
 
 
 @pytest.fixture
 def build_api(build_services: Callable[..., Services]) -> Iterator[Callable[..., Api]]:
-    """Started APIs; keywords are settings, ``services`` replaces the parts."""
+    """Started APIs, over ``services`` or over new ones; keywords are settings."""
     apis: list[Api] = []
 
     def build(services: Services | None = None, **settings: Any) -> Api:

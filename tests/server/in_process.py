@@ -1,14 +1,26 @@
-"""The app in this process, an engine that does nothing, and a clock to turn."""
+"""The app in this process, called at once or over a port; a dispatch without workers; a clock."""
 
 import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import uvicorn
+from starlette.types import ASGIApp
 
+from e2e.live import a_picture, data_uri
 from redux_server.api.app import build_app
+from redux_server.api.http_server import BoundedHttpProtocol
 from redux_server.api.services import Services
 from redux_server.tasks.store import TaskStore
-from redux_server.tasks.task import Outcome, Task
+from redux_server.tasks.task import Outcome, Status, Task
+
+SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
+URL = {"image": "https://example.com/a.png"}
+INLINE = {"image": data_uri(a_picture())}
 
 
 class Clock:
@@ -30,8 +42,17 @@ def end_next(store: TaskStore, outcome: Outcome) -> Task | None:
     return None
 
 
+def complete(store: TaskStore, outputs: Callable[[Task], list[str]] = lambda _: []) -> Task:
+    """Claim the next task and record it as completed."""
+    (task,) = store.claim("host/cpu")
+    keys = outputs(task)
+    outcome = Outcome(Status.COMPLETED, keys, [False] * len(keys), list(range(len(keys))))
+    assert store.finish(task.id, task.attempt, outcome)
+    return task
+
+
 class IdleDispatch:
-    """An engine without workers: tasks stay where they are, and wakes are counted."""
+    """A dispatch without workers: tasks stay where they are, and wakes are counted."""
 
     def __init__(self) -> None:
         self.is_started = False
@@ -81,3 +102,41 @@ class Api:
     def close(self) -> None:
         self._runner.run(self._lifespan.__aexit__(None, None, None))
         self._runner.close()
+
+
+def submit(api: Api, body: Any = URL, **more: Any) -> dict[str, Any]:
+    """Submit a task; its prediction object."""
+    response = api.post(SUBMIT, json=body, **more)
+    assert response.status_code == 200, response.text
+    data: dict[str, Any] = response.json()["data"]
+    return data
+
+
+def dispatch_of(api: Api) -> IdleDispatch:
+    assert isinstance(api.services.dispatch, IdleDispatch)
+    return api.services.dispatch
+
+
+class Impatient(BoundedHttpProtocol):
+    """Connections as a server has them, with little time for a head and for an unwanted body."""
+
+    head_s = 0.5
+    rest_s = 0.5
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[int]:
+    """``app`` on a loopback port, as ``serve`` would run it but for its patience."""
+    config = uvicorn.Config(
+        app, http=Impatient, ws="none", lifespan="off", log_config=None, access_log=False,
+        timeout_keep_alive=1,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(30)

@@ -1,4 +1,7 @@
-"""Whether a submit is let in, and what it is told if not. Stores nothing."""
+"""Whether a submit is let in, and what it is told if not.
+
+Each check raises the error that the caller is to see. Stores nothing, and decodes no body.
+"""
 
 import asyncio
 import math
@@ -38,6 +41,21 @@ def check_rate(key_id: str, services: Services) -> None:
     refuse_excess(services.rate, key_id, may=f"submit {services.settings.rate_limit} tasks")
 
 
+def refuse_excess(rate: RateLimit, key_id: str, *, may: str) -> None:
+    """Count one of ``key_id``; ``may`` says what it may do, as in "submit 5 tasks".
+
+    Raises:
+        TooManyRequests: it comes faster than ``rate`` allows.
+    """
+    wait_s = rate.take(key_id)
+    if wait_s:
+        metrics.REJECTED.labels("rate_limit").inc()
+        raise TooManyRequests(
+            f"This API key may {may} a minute; the next one in {math.ceil(wait_s)} s.",
+            headers={"Retry-After": str(math.ceil(wait_s))},
+        )
+
+
 def check_disk(services: Services) -> None:
     """Refuse everything while the disk is nearly full."""
     refuse_without_room(
@@ -46,7 +64,7 @@ def check_disk(services: Services) -> None:
 
 
 async def check_place(
-    request: Request, repeat_key: str, place: Reservation, services: Services
+    request: Request, repeat_key: str, reservation: Reservation, services: Services
 ) -> None:
     """Refuse a large body for want of a place in the queue, without keeping any of it.
 
@@ -55,11 +73,13 @@ async def check_place(
     """
     if 0 <= int(request.headers.get("content-length", "-1")) <= _SMALL_BODY:
         return
-    found = await place.refusal()
+    found = await reservation.refusal()
     if found is None:
         return
     knows = services.idempotency.knows
-    is_repeated = bool(repeat_key) and await asyncio.to_thread(knows, place.key_id, repeat_key)
+    is_repeated = bool(repeat_key) and await asyncio.to_thread(
+        knows, reservation.key_id, repeat_key
+    )
     if is_repeated:
         return
     error = refusal(found, services)
@@ -128,23 +148,3 @@ def refusal(acceptance: KeyConflict | Refusal, services: Services) -> ApiError:
         else "This Idempotency-Key came with another request before"
     )
     return Conflict(f"{what}; send a new key with a new request. Nothing was started.")
-
-
-# --- Refusing -------------------------------------------------------------------------------------
-
-# DOC What is refused whatever is brought: too much at once, or anything while the disk is full.
-
-
-def refuse_excess(rate: RateLimit, key_id: str, *, may: str) -> None:
-    """Count one of ``key_id``; ``may`` says what it may do, as in "submit 5 tasks".
-
-    Raises:
-        TooManyRequests: it comes faster than ``rate`` allows.
-    """
-    wait_s = rate.take(key_id)
-    if wait_s:
-        metrics.REJECTED.labels("rate_limit").inc()
-        raise TooManyRequests(
-            f"This API key may {may} a minute; the next one in {math.ceil(wait_s)} s.",
-            headers={"Retry-After": str(math.ceil(wait_s))},
-        )

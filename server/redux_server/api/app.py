@@ -1,4 +1,7 @@
-"""The FastAPI app: routes, errors, probes and middleware put together. Holds no logic."""
+"""The FastAPI app: routes, middleware, and the answer to each kind of error, put together.
+
+Starting the app starts what the process does beside answering; stopping it ends that in order.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,6 +27,7 @@ from redux_server.api.middleware import (
 from redux_server.api.routes import (
     account,
     cancel,
+    files,
     lists,
     models,
     predictions,
@@ -31,7 +35,6 @@ from redux_server.api.routes import (
     stream,
     uploads,
 )
-from redux_server.api.routes.service import _probes
 from redux_server.api.services import Services
 from redux_server.database.connection import DATABASE_AWAY
 from redux_server.errors import ApiError, error_response, no_database
@@ -42,7 +45,7 @@ _log = structlog.get_logger("redux_server.api.app")
 
 
 def build_app(services: Services) -> FastAPI:
-    """The whole API over ``services``; starting the app starts their engine."""
+    """The whole API over ``services``; starting the app starts their dispatch."""
     app = FastAPIOffline(
         title="FLUX Redux Server",
         version=__version__,
@@ -57,17 +60,10 @@ def build_app(services: Services) -> FastAPI:
     app.state.services = services
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
     app.include_router(predictions.router)  # first: polls are most of the traffic
-    for module in (
-        cancel,
-        lists,
-        stream,
-        models,
-        account,
-        uploads,
-    ):
+    for module in (files, cancel, lists, stream, models, account, uploads):
         app.include_router(module.router)
     app.include_router(predictions.catch_all)
-    app.include_router(_probes())
+    app.include_router(service.probes())
     app.include_router(service.router)
     app.add_middleware(
         BodyLimit,

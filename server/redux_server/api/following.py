@@ -24,7 +24,7 @@ EVERY_S = 0.2
 MAX_STREAMS, MAX_STREAMS_OF_A_KEY = 1000, 100
 MAX_HELD, MAX_HELD_OF_A_KEY = 256, 128
 NOT_LOOKED_AT = object()
-_BATCH = 500
+_BATCH = 500  # ids in one statement
 _STOPPING = "the server is about to stop"
 # Clients look for the first words, and one sends its request again for others ("timeout").
 _TOO_EARLY = "Sync mode timed out: {reason}. The task goes on; ask for it at urls.get."
@@ -206,12 +206,12 @@ class SyncMode:
 
     def __init__(
         self,
-        held: Subscriptions,
+        subscriptions: Subscriptions,
         find: Callable[[str], Awaitable[Task | None]],
         *,
         limit_s: float,
     ) -> None:
-        self._held = held
+        self._subscriptions = subscriptions
         self._find = find
         self._limit_s = limit_s
 
@@ -231,16 +231,16 @@ class SyncMode:
                 answer = await self._wait(subscription, leaves)
         except TooManySubscriptions:
             full = "the server holds as many requests as it may"
-            return HeldAnswer(task, _STOPPING if self._held.is_closed else full)
+            return HeldAnswer(task, _STOPPING if self._subscriptions.is_closed else full)
         return answer or await self._last_look(task)
 
     @contextmanager
     def _following(self, task: Task) -> Iterator[Subscription]:
-        subscription = self._held.open(task.id, task.key_id)
+        subscription = self._subscriptions.open(task.id, task.key_id)
         try:
             yield subscription
         finally:
-            self._held.release(subscription)
+            self._subscriptions.release(subscription)
 
     async def _wait(
         self, subscription: Subscription, leaves: Callable[[], Coroutine[Any, Any, None]]
@@ -259,7 +259,7 @@ class SyncMode:
 
     async def _end_of(self, subscription: Subscription) -> HeldAnswer | None:
         """The task once it has ended or was deleted; None when the server stops."""
-        while await subscription.wait() and not self._held.is_closed:
+        while await subscription.wait() and not self._subscriptions.is_closed:
             glance = subscription.seen
             if isinstance(glance, Glance) and not glance.status.is_terminal:
                 continue
@@ -271,7 +271,7 @@ class SyncMode:
 
     async def _last_look(self, task: Task) -> HeldAnswer:
         late = f"the task has not ended within {self._limit_s:g} s"
-        reason = _STOPPING if self._held.is_closed else late
+        reason = _STOPPING if self._subscriptions.is_closed else late
         try:
             now = await self._find(task.id)
         except Exception:  # the database is away: what was true before will do

@@ -1,8 +1,9 @@
-"""What a connection may take before any of our code has seen a request.
+"""uvicorn, with bounds on each connection, and with an end that leaves nobody without an answer.
 
 uvicorn bounds neither the size of a request's head nor the time until it is complete, and it goes
-on reading a body after the answer was sent. This protocol does all three. The time that a body may
-take while it is still wanted is ``redux_server.api.middleware.BodyLimit``'s.
+on reading a body after the answer was sent; ``BoundedHttpProtocol`` bounds all three. The time that
+a body may take while it is still wanted is ``redux_server.api.middleware.BodyLimit``'s. Knows no
+path and no task.
 """
 
 import asyncio
@@ -155,24 +156,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-# --- Draining -------------------------------------------------------------------------------------
-
-# DOC Stopping without leaving anyone alone: no task is accepted any more, everything else goes on.
-# DOC
-# DOC At the first signal the server refuses submits and says so to load balancers (``/readyz``), while
-# DOC its workers finish what is on their devices; polls and downloads are answered meanwhile. Then it
-# DOC ends. A second signal ends it without waiting for that.
-
-
 class Draining:
-    """Whether this process is on its way out."""
+    """Whether this process is on its way out: then it accepts no task, and does all else."""
 
     def __init__(self) -> None:
         self.is_on = False
 
 
 class DrainingServer(uvicorn.Server):
-    """Serves until a signal, and then until ``drain`` is done."""
+    """Serves until a signal, and then until ``drain`` is done.
+
+    From the first signal on, submits are refused and load balancers are told (``/readyz``), while
+    workers finish what is on their devices; polls and downloads are answered meanwhile. A second
+    signal ends the server without waiting for that.
+    """
 
     def __init__(
         self, config: uvicorn.Config, draining: Draining, drain: Callable[[], Awaitable[None]]

@@ -1,8 +1,9 @@
-"""Places in the queue, reserved before a submit costs anything.
+"""What bounds submits before they cost anything: reserved places in the queue, and a rate.
 
-The store counts for good, in the transaction that accepts (``redux_server.tasks.accepting``). What is
-refused there has had its body read and its pictures decoded, flushed to the disk and deleted again,
-which is most of its cost; so who would be refused is told here first. Knows no HTTP.
+The store counts open tasks for good, in the transaction that accepts
+(``redux_server.tasks.accepting``). What is refused there has had its body read and its pictures
+decoded, flushed to the disk and deleted again, which is most of its cost; so who would be refused
+is told here first. Knows no HTTP.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom
 
 Refusal = NoRoom | KeyFull
 KEPT_S = 5.0
+_PRUNE_ABOVE = 10_000
 
 
 class Reservation:
@@ -103,16 +105,6 @@ class QueueReservations:
             self._change = asyncio.Event()
 
 
-# --- Rate limit -----------------------------------------------------------------------------------
-
-# DOC How often each API key may submit: a token bucket per key, in the memory of this process.
-# DOC
-# DOC Several API processes each give out the whole rate; what must hold over all of them together is
-# DOC ``--max-open-per-key``, which the database counts. Knows no HTTP.
-
-_PRUNE_ABOVE = 10_000
-
-
 @dataclass(slots=True)
 class _Bucket:
     tokens: float
@@ -122,8 +114,10 @@ class _Bucket:
 class RateLimit:
     """Lets each key through ``per_minute`` times a minute on average, and at once so often.
 
-    0 lets everything through. ``clock`` gives seconds and never goes back. Not for use from more
-    than one thread.
+    0 lets everything through. The token buckets are in the memory of this process: several API
+    processes each give out the whole rate, and what must hold over all of them together is
+    ``--max-open-per-key``, which the database counts. ``clock`` gives seconds and never goes back.
+    Not for use from more than one thread.
     """
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,8 @@
-"""What surrounds every request: an id, a log line, a limit on its body. Plain ASGI, unbuffered."""
+"""What surrounds every request: an id, a log line, a limit on its body, headers for browsers.
+
+Plain ASGI, and nothing is buffered. Knows paths only by how they begin. Keys are the business of
+``redux_server.api.auth``.
+"""
 
 import asyncio
 import base64
@@ -22,6 +26,33 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"
 _LOGGED_PATH = 512
 _SIGNED = ("/files/", "/uploads/")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+
+ANY, NONE = "*", "none"
+EXPOSED = ("X-Request-Id", "Retry-After", "Idempotent-Replayed", "Content-Range", "ETag")
+PREFLIGHT_KEPT_S = 7200  # as long as any browser keeps it
+_CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+_OPEN = ("/api/", "/files/")
+
+# Source: OWASP's Secure Headers Project and REST Security Cheat Sheet.
+Header = tuple[bytes, bytes]
+_ALWAYS: tuple[Header, ...] = ((b"x-content-type-options", b"nosniff"),)
+_NO_STORE: Header = (b"cache-control", b"no-store")
+_PAGE: tuple[Header, ...] = (
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_POLICY = (
+    "default-src 'self'; script-src {scripts}; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+_INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+# A stored picture that is opened as a page of its own may do nothing at all.
+_FILE: tuple[Header, ...] = (
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; sandbox"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
 _log = structlog.get_logger("redux_server.api.middleware")
 
 
@@ -58,6 +89,40 @@ class RequestContext:
         finally:
             _record(scope, status, time.perf_counter() - started)
             structlog.contextvars.unbind_contextvars("request_id")
+
+
+def _given_id(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text: str = value.decode("latin-1")
+            return text if _REQUEST_ID.fullmatch(text) else None
+    return None
+
+
+def _record(scope: Scope, status: int, seconds: float) -> None:
+    route = getattr(scope.get("route"), "path", None)  # FastAPI's; Starlette's leave a function
+    route = route or getattr(scope.get("endpoint"), "__name__", "unmatched")
+    method = scope["method"] if scope["method"] in _METHODS else "other"  # a stranger's choice
+    metrics.HTTP.labels(method, route, str(status)).observe(seconds)
+    # Polls and preflights are many and say nothing; the query string is never logged, it may hold a
+    # secret.
+    is_dull = scope["method"] in ("GET", "OPTIONS") and status < 400
+    report = _log.debug if is_dull else _log.info
+    report(
+        "request",
+        method=scope["method"],
+        path=loggable(scope["path"]),
+        status=status,
+        duration_ms=round(seconds * 1000, 1),
+    )
+
+
+def loggable(path: str) -> str:
+    """A path without signatures, and without what would forge lines or move a terminal's cursor."""
+    for prefix in _SIGNED:
+        if path.startswith(prefix):
+            return f"{prefix}..."
+    return quote(path[:_LOGGED_PATH], safe="/:")
 
 
 class BodyLimit:
@@ -126,14 +191,6 @@ class BodyLimit:
         )
 
 
-def _given_id(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            text: str = value.decode("latin-1")
-            return text if _REQUEST_ID.fullmatch(text) else None
-    return None
-
-
 def _declared_length(scope: Scope) -> int:
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
@@ -141,65 +198,13 @@ def _declared_length(scope: Scope) -> int:
     return 0
 
 
-def _record(scope: Scope, status: int, seconds: float) -> None:
-    route = getattr(scope.get("route"), "path", None)  # FastAPI's; Starlette's leave a function
-    route = route or getattr(scope.get("endpoint"), "__name__", "unmatched")
-    method = scope["method"] if scope["method"] in _METHODS else "other"  # a stranger's choice
-    metrics.HTTP.labels(method, route, str(status)).observe(seconds)
-    # Polls and preflights are many and say nothing; the query string is never logged, it may hold a
-    # secret.
-    is_dull = scope["method"] in ("GET", "OPTIONS") and status < 400
-    report = _log.debug if is_dull else _log.info
-    report(
-        "request",
-        method=scope["method"],
-        path=loggable(scope["path"]),
-        status=status,
-        duration_ms=round(seconds * 1000, 1),
-    )
-
-
-def loggable(path: str) -> str:
-    """A path without signatures, and without what would forge lines or move a terminal's cursor."""
-    for prefix in _SIGNED:
-        if path.startswith(prefix):
-            return f"{prefix}..."
-    return quote(path[:_LOGGED_PATH], safe="/:")
-
-
-# --- Cors -----------------------------------------------------------------------------------------
-
-# DOC Which web pages may call the API from a browser.
-# DOC
-# DOC A page needs an API key like anyone else: keys are bearer tokens that no browser adds by itself, and
-# DOC cookies there are none. So a page's origin alone opens nothing, and any may call unless the operator
-# DOC names some. What needs no key (``/metrics``, ``/version``) is for no page of others.
-
-ANY, NONE = "*", "none"
-EXPOSED = ("X-Request-Id", "Retry-After", "Idempotent-Replayed", "Content-Range", "ETag")
-PREFLIGHT_KEPT_S = 7200  # as long as any browser keeps it
-_CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
-_OPEN = ("/api/", "/files/")
-
-
-def origins_of(setting: str) -> tuple[str, ...]:
-    """The origins that ``--cors-origins`` names, written as browsers send them."""
-    names = tuple(part.strip().lower() for part in setting.split(","))
-    return () if names == (NONE,) else names
-
-
-def headers_of_a_crash(path: str, origin: str | None, setting: str) -> dict[str, str]:
-    """What lets a page read an answer that was made outside of ``Cors``, as that to a crash is."""
-    origins = origins_of(setting)
-    if origin is None or not path.startswith(_OPEN):
-        return {}
-    if ANY in origins:
-        return {"Access-Control-Allow-Origin": ANY}
-    return {"Access-Control-Allow-Origin": origin} if origin in origins else {}
-
-
 class Cors:
-    """Answers preflights, and tells browsers which pages may read what comes back."""
+    """Answers preflights, and tells browsers which web pages may read what comes back.
+
+    A page needs an API key like anyone else: keys are bearer tokens that no browser adds by itself,
+    and cookies there are none. So a page's origin alone opens nothing, and any may call unless the
+    operator names some. What needs no key (``/metrics``, ``/version``) is for no page of others.
+    """
 
     def __init__(self, app: ASGIApp, *, origins: str) -> None:
         self._app = app
@@ -218,30 +223,20 @@ class Cors:
         await (self._opened if is_open else self._app)(scope, receive, send)
 
 
-# --- Security headers -----------------------------------------------------------------------------
+def origins_of(setting: str) -> tuple[str, ...]:
+    """The origins that ``--cors-origins`` names, written as browsers send them."""
+    names = tuple(part.strip().lower() for part in setting.split(","))
+    return () if names == (NONE,) else names
 
-# DOC What every answer tells browsers and caches that they must not do with it.
-# DOC
-# DOC Source: OWASP's Secure Headers Project and REST Security Cheat Sheet.
 
-Header = tuple[bytes, bytes]
-_ALWAYS: tuple[Header, ...] = ((b"x-content-type-options", b"nosniff"),)
-_NO_STORE: Header = (b"cache-control", b"no-store")
-_PAGE: tuple[Header, ...] = (
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-)
-_POLICY = (
-    "default-src 'self'; script-src {scripts}; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
-    "frame-ancestors 'none'"
-)
-_INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
-# A stored picture that is opened as a page of its own may do nothing at all.
-_FILE: tuple[Header, ...] = (
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; sandbox"),
-    (b"referrer-policy", b"no-referrer"),
-)
+def headers_of_a_crash(path: str, origin: str | None, setting: str) -> dict[str, str]:
+    """What lets a page read an answer that was made outside of ``Cors``, as that to a crash is."""
+    origins = origins_of(setting)
+    if origin is None or not path.startswith(_OPEN):
+        return {}
+    if ANY in origins:
+        return {"Access-Control-Allow-Origin": ANY}
+    return {"Access-Control-Allow-Origin": origin} if origin in origins else {}
 
 
 def security_headers(path: str, given: Iterable[Header]) -> list[Header]:

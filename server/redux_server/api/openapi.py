@@ -1,5 +1,6 @@
-"""What /docs and /openapi.json say of the answers. Models here describe; they validate nothing.
+"""The OpenAPI document, and what it says of the answers of several routes.
 
+Models here describe; they validate nothing. What one route alone has stands beside that route.
 Descriptions are those of the hosted service's documentation, where it has the field.
 """
 
@@ -17,6 +18,14 @@ RESULT_PATHS = (
     "/api/v2/wavespeed-ai/flux/{task_id}/result",
 )
 _ID = "45b392b22c3b449fa935bd4dc2219dfe"
+WEBHOOK_PARAMETER = {
+    "name": "webhook",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "string", "format": "uri"},
+    "description": "An https URL that is told when the task has ended: completed or failed. It is "
+    "sent the prediction object by POST, signed, and up to 11 times until it answers 2xx.",
+}
 IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -153,16 +162,6 @@ class ErrorBody(BaseModel):
     error: str = Field(description="The message again, for clients that look here")
     error_code: str = Field(examples=["invalid_parameter"])
     data: None = None
-
-
-WEBHOOK_PARAMETER = {
-    "name": "webhook",
-    "in": "query",
-    "required": False,
-    "schema": {"type": "string", "format": "uri"},
-    "description": "An https URL that is told when the task has ended: completed or failed. It is "
-    "sent the prediction object by POST, signed, and up to 11 times until it answers 2xx.",
-}
 
 
 class WorkerReport(BaseModel):

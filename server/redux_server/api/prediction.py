@@ -1,4 +1,8 @@
-"""A task as its owner sees it: with absolute URLs, signed for as long as its images are kept."""
+"""The prediction object: a task as its owner sees it, in an answer, a poll or a webhook.
+
+Its URLs are absolute, and signed for as long as the images are kept. Field names are those of the
+hosted service's documentation. Knows neither requests nor responses.
+"""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -10,7 +14,7 @@ from redux_server.tasks.task import Outcome, Status, Task
 
 
 class Presenter:
-    """Makes prediction objects, the same for an answer, a poll and a webhook."""
+    """Makes prediction objects, with the URLs that the settings ask for."""
 
     def __init__(self, settings: ServerSettings, signer: Signer) -> None:
         self._public_url = settings.public_url
@@ -33,13 +37,6 @@ class Presenter:
         if queue_position is not None:
             data["progress"]["queue_position"] = queue_position
         return data
-
-
-# --- Schemas --------------------------------------------------------------------------------------
-
-# DOC The shapes of the wire: the request's parameters, and the prediction object clients read.
-# DOC
-# DOC Parameter names, defaults, ranges and descriptions are those of the hosted service's documentation.
 
 
 def prediction(task: Task, *, base_url: str, sign: Callable[[str, float], str]) -> dict[str, Any]:

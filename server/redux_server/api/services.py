@@ -1,4 +1,7 @@
-"""Everything a route needs, built once by ``serve`` and handed to the app."""
+"""Everything a route needs, built once by ``serve`` and handed to the app.
+
+The one module that knows how the API process's services fit together. Starts nothing.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -39,7 +42,7 @@ from redux_server.webhooks.service import Webhooks, build_webhooks
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The API process's parts. ``accept`` and ``find`` are the store's, batched."""
+    """What the API process works with. ``accept`` and ``find`` are the store's, batched."""
 
     settings: ServerSettings
     store: TaskStore
@@ -67,13 +70,8 @@ class Services:
     draining: Draining = field(default_factory=Draining)
 
 
-# --- Assembly -------------------------------------------------------------------------------------
-
-# DOC How the API process's parts fit together: the one place that knows all of them.
-
-
 def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Services:
-    """The API process's parts over a database and a store of pictures; nothing is started.
+    """The services over a database and a store of pictures; nothing is started.
 
     Raises:
         KeyFileError: ``--api-keys-file`` cannot be used.
@@ -89,11 +87,9 @@ def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Serv
     disk = disk_space(settings)
     find = Coalescer(store.get, name="find")
     poller = TaskPoller(store.glance)
-    held = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
-
+    held_requests = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
     bounds = Bounds(settings.max_queue, settings.max_open_per_key)
     accept = partial(store.accept, max_open=bounds.of_all, max_open_per_key=bounds.of_a_key)
-
     return Services(
         settings=settings,
         store=store,
@@ -113,7 +109,7 @@ def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Serv
         queue=QueuePositions(engine),
         poller=poller,
         streams=Subscriptions(poller, most=MAX_STREAMS, most_of_a_key=MAX_STREAMS_OF_A_KEY),
-        sync_mode=SyncMode(held, find, limit_s=settings.sync_timeout_s),
+        sync_mode=SyncMode(held_requests, find, limit_s=settings.sync_timeout_s),
         disk=disk,
         ballast=open_ballast(settings),
         uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),

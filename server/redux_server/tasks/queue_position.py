@@ -2,8 +2,8 @@
 
 The position is the number of tasks that workers would begin before it if from now on no task
 ended, came or was cancelled, and each was begun alone: it follows from the order of
-``redux_server.tasks.claiming``, a key with few running tasks first. Tasks that end or come meanwhile move
-it both ways; a key's own later tasks never do.
+``redux_server.tasks.claiming``, a key with few running tasks first. Tasks that end or come
+meanwhile move it both ways; a key's own later tasks never do.
 
 Polls share a summary of the queue, one line for each key that waits. It is read at most every half
 second, in at most a fiftieth of the time, and polls go on with the last one while the next is read.
@@ -122,8 +122,8 @@ class QueuePositions:
     def _read_lines(self) -> list[Line]:
         others = tasks.alias()
         is_theirs = others.c.key_id == tasks.c.key_id
-        is_held = others.c.lease_until >= 0
-        running = select(func.count()).select_from(others).where(is_held, is_theirs)
+        is_leased = others.c.lease_until >= 0
+        running = select(func.count()).select_from(others).where(is_leased, is_theirs)
         latest = select(func.max(others.c.started_at)).where(is_theirs)
         query = (
             select(

@@ -166,9 +166,9 @@ class TaskStore:
     def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
         """Lease to ``owner`` the next task, and up to ``n - 1`` more of its shape and priority.
 
-        The first is the fairest (see ``redux_server.tasks.claiming``); with ``like``, the fairest of that
-        shape. None of the others has ever cost a worker, and neither has a first that has company.
-        Leases that ran out, and tasks whose delay is over, go back to the queue first.
+        The first is the fairest (see ``redux_server.tasks.claiming``); with ``like``, the fairest
+        of that shape. None of the others has ever cost a worker, and neither has a first that has
+        company. Leases that ran out, and tasks whose delay is over, go back to the queue first.
         """
         if not self._has_work(like):
             return []
@@ -178,19 +178,19 @@ class TaskStore:
             lease = claiming.lease_values(owner, now, self._lease_s)
             return claiming.claim(db, count=n, shape=like, lease=lease)
 
-    def renew(self, owner: str, held: Mapping[str, tuple[int, int]]) -> Lease:
+    def renew(self, owner: str, leased: Mapping[str, tuple[int, int]]) -> Lease:
         """Extend ``owner``'s leases and record progress.
 
         Args:
             owner: the worker that holds the tasks.
-            held: ``(attempt, denoising steps done)`` by task id.
+            leased: ``(attempt, denoising steps done)`` by task id.
 
         Returns:
-            Which of those in ``held`` it no longer holds, and which of the others are cancelled.
+            Which of those in ``leased`` it no longer holds, and which of the others are cancelled.
         """
         wanted: dict[str, bool] = {}
         with self._engine.begin() as db:
-            for task_id, (attempt, step) in held.items():
+            for task_id, (attempt, step) in leased.items():
                 row = db.execute(
                     update(tasks)
                     .where(tasks.c.id == task_id, tasks.c.attempt == attempt)
@@ -201,7 +201,7 @@ class TaskStore:
                 if row is not None:
                     wanted[task_id] = row.cancel_requested_at is None
         cancelled = frozenset(task_id for task_id, is_wanted in wanted.items() if not is_wanted)
-        return Lease(lost=frozenset(held) - wanted.keys(), cancelled=cancelled)
+        return Lease(lost=frozenset(leased) - wanted.keys(), cancelled=cancelled)
 
     def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
         """Record how ``attempt`` ended. False: a later attempt or an end was there first."""
@@ -224,11 +224,11 @@ class TaskStore:
         With ``has_crashed`` that was one of its ``max_attempts``; after the last it has failed, for
         the reason ``error``. False: it was no longer held under ``attempt``.
         """
-        held = (tasks.c.id == task_id) & (tasks.c.attempt == attempt)
+        is_it = (tasks.c.id == task_id) & (tasks.c.attempt == attempt)
         with self._engine.begin() as db:
             now = self._clock()
             taken = self._take_back(
-                db, held, now, has_crashed=has_crashed, delay_s=delay_s, error=error
+                db, is_it, now, has_crashed=has_crashed, delay_s=delay_s, error=error
             )
         return bool(taken)
 
@@ -238,8 +238,8 @@ class TaskStore:
         One that was told to go (``has_crashed`` false) puts none of them under suspicion.
         """
         with self._engine.begin() as db:
-            held_by = tasks.c.owner == owner
-            return self._take_back(db, held_by, self._clock(), has_crashed=has_crashed)
+            is_theirs = tasks.c.owner == owner
+            return self._take_back(db, is_theirs, self._clock(), has_crashed=has_crashed)
 
     # --- looking after all --------------------------------------------------------------------
 
@@ -313,9 +313,9 @@ class TaskStore:
         delay_s: float = 0.0,
         error: str = "",
     ) -> int:
-        """End the held tasks that are cancelled or have cost too much; queue the others again."""
-        held = select(tasks.c.id).where(IS_LEASED, condition).with_for_update(skip_locked=True)
-        ids = list(db.scalars(held))
+        """End the leased tasks that are cancelled or have cost too much; queue the others again."""
+        leased = select(tasks.c.id).where(IS_LEASED, condition).with_for_update(skip_locked=True)
+        ids = list(db.scalars(leased))
         if not ids:
             return 0
         is_taken = tasks.c.id.in_(ids), IS_LEASED

@@ -17,9 +17,8 @@ from redux_server.api.services import Services
 from redux_server.parameters import PredictionRequest
 from redux_server.storage.blobs import Blobs, StorageError
 from redux_server.tasks.task import Outcome, Status
-from server.in_process import Api, end_next
+from server.in_process import SUBMIT, Api, end_next
 
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 BODY = {"image": "https://example.com/a.png", "enable_base64_output": True}
 SIZES = (1, 2, 3, 1000, 2**20 + 1)  # 2^20 + 1: several pieces, none of them a multiple of 3
 IMAGES = [random.Random(size).randbytes(size) for size in SIZES]
@@ -163,10 +162,10 @@ def test_answer_comes_in_small_pieces_and_costs_no_more_memory_than_they_do(
     keys = KEYS[:4]
     for key in keys:
         blobs.put(key, bytes(8 * 2**20))
-    body = {"code": 200, "data": {"outputs": [], "id": "x"}}
+    data = {"outputs": [], "id": "x"}
 
     async def read() -> tuple[int, int]:
-        answer = await base64_answer(body, keys, blobs, None)
+        answer = await base64_answer(data, keys, blobs, None)
         assert isinstance(answer, StreamingResponse)
         sizes = [len(piece) async for piece in answer.body_iterator]
         assert sum(sizes) == int(answer.headers["content-length"])
@@ -205,7 +204,7 @@ def test_event_loop_is_not_kept_for_long(tmp_path: Path) -> None:
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
 
         ticking = asyncio.create_task(tick())
-        answer = await base64_answer({"data": {}}, KEYS[:4], blobs, None)
+        answer = await base64_answer({"id": "x"}, KEYS[:4], blobs, None)
         assert isinstance(answer, StreamingResponse)
         async for _ in answer.body_iterator:
             pass

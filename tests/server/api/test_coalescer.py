@@ -10,7 +10,7 @@ import pytest
 from redux_server.api.coalescer import Coalescer
 
 
-class EndRecorder:
+class BatchFunction:
     """A batch function that notes its batches and threads and can be held up."""
 
     def __init__(self) -> None:
@@ -38,30 +38,32 @@ class EndRecorder:
         assert await asyncio.to_thread(self.has_begun.wait, 10)
 
 
-Scenario = Callable[[EndRecorder, "Coalescer[int, int]"], Coroutine[Any, Any, None]]
+Scenario = Callable[[BatchFunction, "Coalescer[int, int]"], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, *, max_batch: int = 200) -> EndRecorder:
-    recorder = EndRecorder()
+def play(scenario: Scenario, *, max_batch: int = 200) -> BatchFunction:
+    batch_function = BatchFunction()
 
     async def run() -> None:
-        coalescer = Coalescer(recorder, name="test", max_batch=max_batch)
+        coalescer = Coalescer(batch_function, name="test", max_batch=max_batch)
         try:
             async with asyncio.timeout(20):
-                await scenario(recorder, coalescer)
+                await scenario(batch_function, coalescer)
         finally:
-            recorder.may_go.set()
+            batch_function.may_go.set()
             coalescer.close()
 
     asyncio.run(run())
-    return recorder
+    return batch_function
 
 
-async def hold_up(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> "asyncio.Task[int]":
+async def hold_up(
+    batch_function: BatchFunction, coalescer: "Coalescer[int, int]"
+) -> "asyncio.Task[int]":
     """Occupy the thread with a batch of its own, so that what follows has to wait."""
-    recorder.may_go.clear()
+    batch_function.may_go.clear()
     first = asyncio.create_task(coalescer(0))
-    await recorder.has_a_batch()
+    await batch_function.has_a_batch()
     return first
 
 
@@ -70,40 +72,40 @@ def start(coalescer: "Coalescer[int, int]", items: Sequence[int]) -> "list[async
 
 
 def test_an_idle_coalescer_runs_a_call_at_once() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
         assert [await coalescer(1), await coalescer(2)] == [10, 20]
 
     assert play(scenario).batches == [[1], [2]]
 
 
 def test_calls_that_arrive_meanwhile_share_a_batch_in_order() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
-        first = await hold_up(recorder, coalescer)
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
+        first = await hold_up(batch_function, coalescer)
         rest = start(coalescer, range(1, 100))
         await asyncio.sleep(0)
-        recorder.may_go.set()
+        batch_function.may_go.set()
         assert await asyncio.gather(first, *rest) == [10 * item for item in range(100)]
 
     assert play(scenario).batches == [[0], list(range(1, 100))]
 
 
 def test_a_batch_has_a_largest_size() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
-        first = await hold_up(recorder, coalescer)
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
+        first = await hold_up(batch_function, coalescer)
         rest = start(coalescer, range(1, 8))
         await asyncio.sleep(0)
-        recorder.may_go.set()
+        batch_function.may_go.set()
         await asyncio.gather(first, *rest)
 
     assert play(scenario, max_batch=3).batches == [[0], [1, 2, 3], [4, 5, 6], [7]]
 
 
 def test_an_exception_reaches_all_of_its_batch_and_only_it() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
-        first = await hold_up(recorder, coalescer)
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
+        first = await hold_up(batch_function, coalescer)
         rest = start(coalescer, [1, -2, 3, 4, 5, 6])
         await asyncio.sleep(0)
-        recorder.may_go.set()
+        batch_function.may_go.set()
         results = await asyncio.gather(first, *rest, return_exceptions=True)
         assert [str(r) for r in results[1:4]] == ["negative in [1, -2, 3]"] * 3
         assert [results[0], *results[4:]] == [0, 40, 50, 60]
@@ -125,14 +127,14 @@ def test_a_wrong_number_of_results_is_an_error_and_not_silence() -> None:
 
 
 def test_a_cancelled_caller_leaves_the_others_their_results() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
-        first = await hold_up(recorder, coalescer)
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
+        first = await hold_up(batch_function, coalescer)
         rest = start(coalescer, [1, 2, 3])
         await asyncio.sleep(0)
         rest[1].cancel()
         first.cancel()  # even that of the running batch
         await asyncio.sleep(0)
-        recorder.may_go.set()
+        batch_function.may_go.set()
         assert await asyncio.gather(rest[0], rest[2]) == [10, 30]
         assert rest[1].cancelled() and first.cancelled()
 
@@ -140,36 +142,36 @@ def test_a_cancelled_caller_leaves_the_others_their_results() -> None:
 
 
 def test_a_failing_batch_of_cancelled_callers_goes_by_in_silence() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
-        recorder.may_go.clear()
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
+        batch_function.may_go.clear()
         [caller] = start(coalescer, [-1])
-        await recorder.has_a_batch()
+        await batch_function.has_a_batch()
         caller.cancel()
         await asyncio.sleep(0)
-        recorder.may_go.set()
+        batch_function.may_go.set()
         assert await coalescer(1) == 10
 
     play(scenario)
 
 
 def test_batches_run_one_at_a_time_on_one_thread_that_is_not_the_loops() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
         for _ in range(20):
             await asyncio.gather(*start(coalescer, range(10)))
 
-    recorder = play(scenario, max_batch=3)
-    assert recorder.most_running == 1
-    assert len(recorder.threads) == 1
-    assert threading.get_ident() not in recorder.threads
+    batch_function = play(scenario, max_batch=3)
+    assert batch_function.most_running == 1
+    assert len(batch_function.threads) == 1
+    assert threading.get_ident() not in batch_function.threads
 
 
 def test_close_waits_for_the_running_batch_and_refuses_what_comes_later() -> None:
-    async def scenario(recorder: EndRecorder, coalescer: "Coalescer[int, int]") -> None:
-        first = await hold_up(recorder, coalescer)
+    async def scenario(batch_function: BatchFunction, coalescer: "Coalescer[int, int]") -> None:
+        first = await hold_up(batch_function, coalescer)
         closing = asyncio.create_task(asyncio.to_thread(coalescer.close))
         await asyncio.sleep(0.05)
         assert not closing.done()
-        recorder.may_go.set()
+        batch_function.may_go.set()
         await closing
         assert await first == 0
         with pytest.raises(RuntimeError, match="shutdown"):

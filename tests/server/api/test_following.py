@@ -16,9 +16,8 @@ from redux_server.api.coalescer import Coalescer
 from redux_server.api.following import Subscriptions, SyncMode, TaskPoller, TooManySubscriptions
 from redux_server.tasks.store import Glance, TaskStore
 from redux_server.tasks.task import Outcome, Status, Task
-from server.in_process import Api, end_next
+from server.in_process import SUBMIT, Api, end_next
 
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 BODY = {"image": "https://example.com/a.png", "enable_sync_mode": True}
 DONE = Outcome(Status.COMPLETED, [], [], [])
 PATIENCE_S = 20.0
@@ -139,7 +138,7 @@ def test_base64_comes_in_the_held_answer(api: Api) -> None:
 def test_over_the_bound_the_answer_comes_at_once_and_the_task_is_kept(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api.services.sync_mode._held, "_most", 0)
+    monkeypatch.setattr(api.services.sync_mode._subscriptions, "_most", 0)
     started = time.monotonic()
     answer = api.post(SUBMIT, json=BODY)
     assert time.monotonic() - started < 10
@@ -226,17 +225,21 @@ def run(
     every_s: float = 0.02,
     most: int = 1000,
 ) -> Any:
-    """``scene`` over fresh parts; nobody is followed afterwards, and nobody looks."""
+    """``scene`` over fresh followers; nobody is followed afterwards, and nobody looks."""
 
     async def whole() -> Any:
         tasks = Tasks()
         find = Coalescer(tasks.find, name="find")
-        parts = Followers(tasks, find, limit_s, every_s, most)
+        followers = Followers(tasks, find, limit_s, every_s, most)
         try:
-            result = await scene(parts, tasks)
-            assert not parts.poller._followed and not parts.held._by_key and not len(parts.held)
+            result = await scene(followers, tasks)
+            assert (
+                not followers.poller._followed
+                and not followers.held._by_key
+                and not len(followers.held)
+            )
             await asyncio.sleep(0.2)
-            assert parts.poller._polling is None, "nobody looks when nobody waits"
+            assert followers.poller._polling is None, "nobody looks when nobody waits"
             return result
         finally:
             find.close()
@@ -245,10 +248,10 @@ def run(
 
 
 def test_one_look_serves_streams_and_held_requests_together() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        streams = [parts.streams.open(f"s{i % 40}", "k") for i in range(80)]
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        streams = [followers.streams.open(f"s{i % 40}", "k") for i in range(80)]
         held = [f"t{i}" for i in range(100)]
-        waiting = [asyncio.create_task(parts.hold(a_task(each), never)) for each in held]
+        waiting = [asyncio.create_task(followers.hold(a_task(each), never)) for each in held]
         assert all([await each.wait(5) for each in streams]), "the first look is news"
         await asyncio.sleep(0.5)
         assert not any([await each.wait(0.0001) for each in streams]), "nothing is new"
@@ -261,27 +264,27 @@ def test_one_look_serves_streams_and_held_requests_together() -> None:
         assert not any(each.too_early for each in answers)
         assert sorted(tasks.reads) == sorted(held)
         for each in streams:
-            parts.streams.release(each)
-            parts.streams.release(each)
-        assert len(parts.streams) == 0
+            followers.streams.release(each)
+            followers.streams.release(each)
+        assert len(followers.streams) == 0
 
     run(scene)
 
 
 def test_more_tasks_than_one_statement_should_name_are_looked_at_in_several() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        streams = [parts.streams.open(f"{i:04}", "k") for i in range(1000)]
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        streams = [followers.streams.open(f"{i:04}", "k") for i in range(1000)]
         assert all([await each.wait(5) for each in streams])
         assert {len(ids) for ids in tasks.looks} == {500}
         for each in streams:
-            parts.streams.release(each)
+            followers.streams.release(each)
 
     run(scene)
 
 
 def test_each_change_wakes_those_who_follow_that_task_alone() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        one, two, other = (parts.streams.open(task_id, "k") for task_id in "aab")
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        one, two, other = (followers.streams.open(task_id, "k") for task_id in "aab")
         for each in (one, two, other):
             assert await each.wait(5)
         tasks.steps["a"] = 1
@@ -290,41 +293,41 @@ def test_each_change_wakes_those_who_follow_that_task_alone() -> None:
         tasks.deleted = {"b"}
         assert await other.wait(5) and other.seen is None
         for each in (one, two, other):
-            parts.streams.release(each)
+            followers.streams.release(each)
 
     run(scene)
 
 
 def test_subscription_that_is_to_look_again_is_woken_by_the_same_state() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        one = parts.streams.open("a", "k")
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        one = followers.streams.open("a", "k")
         assert await one.wait(5) and not await one.wait(0.1)
         one.look_again()
         assert await one.wait(5)
-        parts.streams.release(one)
+        followers.streams.release(one)
 
     run(scene)
 
 
 def test_stopping_wakes_all_and_lets_nobody_in() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        one = parts.streams.open("a", "k")
-        held = asyncio.create_task(parts.hold(a_task("b"), never))
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        one = followers.streams.open("a", "k")
+        held = asyncio.create_task(followers.hold(a_task("b"), never))
         await one.wait(5)
-        parts.poller.close()
+        followers.poller.close()
         assert await one.wait(5)
         assert "about to stop" in (await held).too_early
-        assert "about to stop" in (await parts.hold(a_task("c"), never)).too_early
+        assert "about to stop" in (await followers.hold(a_task("c"), never)).too_early
         with pytest.raises(TooManySubscriptions):
-            parts.streams.open("d", "k")
-        parts.streams.release(one)
+            followers.streams.open("d", "k")
+        followers.streams.release(one)
 
     run(scene)
 
 
 def test_steps_of_a_held_task_are_not_its_end() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        waiting = asyncio.create_task(followers.hold(a_task("t"), never))
         for step in range(5):
             tasks.steps["t"] = step
             await asyncio.sleep(0.05)
@@ -336,11 +339,11 @@ def test_steps_of_a_held_task_are_not_its_end() -> None:
 
 
 def test_each_key_holds_no_more_than_its_share() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        first = [asyncio.create_task(parts.hold(a_task(f"t{i}"), never)) for i in range(2)]
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        first = [asyncio.create_task(followers.hold(a_task(f"t{i}"), never)) for i in range(2)]
         await asyncio.sleep(0.05)
-        assert "as many" in (await parts.hold(a_task("t3"), never)).too_early
-        other = asyncio.create_task(parts.hold(a_task("t4", key_id="other"), never))
+        assert "as many" in (await followers.hold(a_task("t3"), never)).too_early
+        other = asyncio.create_task(followers.hold(a_task("t4", key_id="other"), never))
         await asyncio.sleep(0.05)
         tasks.ended = {"t0", "t1", "t4"}
         assert not any(each.too_early for each in await asyncio.gather(*first, other))
@@ -352,17 +355,17 @@ def test_client_that_leaves_frees_its_place() -> None:
     async def leaves() -> None:
         await asyncio.sleep(0.05)
 
-    async def scene(parts: Followers, tasks: Tasks) -> None:
+    async def scene(followers: Followers, tasks: Tasks) -> None:
         started = time.monotonic()
-        assert (await parts.hold(a_task("t"), leaves)).too_early
+        assert (await followers.hold(a_task("t"), leaves)).too_early
         assert time.monotonic() - started < PATIENCE_S / 2
 
     run(scene)
 
 
 def test_request_that_is_cancelled_frees_its_place() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        waiting = asyncio.create_task(followers.hold(a_task("t"), never))
         await asyncio.sleep(0.05)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -373,9 +376,9 @@ def test_request_that_is_cancelled_frees_its_place() -> None:
 
 @pytest.mark.parametrize("fault", ["is_away", "is_broken"])
 def test_database_that_is_away_is_waited_for(fault: str) -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
+    async def scene(followers: Followers, tasks: Tasks) -> None:
         setattr(tasks, fault, True)
-        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
+        waiting = asyncio.create_task(followers.hold(a_task("t"), never))
         await asyncio.sleep(0.2)
         assert not waiting.done() and len(tasks.looks) > 1
         setattr(tasks, fault, False)
@@ -386,7 +389,7 @@ def test_database_that_is_away_is_waited_for(fault: str) -> None:
 
 
 def test_database_that_goes_away_between_the_look_and_the_reading_is_waited_for() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
+    async def scene(followers: Followers, tasks: Tasks) -> None:
         tasks.ended = {"t"}
         fails = [True] * 3
 
@@ -395,32 +398,34 @@ def test_database_that_goes_away_between_the_look_and_the_reading_is_waited_for(
                 raise OperationalError("select", {}, Exception("away"))
             return tasks.get([task_id])[0]
 
-        answer = await SyncMode(parts.held, failing, limit_s=PATIENCE_S).hold(a_task("t"), never)
+        answer = await SyncMode(followers.held, failing, limit_s=PATIENCE_S).hold(
+            a_task("t"), never
+        )
         assert not answer.too_early and not fails
 
     run(scene)
 
 
 def test_database_that_is_away_is_complained_of_once() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
+    async def scene(followers: Followers, tasks: Tasks) -> None:
         with structlog.testing.capture_logs() as logs:
             tasks.is_away = True
-            one = parts.streams.open("a", "k")
+            one = followers.streams.open("a", "k")
             await asyncio.sleep(0.2)
             tasks.is_away = False
             assert await one.wait(5)
             tasks.is_away = True
             await asyncio.sleep(0.2)
         assert [each["log_level"] for each in logs] == ["warning"] * 2
-        parts.streams.release(one)
+        followers.streams.release(one)
 
     run(scene)
 
 
 def test_database_that_stays_away_is_told_as_too_early() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
+    async def scene(followers: Followers, tasks: Tasks) -> None:
         tasks.is_away = True
-        answer = await parts.hold(a_task("t"), never)
+        answer = await followers.hold(a_task("t"), never)
         assert answer.task is not None and answer.task.id == "t"
         assert "within 0.1 s" in answer.too_early
 
@@ -430,8 +435,8 @@ def test_database_that_stays_away_is_told_as_too_early() -> None:
 def test_end_in_the_last_moment_is_told() -> None:
     """The limit comes before the next look; the task is read once more then."""
 
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        waiting = asyncio.create_task(parts.hold(a_task("t"), never))
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        waiting = asyncio.create_task(followers.hold(a_task("t"), never))
         while not tasks.looks:
             await asyncio.sleep(0.001)
         tasks.ended = {"t"}
@@ -442,8 +447,8 @@ def test_end_in_the_last_moment_is_told() -> None:
 
 
 def test_two_may_wait_for_one_task() -> None:
-    async def scene(parts: Followers, tasks: Tasks) -> None:
-        both = [asyncio.create_task(parts.hold(a_task("t"), never)) for _ in range(2)]
+    async def scene(followers: Followers, tasks: Tasks) -> None:
+        both = [asyncio.create_task(followers.hold(a_task("t"), never)) for _ in range(2)]
         await asyncio.sleep(0.05)
         tasks.ended = {"t"}
         assert not any(each.too_early for each in await asyncio.gather(*both))

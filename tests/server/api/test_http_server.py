@@ -3,25 +3,22 @@
 import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from redux_server.api.http_server import MAX_HEAD_BYTES, MAX_TARGET_BYTES, BoundedHttpProtocol
+from redux_server.api.http_server import MAX_HEAD_BYTES, MAX_TARGET_BYTES
 from redux_server.api.middleware import BodyLimit
 from redux_server.errors import TooSlow
+from server.in_process import Impatient, serving
 
-HEAD_S = 0.5
-REST_S = 0.5
+HEAD_S = Impatient.head_s
 SLOW_ANSWER_S = 4 * HEAD_S
 GET = b"GET /x HTTP/1.1\r\nHost: h\r\n"
 PATIENCE_S = 20.0  # of a test for what should take half a second
@@ -33,11 +30,6 @@ class Seen:
 
     paths: list[str] = field(default_factory=list)
     endings: list[str] = field(default_factory=list)
-
-
-class Impatient(BoundedHttpProtocol):
-    head_s = HEAD_S
-    rest_s = REST_S
 
 
 def an_app(seen: Seen) -> ASGIApp:
@@ -59,24 +51,6 @@ def an_app(seen: Seen) -> ASGIApp:
         await PlainTextResponse(str(len(body)))(scope, receive, send)
 
     return BodyLimit(app, limit=2**20, patience_s=0.5)
-
-
-@contextmanager
-def serving(app: ASGIApp) -> Iterator[int]:
-    """``app`` on a loopback port, as ``serve`` would run it but for its patience."""
-    config = uvicorn.Config(
-        app, http=Impatient, ws="none", lifespan="off", log_config=None, access_log=False,
-        timeout_keep_alive=1,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -284,51 +258,3 @@ def test_client_that_goes_away_within_its_body_ends_the_request(port: int, seen:
     while not seen.endings and time.monotonic() < ends_at:
         time.sleep(0.02)
     assert seen.endings[0] in ("ClientDisconnect", "TooSlow")
-
-
-def read_through(pauses_s: list[float], size: int, *, patience_s: float) -> int:
-    """The bytes of a body of which ``size`` come after each pause; raises what the limit raises."""
-    left = list(pauses_s)
-    read: list[int] = []
-
-    async def receive() -> Message:
-        await asyncio.sleep(left.pop())
-        return {"type": "http.request", "body": bytes(size), "more_body": bool(left)}
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        read.append(len(await Request(scope, receive).body()))
-
-    async def send(message: Message) -> None:
-        raise AssertionError("nothing to send")
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    asyncio.run(BodyLimit(app, limit=2**30, patience_s=patience_s)(scope, receive, send))
-    return read[0]
-
-
-def test_each_byte_that_came_buys_time() -> None:
-    # 8 steps of 0.1 s are more than 0.4 s of patience, but 2^15 bytes a step are a second each.
-    assert read_through([0.1] * 8, 2**15, patience_s=0.4) == 8 * 2**15
-    with pytest.raises(TooSlow, match=r"allowed are 0\.4 s"):
-        read_through([0.1] * 8, 1, patience_s=0.4)
-
-
-def test_connection_is_waited_on_without_limit_once_the_body_is_there() -> None:
-    waited = []
-
-    async def receive() -> Message:
-        if not waited:
-            waited.append(True)
-            return {"type": "http.request", "body": b"", "more_body": False}
-        await asyncio.sleep(0.5)
-        return {"type": "http.disconnect"}
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        assert (await receive())["type"] == "http.request"
-        assert (await receive())["type"] == "http.disconnect"
-
-    async def send(message: Message) -> None:
-        raise AssertionError("nothing to send")
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    asyncio.run(BodyLimit(app, limit=10, patience_s=0.1)(scope, receive, send))

@@ -1,208 +1,20 @@
-"""A full queue, met before anything was done for the request that it has no place for."""
+"""Reserved places, and the token buckets, against counting by hand."""
 
 import asyncio
-import http.client
-import re
-import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import httpx
 import pytest
-from sqlalchemy import Engine, event
+from hypothesis import given
+from hypothesis import strategies as st
 
-from e2e.live import a_picture, data_uri
-from redux_server.api.limits import QueueReservations
-from redux_server.api.services import Services
-from redux_server.tasks.task import FreePlaces, KeyFull, NewTask, NoRoom
-from server.api.test_http_server import serving
-from server.in_process import Api
+from redux_server.api import limits
+from redux_server.api.limits import QueueReservations, RateLimit
+from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom
+from server.in_process import Clock
 
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
-URL = {"image": "https://example.com/a.png"}
-INLINE = {"image": data_uri(a_picture())}
-LARGE = {"image": "https://example.com/a.png", "prompt": "x" * 1800, "unknown": "y" * 2**20}
-KEY = {"Idempotency-Key": "once"}
-
-
-def at_once(api: Api, *bodies: dict[str, Any], headers: dict[str, str] | None = None) -> list[Any]:
-    async def flood() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(api.app, raise_app_exceptions=False)
-        named = {"Authorization": f"Bearer {api.key}", **(headers or {})}
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            posts = [client.post(SUBMIT, json=body, headers=named) for body in bodies]
-            return await asyncio.gather(*posts)
-
-    return api._runner.run(flood())
-
-
-@pytest.mark.parametrize("limit", ["max_queue", "max_open_per_key"])
-@pytest.mark.parametrize("headers", [{}, KEY], ids=["plain", "idempotent"])
-def test_picture_that_has_no_place_is_never_stored(
-    build_api: Callable[..., Api], stored: list[str], limit: str, headers: dict[str, str]
-) -> None:
-    api = build_api(**{limit: 1})
-    task_id = api.post(SUBMIT, json=INLINE).json()["data"]["id"]
-    answer = api.post(SUBMIT, json=INLINE, headers=headers)
-    assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
-    assert stored == [f"{task_id}/input"]
-
-
-def test_one_place_is_filled_by_one_picture_whoever_comes_at_once(
-    build_api: Callable[..., Api], stored: list[str]
-) -> None:
-    api = build_api(max_queue=1)
-    answers = at_once(api, *[INLINE] * 20)
-    assert sorted(answer.status_code for answer in answers) == [200] + [429] * 19
-    assert len(stored) == 1
-
-
-@pytest.mark.parametrize("limit", ["max_queue", "max_open_per_key"])
-def test_as_many_as_there_are_places_for_are_accepted_at_once(
-    build_api: Callable[..., Api], limit: str
-) -> None:
-    api = build_api(**{limit: 30})
-    answers = at_once(api, *[INLINE] * 20, *[URL] * 10)
-    assert [answer.status_code for answer in answers] == [200] * 30
-
-
-def test_twins_with_one_idempotency_key_are_one_task_in_the_last_place(
-    build_api: Callable[..., Api],
-) -> None:
-    api = build_api(max_queue=1)
-    answers = at_once(api, *[INLINE] * 5, headers=KEY)
-    assert {answer.status_code for answer in answers} == {200}
-    assert len({answer.json()["data"]["id"] for answer in answers}) == 1
-
-
-def test_place_of_a_request_that_failed_goes_to_the_one_behind(
-    build_api: Callable[..., Api],
-) -> None:
-    api = build_api(max_queue=1)
-    answers = at_once(api, {"image": "data:image/png;base64,AAAA"}, INLINE)
-    assert answers[0].status_code in (400, 429), "before the other, or after it"
-    assert answers[1].status_code == 200
-
-
-def test_twins_of_a_large_request_are_one_task_in_the_last_place(
-    build_api: Callable[..., Api],
-) -> None:
-    api = build_api(max_queue=1)
-    answers = at_once(api, *[LARGE] * 5, headers=KEY)
-    assert {answer.status_code for answer in answers} == {200}
-    assert len({answer.json()["data"]["id"] for answer in answers}) == 1
-
-
-# --- before the body is read ----------------------------------------------------------------------
-
-
-async def no_json(taken: list[int]) -> AsyncIterator[bytes]:
-    for _ in range(20):
-        taken.append(1)
-        yield b"x" * 10_000
-
-
-@pytest.mark.parametrize(("expect", "parts"), [("", 20), ("100-continue", 0)])
-def test_large_body_is_discarded_or_not_asked_for(
-    build_api: Callable[..., Api], expect: str, parts: int
-) -> None:
-    api = build_api(max_queue=1)
-    api.post(SUBMIT, json=URL)
-    taken: list[int] = []
-    headers = {"Expect": expect} if expect else {}
-    answer = api.post(SUBMIT, content=no_json(taken), headers=headers)
-    assert answer.status_code == 429, "it was parsed"
-    assert len(taken) == parts
-    assert ("close" in answer.headers.get("connection", "")) is bool(expect)
-
-
-def test_large_repeated_request_has_its_task_whatever_the_queue_has(
-    build_api: Callable[..., Api],
-) -> None:
-    api = build_api(max_queue=1)
-    first = api.post(SUBMIT, json=LARGE, headers=KEY).json()
-    assert api.post(SUBMIT, json=LARGE, headers=KEY).json() == first
-    stranger = api.services.keys.create("stranger")
-    assert api.post(SUBMIT, json=LARGE, headers=KEY, key=stranger).status_code == 429
-    other = api.post(SUBMIT, json={**LARGE, "seed": 1}, headers=KEY)
-    assert other.json()["error_code"] == "idempotency_conflict"
-
-
-def test_connection_of_a_discarded_body_can_be_used_again(
-    build_services: Callable[..., Services], build_api: Callable[..., Api]
-) -> None:
-    api = build_api(build_services(max_queue=1))
-    api.services.store.accept([NewTask("k", "m", {})], max_open=9)
-    named = {"Authorization": f"Bearer {api.key}"}
-    with serving(api.app) as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        for _ in range(2):
-            connection.request("POST", SUBMIT, body=b"x" * 2**21, headers=named)
-            answer = connection.getresponse()
-            assert (answer.status, b"queue_full" in answer.read()) == (429, True)
-            same = connection.sock
-        assert connection.sock is same
-        connection.close()
-
-
-def test_client_that_asks_first_is_refused_without_being_told_to_send(
-    build_services: Callable[..., Services], build_api: Callable[..., Api]
-) -> None:
-    api = build_api(build_services(max_queue=1))
-    api.services.store.accept([NewTask("k", "m", {})], max_open=9)
-    head = (
-        f"POST {SUBMIT} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {api.key}\r\n"
-        f"Content-Length: {2**21}\r\nExpect: 100-continue\r\n\r\n"
-    )
-    with serving(api.app) as port, socket.create_connection(("127.0.0.1", port), 20) as client:
-        client.sendall(head.encode())
-        received = b""
-        while more := client.recv(2**16):  # up to the end of the connection
-            received += more
-    assert received.startswith(b"HTTP/1.1 429 "), "neither 100 nor anything else came before"
-    assert b"retry-after: 5" in received.lower()
-
-
-# --- how often room is counted --------------------------------------------------------------------
-
-LARGE_INLINE = {**INLINE, "unknown": "y" * 2**17}
-
-
-@pytest.mark.parametrize("headers", [{}, KEY], ids=["plain", "idempotent"])
-@pytest.mark.parametrize(
-    ("body", "early"),
-    [(URL, 0), (LARGE, 1), (INLINE, 1), (LARGE_INLINE, 1)],
-    ids=["url", "large url", "inline", "large inline"],
-)
-def test_room_is_counted_once_before_the_transaction(
-    build_api: Callable[..., Api],
-    database: Engine,
-    body: dict[str, Any],
-    early: int,
-    headers: dict[str, str],
-) -> None:
-    api = build_api(max_queue=5)
-    counts: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if re.match(r"SELECT .*count\(", statement, re.DOTALL):
-            counts.append(statement)
-
-    event.listen(database, "before_cursor_execute", note)
-    assert api.post(SUBMIT, json=body, headers=headers).status_code == 200
-    assert len(counts) == early + 1
-
-
-def test_place_is_free_for_others_while_a_request_is_held_for_its_end(
-    build_api: Callable[..., Api],
-) -> None:
-    api = build_api(sync_timeout_s=0.1)
-    assert api.post(SUBMIT, json={**INLINE, "enable_sync_mode": True}).status_code == 200
-    assert not api.services.reservations._reserved
-
-
-# --- the reservations themselves ------------------------------------------------------------------
+# --- reservations ---------------------------------------------------------------------------------
 
 
 class Queue:
@@ -351,3 +163,70 @@ def test_request_that_is_given_up_frees_its_place() -> None:
         assert await asyncio.wait_for(ask(reservations, "a"), 20) is None
 
     run(Queue(1), scene)
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+def passes(limit: RateLimit, key: str, tries: int) -> int:
+    return sum(limit.take(key) == 0 for _ in range(tries))
+
+
+def test_no_limit_lets_everything_through(clock: Clock) -> None:
+    assert passes(RateLimit(0, clock=clock), "a", 10_000) == 10_000
+
+
+def test_a_minutes_worth_may_come_at_once_and_no_more(clock: Clock) -> None:
+    limit = RateLimit(6, clock=clock)
+    assert passes(limit, "a", 50) == 6
+    clock.now += 9.9
+    assert limit.take("a") == pytest.approx(0.1)
+    clock.now += 0.2
+    assert passes(limit, "a", 50) == 1
+
+
+def test_rest_does_not_add_up_beyond_a_minutes_worth(clock: Clock) -> None:
+    limit = RateLimit(6, clock=clock)
+    passes(limit, "a", 6)
+    clock.now += 3600
+    assert passes(limit, "a", 50) == 6
+
+
+def test_keys_do_not_share(clock: Clock) -> None:
+    limit = RateLimit(2, clock=clock)
+    assert passes(limit, "a", 9) == 2
+    assert passes(limit, "b", 9) == 2
+
+
+@given(
+    per_minute=st.integers(1, 600),
+    steps=st.lists(st.tuples(st.floats(0, 30), st.integers(1, 40)), max_size=30),
+)
+def test_no_run_of_requests_beats_the_rate(per_minute: int, steps: list[tuple[float, int]]) -> None:
+    clock = Clock(0.0)
+    limit = RateLimit(per_minute, clock=clock)
+    passed = 0
+    for pause_s, tries in steps:
+        clock.now += pause_s
+        passed += passes(limit, "a", tries)
+        assert passed <= per_minute + clock.now * per_minute / 60 + 1e-6
+
+
+def test_waiting_as_long_as_told_is_enough(clock: Clock) -> None:
+    limit = RateLimit(7, clock=clock)
+    passes(limit, "a", 7)
+    for _ in range(20):
+        clock.now += limit.take("a") + 1e-6
+        assert limit.take("a") == 0
+
+
+def test_full_buckets_are_forgotten(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_PRUNE_ABOVE", 100)
+    limit = RateLimit(2, clock=clock)
+    for number in range(100):
+        limit.take(f"old {number}")
+    clock.now += 60
+    passes(limit, "young", 9)
+    assert list(limit._buckets) == ["young"]
+    passes(limit, "another", 9)
+    assert passes(limit, "young", 9) == 0, "a used one is kept"

@@ -1,6 +1,10 @@
-"""What surrounds every request: its id, its log line, the limit on its body."""
+"""What surrounds every request: its id, its log line, its body's bounds, headers for browsers."""
 
 import asyncio
+import base64
+import hashlib
+import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -11,11 +15,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from redux_server.api.middleware import RequestContext
-from server.in_process import Api
+from e2e.live import a_picture
+from redux_server.api.middleware import BodyLimit, RequestContext, security_headers
+from redux_server.api.services import Services
+from redux_server.errors import TooSlow
+from redux_server.settings import ServerSettings, UsageError, build
+from server.in_process import SUBMIT, Api
 
 LIMIT = 1000
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 
 
 async def _read_all(scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,6 +114,54 @@ def test_limit_is_what_a_picture_of_20_mib_needs_as_base64() -> None:
     assert MAX_BYTES == 20 * 2**20
     assert BODY_LIMIT > MAX_BYTES * 4 / 3 + 10_000
     assert BODY_LIMIT < 30_000_000
+
+
+def read_through(pauses_s: list[float], size: int, *, patience_s: float) -> int:
+    """The bytes of a body of which ``size`` come after each pause; raises what the limit raises."""
+    left = list(pauses_s)
+    read: list[int] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(left.pop())
+        return {"type": "http.request", "body": bytes(size), "more_body": bool(left)}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        read.append(len(await Request(scope, receive).body()))
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nothing to send")
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(BodyLimit(app, limit=2**30, patience_s=patience_s)(scope, receive, send))
+    return read[0]
+
+
+def test_each_byte_that_came_buys_time() -> None:
+    # 8 steps of 0.1 s are more than 0.4 s of patience, but 2^15 bytes a step are a second each.
+    assert read_through([0.1] * 8, 2**15, patience_s=0.4) == 8 * 2**15
+    with pytest.raises(TooSlow, match=r"allowed are 0\.4 s"):
+        read_through([0.1] * 8, 1, patience_s=0.4)
+
+
+def test_connection_is_waited_on_without_limit_once_the_body_is_there() -> None:
+    waited = []
+
+    async def receive() -> Message:
+        if not waited:
+            waited.append(True)
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await asyncio.sleep(0.5)
+        return {"type": "http.disconnect"}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nothing to send")
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(BodyLimit(app, limit=10, patience_s=0.1)(scope, receive, send))
 
 
 # --- request ids ----------------------------------------------------------------------------------
@@ -216,3 +271,205 @@ async def _never() -> Message:
 
 async def _ignore(message: Message) -> None:
     pass
+
+
+# --- pages that call ------------------------------------------------------------------------------
+
+
+PAGE = "https://app.example.com"
+POLL = f"/api/v3/predictions/{'0' * 32}/result"
+ASKED = "authorization,content-type,idempotency-key,x-client-name,x-client-os,x-client-version"
+
+
+def preflight(api: Api, path: str, *, origin: str = PAGE, method: str = "POST") -> Any:
+    headers = {
+        "Origin": origin,
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": ASKED,
+    }
+    return api.request("OPTIONS", path, key="", headers=headers)
+
+
+def names(header: str) -> set[str]:
+    return {name.strip().lower() for name in header.split(",")}
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [(SUBMIT, "POST"), (POLL, "GET"), (f"/api/v3/predictions/{'0' * 32}", "DELETE"),
+     ("/files/a/b.png", "GET"), (f"/api/v3/predictions/{'0' * 32}/stream", "GET"),
+     ("/api/v3/media/uploads/x", "PUT")],
+)  # fmt: skip
+def test_preflight_needs_no_key_and_lets_the_sdk_s_headers_pass(
+    api: Api, path: str, method: str
+) -> None:
+    answer = preflight(api, path, method=method)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert names(answer.headers["access-control-allow-headers"]) == names(ASKED)
+    assert method.lower() in names(answer.headers["access-control-allow-methods"])
+    assert int(answer.headers["access-control-max-age"]) >= 600
+    assert "access-control-allow-credentials" not in answer.headers
+
+
+def _failing(services: Services) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    services.find._run = fail
+
+
+def test_refusals_can_be_read_by_pages_too(build_api: Callable[..., Api]) -> None:
+    api = build_api(rate_limit=1)
+    url = {"image": "https://example.com/a.png"}
+    origin = {"Origin": PAGE}
+    answers = [
+        api.post(SUBMIT, json=url, headers=origin),
+        api.post(SUBMIT, json=url, headers=origin),
+        api.post(SUBMIT, json=url, headers=origin, key="frs_wrong"),
+        api.get(POLL, headers=origin),
+        api.get("/files/x", headers=origin),
+        api.post("/api/v3/predictions", json={}, headers=origin),
+    ]
+    _failing(api.services)
+    answers.append(api.get(POLL, headers=origin))
+    assert [each.status_code for each in answers] == [200, 429, 401, 404, 404, 400, 500]
+    for answer in answers:
+        assert answer.headers["access-control-allow-origin"] == "*", answer.status_code
+    for answer in answers[:-1]:
+        exposed = names(answer.headers["access-control-expose-headers"])
+        assert {"x-request-id", "retry-after", "idempotent-replayed"} <= exposed
+        assert answer.headers["x-request-id"]
+
+
+def test_pictures_can_be_read_by_pages(
+    build_services: Callable[..., Services], build_api: Callable[..., Api]
+) -> None:
+    services = build_services()
+    services.blobs.put("a/1/0.png", a_picture())
+    api = build_api(services)
+    path = services.signer.path("a/1/0.png", time.time() + 60)
+    answer = api.get(path, key="", headers={"Origin": PAGE})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+    # A browser that has the picture from an <img> must not take it for the answer to a fetch.
+    assert "origin" in names(api.get(path, key="").headers["vary"])
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/version", "/readyz", "/docs", "/openapi.json"])
+def test_what_needs_no_key_is_for_no_page_of_others(api: Api, path: str) -> None:
+    answer = api.get(path, key="", headers={"Origin": PAGE})
+    assert "access-control-allow-origin" not in answer.headers
+    assert preflight(api, path, method="GET").status_code == 405
+
+
+def test_named_origins_only(build_api: Callable[..., Api]) -> None:
+    api = build_api(cors_origins=f"{PAGE}, https://Other.example")
+    for origin in (PAGE, "https://other.example"):
+        assert (
+            preflight(api, SUBMIT, origin=origin).headers["access-control-allow-origin"] == origin
+        )
+        answer = api.get(POLL, headers={"Origin": origin})
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert "origin" in names(answer.headers["vary"])
+    for origin in (
+        "https://evil.example",
+        "null",
+        PAGE + ".evil.example",
+        "http://app.example.com",
+    ):
+        assert "access-control-allow-origin" not in preflight(api, SUBMIT, origin=origin).headers
+        answer = api.get(POLL, headers={"Origin": origin})
+        assert "access-control-allow-origin" not in answer.headers
+        assert answer.status_code == 404, "who is no browser is answered all the same"
+    _failing(api.services)
+    assert api.get(POLL, headers={"Origin": PAGE}).headers["access-control-allow-origin"] == PAGE
+    crash = api.get(POLL, headers={"Origin": "https://evil.example"})
+    assert crash.status_code == 500 and "access-control-allow-origin" not in crash.headers
+
+
+def test_none_is_none(build_api: Callable[..., Api]) -> None:
+    api = build_api(cors_origins="none")
+    assert "access-control-allow-origin" not in preflight(api, SUBMIT).headers
+    answer = api.get(POLL, headers={"Origin": PAGE})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("text", ["example.com", "https://a.example/", "*,https://a.example", ";"])
+def test_origins_that_no_browser_sends_are_refused_at_the_start(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--cors-origins must be origins .*https://app\."):
+        build(ServerSettings, {"cors_origins": text}, {})
+
+
+# --- headers for browsers and caches --------------------------------------------------------------
+
+
+JSON_PATHS = [
+    "/livez", "/health", "/readyz", "/version", "/openapi.json", "/nope", "/api/v3/nope",
+    f"/api/v3/predictions/{'0' * 32}/result", "/files/nope",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", JSON_PATHS)
+@pytest.mark.parametrize("key", [None, ""])
+def test_json_is_kept_by_no_cache(api: Api, path: str, key: str | None) -> None:
+    response = api.get(path, key=key)
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_refusal_without_a_key_has_the_headers_too(api: Api) -> None:
+    response = api.post("/api/v3/wavespeed-ai/flux-pro-redux", key="", json={})
+    assert response.status_code == 401
+    assert response.headers["cache-control"] == "no-store"
+
+
+def directives(response: object) -> dict[str, list[str]]:
+    policy = response.headers["content-security-policy"]  # type: ignore[attr-defined]
+    return {part.split()[0]: part.split()[1:] for part in policy.split(";")}
+
+
+def test_docs_run_their_own_scripts_and_no_other(api: Api) -> None:
+    page = api.get("/docs", key="")
+    assert page.status_code == 200
+    allowed = directives(page)["script-src"]
+    assert "'unsafe-inline'" not in allowed and "'unsafe-eval'" not in allowed
+    inline = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)
+    assert len(inline) == 1
+    for script in inline:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in allowed
+    for source in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+        assert source.startswith("/"), "from another host"
+        assert api.get(source, key="").status_code == 200
+
+
+def test_docs_stand_in_no_frame_and_tell_no_referrer(api: Api) -> None:
+    page = api.get("/docs", key="")
+    assert page.headers["x-frame-options"] == "DENY"
+    assert page.headers["referrer-policy"] == "no-referrer"
+    found = directives(page)
+    assert found["frame-ancestors"] == found["base-uri"] == found["object-src"] == ["'none'"]
+    assert found["default-src"] == ["'self'"]
+
+
+def test_picture_opened_as_a_page_is_sandboxed(
+    build_services: Callable[..., Services], build_api: Callable[..., Api]
+) -> None:
+    services = build_services()
+    services.blobs.put("a/1/0.png", a_picture())
+    response = build_api(services).get(services.signer.path("a/1/0.png", time.time() + 60), key="")
+    assert response.headers["content-type"] == "image/png"
+    assert "sandbox" in directives(response)
+    assert response.headers["cache-control"] == "private, max-age=3600"
+
+
+def test_no_header_is_given_twice(api: Api) -> None:
+    for path in (*JSON_PATHS, "/docs", "/metrics"):
+        names = [name.lower() for name, _ in api.get(path, key="").headers.multi_items()]
+        assert len(set(names)) == len(names), path
+
+
+def test_what_a_route_says_stands() -> None:
+    given = [(b"content-type", b"application/json"), (b"cache-control", b"max-age=5")]
+    assert [name for name, _ in security_headers("/x", given)] == [b"x-content-type-options"]

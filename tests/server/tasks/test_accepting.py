@@ -1,7 +1,8 @@
-"""Idempotency keys: over HTTP, in parallel, and where they meet deletion, the bound and time."""
+"""Accepting: idempotency keys, where they meet deletion, the bound and time; open tasks per key."""
 
 import asyncio
-import time
+import random
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,25 +10,28 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine
 
 from e2e.live import a_picture, data_uri
-from redux_server.api import housekeeping
-from redux_server.api.services import Services
-from redux_server.database.tables import idempotency, tasks
+from redux_server.database.tables import tasks
+from redux_server.tasks.accepting import Bounds, free_places
 from redux_server.tasks.store import TaskStore
-from redux_server.tasks.task import Created, NewTask, NoRoom, Replayed
-from server.in_process import Api
+from redux_server.tasks.task import (
+    Created,
+    FreePlaces,
+    KeyFull,
+    NewTask,
+    NoRoom,
+    Outcome,
+    Replayed,
+    Status,
+)
+from server.in_process import SUBMIT, Api, Clock
+from server.stored_tasks import count_rows
 
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 URL = {"image": "https://example.com/a.png", "size": "512*512"}
 INLINE = {"image": data_uri(a_picture()), "size": "512*512"}
 KEY = {"Idempotency-Key": "order 66"}
-
-
-def count(database: Engine, table: Any = tasks) -> int:
-    with database.connect() as db:
-        return int(db.scalar(select(func.count()).select_from(table)) or 0)
 
 
 def files(folder: Path) -> list[Path]:
@@ -45,7 +49,7 @@ def test_same_request_with_the_same_key_is_the_same_task(
     assert first.json()["data"]["input"]["seed"] >= 0
     assert "idempotent-replayed" not in first.headers
     assert again.headers["idempotent-replayed"] == "true"
-    assert count(database) == 1
+    assert count_rows(database) == 1
     assert len(files(tmp_path)) == (body is INLINE)
 
 
@@ -86,7 +90,7 @@ def test_other_request_with_the_same_key_is_refused(
     assert (answer.status_code, answer.json()["code"]) == (409, 409)
     assert answer.json()["error_code"] == "idempotency_conflict"
     assert "another request" in answer.json()["message"]
-    assert count(database) == 1
+    assert count_rows(database) == 1
     assert files(tmp_path) == before
 
 
@@ -103,21 +107,7 @@ def test_keys_belong_to_the_api_key_that_sent_them(api: Api, database: Engine) -
     theirs = api.post(SUBMIT, json={**URL, "prompt": "x"}, headers=KEY, key=stranger)
     assert theirs.status_code == 200
     assert theirs.json()["data"]["id"] != mine.json()["data"]["id"]
-    assert count(database) == 2
-
-
-@pytest.mark.parametrize("key", ["", "x" * 256, "tab\there", "é".encode("latin-1")])
-def test_unusable_key_is_refused(api: Api, database: Engine, key: Any) -> None:
-    answer = api.post(SUBMIT, json=URL, headers={"Idempotency-Key": key})
-    assert answer.status_code == 400
-    assert "Idempotency-Key must be 1 to 255 printable ASCII" in answer.json()["message"]
-    assert count(database) == 0
-
-
-def test_longest_key_is_taken(api: Api) -> None:
-    headers = {"Idempotency-Key": "x" * 255}
-    answers = [api.post(SUBMIT, json=URL, headers=headers) for _ in range(2)]
-    assert answers[0].json() == answers[1].json()
+    assert count_rows(database) == 2
 
 
 def test_replays_are_answered_while_the_queue_is_full(build_api: Callable[..., Api]) -> None:
@@ -138,18 +128,7 @@ def test_deleted_task_is_not_made_again_by_a_late_retry(api: Api, database: Engi
     answer = api.post(SUBMIT, json=URL, headers=KEY)
     assert answer.status_code == 409
     assert "was deleted" in answer.json()["message"]
-    assert count(database) == 0
-
-
-def test_keys_are_kept_for_a_day(build_services: Callable[..., Services], database: Engine) -> None:
-    services = build_services()
-    hour = 3600.0
-    for name, age_h in (("old", 24.1), ("young", 23.9)):
-        store = TaskStore(database, clock=lambda age_h=age_h: time.time() - age_h * hour)
-        store.accept([NewTask("k", "m", {}, idempotency_key=name)], max_open=9)
-    assert housekeeping.sweep_idempotency_keys(services) == 1
-    with database.connect() as db:
-        assert list(db.scalars(select(idempotency.c.key))) == ["young"]
+    assert count_rows(database) == 0
 
 
 @pytest.mark.parametrize(
@@ -182,7 +161,7 @@ def test_parallel_requests_make_one_task_per_key(
     assert len(made) == names
     ids = [answer.json()["data"]["id"] for answer in answers]
     assert [len(set(ids[number::names])) for number in range(names)] == [1] * names
-    assert count(database) == len(set(ids)) == names
+    assert count_rows(database) == len(set(ids)) == names
     assert len(files(tmp_path)) == names // 4, "a picture was left of a request that lost the race"
 
 
@@ -204,4 +183,77 @@ def test_stores_side_by_side_make_one_task_per_key_and_keep_the_bound(
     assert kinds.count(Created) == 8
     assert kinds.count(NoRoom) == 4 * 12
     assert kinds.count(Replayed) == 8 * 11
-    assert count(either_database) == 8
+    assert count_rows(either_database) == 8
+
+
+# --- open tasks per key ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(database: Engine, clock: Clock) -> TaskStore:
+    return TaskStore(database, clock=clock)
+
+
+def new(key: str) -> NewTask:
+    return NewTask(key_id=key, model="m", input={})
+
+
+def test_one_batch_is_cut_where_its_key_is_full(store: TaskStore) -> None:
+    batch = [new(key) for key in "abaabba"]
+    answers = store.accept(batch, max_open=100, max_open_per_key=2)
+    assert [isinstance(answer, KeyFull) for answer in answers] == [
+        False, False, False, True, False, True, True,
+    ]  # fmt: skip
+    assert [answer.task.id for answer in answers if isinstance(answer, Created)] == [
+        task.id for task, answer in zip(batch, answers, strict=True) if isinstance(answer, Created)
+    ]
+
+
+def test_running_tasks_count_and_ended_ones_do_not(store: TaskStore) -> None:
+    store.accept([new("a"), new("a")], max_open=100, max_open_per_key=2)
+    [task] = store.claim("w")
+    assert store.accept([new("a")], max_open=100, max_open_per_key=2) == [KeyFull()]
+    assert store.finish(task.id, task.attempt, Outcome(Status.COMPLETED))
+    answers = store.accept([new("a"), new("a")], max_open=100, max_open_per_key=2)
+    assert isinstance(answers[0], Created) and answers[1] == KeyFull()
+
+
+def test_refused_task_takes_no_room_from_others(store: TaskStore) -> None:
+    answers = store.accept([new("a"), new("a"), new("b"), new("c")], max_open=2, max_open_per_key=1)
+    assert isinstance(answers[0], Created) and answers[1] == KeyFull()
+    assert isinstance(answers[2], Created) and answers[3] == NoRoom()
+
+
+def test_no_limit_is_no_limit(store: TaskStore) -> None:
+    answers = store.accept([new("a") for _ in range(50)], max_open=50)
+    assert all(isinstance(answer, Created) for answer in answers)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_key_is_ever_over_its_limit_and_none_is_refused_below(
+    store: TaskStore, database: Engine, seed: int
+) -> None:
+    rng = random.Random(seed)
+    opened: Counter[str] = Counter()
+    for _ in range(60):
+        for task in store.claim("w") if rng.random() < 0.4 else ():
+            assert store.finish(task.id, task.attempt, Outcome.failure(1, "x"))
+            opened[task.key_id] -= 1
+        left = free_places(database, list("cab"), bounds=Bounds(70, 3))
+        assert left == [FreePlaces(70 - opened.total(), 3 - opened[key]) for key in "cab"]
+        batch = [new(rng.choice("abc")) for _ in range(rng.randrange(5))]
+        for given, answer in zip(
+            batch, store.accept(batch, max_open=1000, max_open_per_key=3), strict=True
+        ):
+            assert isinstance(answer, Created) == (opened[given.key_id] < 3)
+            opened[given.key_id] += isinstance(answer, Created)
+
+
+def test_counting_reads_an_index_not_the_table(database: Engine) -> None:
+    with database.connect() as db:
+        plan = db.exec_driver_sql(
+            "EXPLAIN QUERY PLAN SELECT key_id, count(*) FROM tasks "
+            "WHERE finished_at IS NULL AND key_id IN ('a') GROUP BY key_id"
+        ).all()
+    assert any("INDEX tasks_open" in row[3] for row in plan), plan
+    assert any("finished_at" in index.columns for index in tasks.indexes)

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 import pytest
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from redux_server.api.auth import KeyRing
 from redux_server.tasks.queue_position import FURTHEST, QueuePositions
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import NewTask, Outcome, Status, Task
-from server.in_process import Api, Clock
+from server.in_process import SUBMIT, URL, Api, Clock
 
 DONE = Outcome(status=Status.COMPLETED)
 
@@ -118,9 +119,7 @@ def test_polls_share_what_was_read_and_do_not_wait_for_more(
 
 
 def test_poll_tells_the_position_while_the_task_waits(api: Api) -> None:
-    submit = "/api/v3/wavespeed-ai/flux-pro-redux"
-    url = {"image": "https://example.com/a.png"}
-    first, second = (api.post(submit, json=url).json()["data"]["id"] for _ in range(2))
+    first, second = (api.post(SUBMIT, json=URL).json()["data"]["id"] for _ in range(2))
 
     def progress(task_id: str) -> dict[str, int]:
         answer = api.get(f"/api/v3/predictions/{task_id}/result").json()
@@ -134,14 +133,11 @@ def test_poll_tells_the_position_while_the_task_waits(api: Api) -> None:
 
 
 def test_poll_is_answered_without_a_position_where_the_queue_cannot_be_read(api: Api) -> None:
-    from sqlalchemy.exc import OperationalError
-
     def fail() -> None:
         raise OperationalError("", {}, Exception("away"))
 
     api.services.queue._read_lines = fail  # type: ignore[method-assign,assignment]
-    submit = "/api/v3/wavespeed-ai/flux-pro-redux"
-    task = api.post(submit, json={"image": "https://example.com/a.png"}).json()["data"]
+    task = api.post(SUBMIT, json=URL).json()["data"]
     answer = api.get(task["urls"]["get"])
     assert answer.status_code == 200
     assert "queue_position" not in answer.json()["data"]["progress"]

@@ -16,28 +16,11 @@ from redux_server.database.tables import tasks
 from redux_server.tasks.accepting import Bounds, IdempotencyKeys, free_places
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Code, Created, NewTask, NoRoom, Outcome, Status, Task
+from server.in_process import Clock
 
 LEASE_S = 30.0
 DONE = Outcome(status=Status.COMPLETED, outputs=["a/1/0.png"], seeds=[7], timings={"inference": 5})
 FAILED = Outcome.failure(Code.TASK_FAILED, "no")
-
-
-class Clock:
-    """Unix seconds that pass only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
@@ -148,7 +131,7 @@ def test_queue_bound_holds_under_many_threads(store: TaskStore) -> None:
 
 def test_tasks_are_claimed_in_the_order_accepted(store: TaskStore, clock: Clock) -> None:
     ids = add(store, 3)
-    clock.advance(1)
+    clock.now += 1
     ids += add(store, 2)
     assert [claim(store).id for _ in ids] == ids
     assert store.claim("w") == []
@@ -156,7 +139,7 @@ def test_tasks_are_claimed_in_the_order_accepted(store: TaskStore, clock: Clock)
 
 def test_claimed_task_is_processing_under_its_first_attempt(store: TaskStore, clock: Clock) -> None:
     [task_id] = add(store)
-    clock.advance(3)
+    clock.now += 3
     task = claim(store)
     assert (task.status, task.attempt, task.started_at) == (Status.PROCESSING, 1, clock.now)
     assert task == get(store, task_id)
@@ -210,10 +193,10 @@ def test_expired_lease_is_claimed_again_before_younger_tasks(
     store: TaskStore, clock: Clock
 ) -> None:
     [old] = add(store)
-    clock.advance(1)
+    clock.now += 1
     [young] = add(store)
     assert claim(store, "dead").id == old
-    clock.advance(LEASE_S + 0.001)
+    clock.now += LEASE_S + 0.001
     again = claim(store, "alive")
     assert (again.id, again.attempt) == (old, 2)
     assert claim(store, "alive").id == young
@@ -222,7 +205,7 @@ def test_expired_lease_is_claimed_again_before_younger_tasks(
 def test_lease_holds_until_its_last_moment(store: TaskStore, clock: Clock) -> None:
     add(store)
     claim(store, "first")
-    clock.advance(LEASE_S)
+    clock.now += LEASE_S
     assert store.claim("second") == []
 
 
@@ -241,7 +224,7 @@ def test_tasks_stay_claimable_when_the_clock_is_set(
 ) -> None:
     ids = set(add(store, 2))
     first = claim(store)
-    clock.advance(jump_s)
+    clock.now += jump_s
     store.release("w")  # its worker is gone
     claimed = [claim(store), claim(store)]
     assert {task.id for task in claimed} == ids
@@ -256,7 +239,7 @@ def test_tasks_stay_claimable_when_the_clock_is_set(
 def test_finish_stores_the_outcome(store: TaskStore, clock: Clock) -> None:
     add(store)
     task = claim(store)
-    clock.advance(2)
+    clock.now += 2
     assert store.finish(task.id, task.attempt, DONE)
     ended = get(store, task.id)
     assert (ended.status, ended.outcome, ended.finished_at) == (Status.COMPLETED, DONE, clock.now)
@@ -265,7 +248,7 @@ def test_finish_stores_the_outcome(store: TaskStore, clock: Clock) -> None:
 def test_zombie_cannot_finish_after_its_successor_claimed(store: TaskStore, clock: Clock) -> None:
     add(store)
     zombie = claim(store, "zombie")
-    clock.advance(LEASE_S + 1)
+    clock.now += LEASE_S + 1
     successor = claim(store, "successor")
     assert not store.finish(zombie.id, zombie.attempt, FAILED)
     assert get(store, zombie.id).status is Status.PROCESSING
@@ -287,7 +270,7 @@ def test_finish_after_release_counts_once_while_nobody_claimed(store: TaskStore)
 def test_finish_after_expiry_counts_while_nobody_claimed(store: TaskStore, clock: Clock) -> None:
     add(store)
     task = claim(store)
-    clock.advance(10 * LEASE_S)
+    clock.now += 10 * LEASE_S
     assert store.finish(task.id, task.attempt, DONE)
     assert store.claim("other") == []
 
@@ -305,7 +288,7 @@ def test_ended_task_never_changes(store: TaskStore, clock: Clock, outcome: Outco
     task = claim(store)
     store.finish(task.id, task.attempt, outcome)
     ended = get(store, task.id)
-    clock.advance(LEASE_S * 2)
+    clock.now += LEASE_S * 2
     for attempt in range(4):
         assert not store.finish(task.id, attempt, FAILED)
         assert store.renew("w", {task.id: (attempt, 1)}).lost == {task.id}
@@ -329,7 +312,7 @@ def test_renew_extends_the_lease(store: TaskStore, clock: Clock) -> None:
     add(store)
     task = claim(store)
     for step in range(5):
-        clock.advance(LEASE_S - 1)
+        clock.now += LEASE_S - 1
         assert store.renew("w", {task.id: (1, step)}).lost == frozenset()
         assert store.claim("other") == []
     assert get(store, task.id).progress_step == 4
@@ -338,10 +321,10 @@ def test_renew_extends_the_lease(store: TaskStore, clock: Clock) -> None:
 def test_renew_reports_what_was_lost_and_keeps_the_rest(store: TaskStore, clock: Clock) -> None:
     add(store, 3)
     kept, lost, ended = claim(store), claim(store), claim(store)
-    clock.advance(LEASE_S - 1)
+    clock.now += LEASE_S - 1
     store.renew("w", {kept.id: (1, 1)})
     store.finish(ended.id, 1, DONE)
-    clock.advance(2)
+    clock.now += 2
     assert claim(store, "other").id == lost.id
     held = {task.id: (1, 2) for task in (kept, lost, ended)}
     assert store.renew("w", held).lost == {lost.id, ended.id}
@@ -352,7 +335,7 @@ def test_renew_reports_what_was_lost_and_keeps_the_rest(store: TaskStore, clock:
 def test_earlier_attempt_of_the_same_worker_is_lost(store: TaskStore, clock: Clock) -> None:
     add(store)
     first = claim(store)
-    clock.advance(LEASE_S + 1)
+    clock.now += LEASE_S + 1
     second = claim(store)
     assert (second.id, second.attempt) == (first.id, 2)
     assert store.renew("w", {first.id: (1, 1)}).lost == {first.id}
@@ -387,11 +370,11 @@ def test_poison_task_fails_after_its_last_attempt_with_a_clear_reason(
 def test_poison_task_fails_when_its_last_lease_runs_out(engine: Engine, clock: Clock) -> None:
     store = TaskStore(engine, lease_s=LEASE_S, max_attempts=2, clock=clock)
     [poison] = add(store)
-    clock.advance(1)
+    clock.now += 1
     [neighbour] = add(store)
     crash(store, times=1)
     assert claim(store).id == poison
-    clock.advance(LEASE_S + 1)
+    clock.now += LEASE_S + 1
     assert claim(store).id == neighbour
     assert get(store, poison).status is Status.FAILED
 
@@ -429,7 +412,7 @@ def test_ended_before_lists_the_oldest_first_and_only_ended_ones(
     for _ in range(3):
         task = claim(store)
         store.finish(task.id, task.attempt, DONE)
-        clock.advance(10)
+        clock.now += 10
     assert store.ended_before(clock.now) == ids[:3]
     assert store.ended_before(clock.now - 10) == ids[:2]
     assert store.ended_before(clock.now, limit=1) == ids[:1]
@@ -446,7 +429,7 @@ def test_queue_state_counts_and_ages(store: TaskStore, clock: Clock) -> None:
     state = store.queue_state()
     assert (state.waiting, state.running, state.oldest_waiting_s) == (0, 0, 0.0)
     add(store, 3)
-    clock.advance(5)
+    clock.now += 5
     claim(store)
     state = store.queue_state()
     assert (state.waiting, state.running) == (2, 1)

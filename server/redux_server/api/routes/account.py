@@ -30,9 +30,9 @@ from redux_server.parameters import MODELS, Whole, complaint
 from redux_server.tasks.listing import DayCount, Wanted
 from redux_server.tasks.task import TASK_ID, Status, Task
 
-# DOC Questions about money and use, and the shapes of their answers. Holds no logic.
-
 CURRENCY = "USD"
+BALANCE = 0.0
+LONGEST = timedelta(days=31)
 MAX_IDS = 100
 ALLOWED: Final = {
     "model_id": "the name of a model",
@@ -47,6 +47,8 @@ ALLOWED: Final = {
     "end_time": A_TIME,
 }
 ALLOWED_OF_BILLINGS: Final = {**ALLOWED, "start_time": A_TIME_OR_MS, "end_time": A_TIME_OR_MS}
+M = TypeVar("M", bound=BaseModel)
+router = APIRouter(tags=["account"])
 
 
 class Balance(BaseModel):
@@ -142,12 +144,6 @@ class UsageRequest(BaseModel):
     start_time: Moment
     end_time: Moment
     model_uuid: str = ""
-
-
-BALANCE = 0.0
-LONGEST = timedelta(days=31)
-M = TypeVar("M", bound=BaseModel)
-router = APIRouter(tags=["account"])
 
 
 def _documented(model: type[BaseModel], answer: type[BaseModel], *errors: int) -> dict[str, Any]:

@@ -8,17 +8,24 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from fastapi import Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
-from redux_server.api.dependencies import ServicesDep
-from redux_server.api.routes.predictions import router
-from redux_server.errors import NotFound, Unavailable
+from redux_server.api.dependencies import ServicesDep, no_pictures
+from redux_server.errors import NotFound
 from redux_server.pictures import inline
 from redux_server.storage.blobs import BlobStore, OpenBlob
 
 _SNIFFED_BYTES = 64
 _RANGE = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
+router = APIRouter()
+
+
+@router.api_route("/files/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
+async def download(request: Request, path: str, services: ServicesDep) -> Response:
+    """A stored picture; the signed path is the permission."""
+    key = services.signer.open_key(f"/files/{path}")
+    return await download_response(request, services.blobs, key)
 
 
 async def download_response(request: Request, blobs: BlobStore, key: str) -> Response:
@@ -77,9 +84,7 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except OSError:
-        raise Unavailable(
-            "The store of pictures does not answer; try again.", headers={"Retry-After": "5"}
-        ) from None
+        raise no_pictures() from None
 
 
 async def _joined(start: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -110,13 +115,3 @@ def _part(request: Request, blob: OpenBlob) -> tuple[int, int] | None:
     end = min(size, int(match[2]) + 1) if match[2] else size
     # A last byte before the first makes the range invalid, hence ignored, not unsatisfiable.
     return None if match[2] and int(match[2]) < first else (first, end)
-
-
-# --- Routes ---------------------------------------------------------------------------------------
-
-
-@router.api_route("/files/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
-async def download(request: Request, path: str, services: ServicesDep) -> Response:
-    """A stored picture; the signed path is the permission."""
-    key = services.signer.open_key(f"/files/{path}")
-    return await download_response(request, services.blobs, key)

@@ -1,4 +1,7 @@
-"""The list of a key's tasks."""
+"""The list of a key's tasks, and how requests give times.
+
+Times are RFC 3339 texts, and where clients send them also milliseconds since 1970.
+"""
 
 import asyncio
 from datetime import UTC, datetime
@@ -16,10 +19,20 @@ from redux_server.parameters import MODELS, Whole, complaint
 from redux_server.tasks.listing import Wanted
 from redux_server.tasks.task import Status, Task
 
-# DOC Times in requests: RFC 3339 texts, and where clients send them milliseconds since 1970.
-
 A_TIME = 'a time such as "2026-11-22T14:40:00Z"'
 A_TIME_OR_MS = A_TIME + " or milliseconds since 1970"
+MAX_PAGE_SIZE = 100
+MAX_PAGE = 10**9
+STATUSES = (*Status, "timeout")  # no task of ours is ever in the last, and clients ask for it
+ALLOWED: Final = {
+    "page": f"an integer from 1 to {MAX_PAGE}",
+    "page_size": f"an integer from 1 to {MAX_PAGE_SIZE}",
+    "model": "a text",
+    "status": "one of " + ", ".join(STATUSES),
+    "created_after": A_TIME,
+    "created_before": A_TIME,
+}
+router = APIRouter(tags=["predictions"])
 
 
 def _parse_time(value: Any) -> datetime:
@@ -56,20 +69,6 @@ MomentOrMs = Annotated[
 def seconds(moment: datetime | None) -> float | None:
     """Unix seconds."""
     return None if moment is None else moment.timestamp()
-
-
-MAX_PAGE_SIZE = 100
-MAX_PAGE = 10**9
-STATUSES = (*Status, "timeout")  # no task of ours is ever in the last, and clients ask for it
-ALLOWED: Final = {
-    "page": f"an integer from 1 to {MAX_PAGE}",
-    "page_size": f"an integer from 1 to {MAX_PAGE_SIZE}",
-    "model": "a text",
-    "status": "one of " + ", ".join(STATUSES),
-    "created_after": A_TIME,
-    "created_before": A_TIME,
-}
-router = APIRouter(tags=["predictions"])
 
 
 class ListRequest(BaseModel):

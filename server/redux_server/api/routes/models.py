@@ -1,4 +1,8 @@
-"""Which models there are, and the form of their parameters."""
+"""Which models there are, and the form of their parameters.
+
+The form is made of ``PredictionRequest`` itself: a JSON schema as flat as form builders and tools
+expect it, which has every parameter that is added there.
+"""
 
 from functools import cache
 from typing import Any
@@ -13,6 +17,9 @@ from redux_server.api.prediction import envelope
 from redux_server.parameters import MODELS, PredictionRequest
 
 KIND = "image-to-image"
+# Whom to tell is no property of the image, and a form cannot know it.
+NOT_IN_THE_FORM = frozenset({"webhook", "webhook_url"})
+_KEPT = ("type", "properties", "required")
 _DESCRIPTION = (
     "Variations of a picture with FLUX.1 Redux on this server. All its model names are names of "
     "the one model that it runs."
@@ -73,17 +80,6 @@ def _entry(position: int, model_id: str, server: str) -> dict[str, Any]:
         "sort_order": position,
         "api_schema": {"api_schemas": [run]},
     }
-
-
-# --- Model form -----------------------------------------------------------------------------------
-
-# DOC The request's parameters as a form: a JSON schema as flat as form builders and tools expect it.
-# DOC
-# DOC Made of ``PredictionRequest`` itself, so that a parameter that is added there is in the form.
-
-# Whom to tell is no property of the image, and a form cannot know it.
-NOT_IN_THE_FORM = frozenset({"webhook", "webhook_url"})
-_KEPT = ("type", "properties", "required")
 
 
 @cache

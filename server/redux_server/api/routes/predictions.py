@@ -1,9 +1,12 @@
-"""The task API: submit, poll, download. Paths are those of the hosted service."""
+"""Submit and poll: the paths of the hosted service, from a body to a stored task and its answer.
+
+What may refuse a submit is in ``redux_server.api.admission``; workers are only told that there is
+something new.
+"""
 
 import asyncio
 from typing import Any
 
-import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
@@ -19,7 +22,7 @@ from redux_server.api.admission import (
     idempotency_key,
     refusal,
 )
-from redux_server.api.answers import _held_answer, full_answer
+from redux_server.api.answers import full_answer, held_answer
 from redux_server.api.dependencies import ServicesDep, find_mine, read_json, services_of
 from redux_server.api.limits import Reservation
 from redux_server.api.openapi import (
@@ -46,7 +49,6 @@ from redux_server.webhooks.callback import NO_BASE64, one_webhook
 
 router = APIRouter()
 catch_all = APIRouter()  # to be included last: its path takes any
-_log = structlog.get_logger("redux_server.api.routes.predictions")
 
 
 async def result(request: Request) -> Response:
@@ -62,68 +64,25 @@ for _path in RESULT_PATHS:
     router.add_route(_path, result, methods=["GET"])
 
 
-def _submit_operation(version: str, model: str) -> dict[str, Any]:
-    """Document a submit path; validation is ours, so that errors have the contract's shape."""
-    return {
-        "path": f"/api/{version}/{model}",
-        "tags": ["predictions"],
-        "summary": "Submit a task",
-        "operation_id": f"submit_{version}_{model.split('/')[1].replace('-', '_')}",
-        "include_in_schema": model == MODELS[0],
-        "responses": responses(400, 401, 404, 408, 409, 410, 413, 429, 503),
-        "openapi_extra": {
-            "parameters": [WEBHOOK_PARAMETER, IDEMPOTENCY_KEY],
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": PredictionRequest.model_json_schema()}},
-            },
-        },
-    }
-
-
 async def submit(request: Request, services: ServicesDep) -> Response:
     """Accept a task durably and answer, unless told to wait; its picture is fetched afterwards."""
     check_draining(services)
     check_rate(request.state.key_id, services)
     check_disk(services)
     repeat_key = idempotency_key(request)
-    with services.reservations.hold(request.state.key_id) as place:
-        await check_place(request, repeat_key, place, services)
+    with services.reservations.hold(request.state.key_id) as reservation:
+        await check_place(request, repeat_key, reservation, services)
         wanted, webhook = await _read_body(request)
         new = await _new_task(request, wanted, webhook, repeat_key, services)
-        acceptance = await _accept(new, wanted, place, services)
+        acceptance = await _accept(new, wanted, reservation, services)
     headers = None
     if isinstance(acceptance, Replayed):
         headers = {"Idempotent-Replayed": "true"}
     else:
         services.dispatch.wake()
     if wanted.enable_sync_mode:
-        return await _held_answer(acceptance.task, request, services, headers)
+        return await held_answer(acceptance.task, request, services, headers)
     return await full_answer(acceptance.task, request, services, headers)
-
-
-for _version in ("v2", "v3"):
-    for _model in MODELS:
-        router.post(**_submit_operation(_version, _model))(submit)
-
-
-@router.get(
-    "/api/v3/webhook/secret",
-    tags=["webhooks"],
-    summary="Get the webhook secret",
-    operation_id="get_webhook_secret",
-    responses=responses(401, 503, model=SecretEnvelope, description="The secret"),
-)
-async def webhook_secret(request: Request, services: ServicesDep) -> JSONResponse:
-    """The secret that signs the webhooks of this key; made when it is first asked for."""
-    secret = await asyncio.to_thread(services.webhooks.secret, request.state.key_id)
-    return JSONResponse(envelope({"secret": secret}), headers={"Cache-Control": "no-store"})
-
-
-@catch_all.post("/api/{version}/{path:path}", include_in_schema=False)
-async def unknown_model(version: str, path: str) -> Response:
-    """Say which models there are."""
-    raise NotFound(f"No model {path[:100]!r} here; available are {', '.join(MODELS)}.")
 
 
 async def _read_body(request: Request) -> tuple[PredictionRequest, str]:
@@ -166,17 +125,16 @@ async def _new_task(
 
 
 async def _accept(
-    new: NewTask, wanted: PredictionRequest, place: Reservation, services: Services
+    new: NewTask, wanted: PredictionRequest, reservation: Reservation, services: Services
 ) -> Created | Replayed:
-    """Store the task and its pictures; nothing is left of one that was not created."""
+    """Store the task and its pictures; nothing is left of one that was not created.
+
+    Raises:
+        ApiError: it was not created.
+    """
     acceptance: Acceptance | None = None
     if has_inline_pictures(wanted):  # others cost as much to store as to look for a place for
-        refused = await place.refusal()
-        # A replay must not store its picture again. After looking for a place, which the first
-        # request with the key may have taken meanwhile.
-        if new.idempotency_key:
-            acceptance = await asyncio.to_thread(services.idempotency.recall, new)
-        acceptance = acceptance or refused
+        acceptance = await _foresee(new, reservation, services)
     acceptance = acceptance or await _store(new, wanted, services)
     if isinstance(acceptance, Created):
         metrics.ACCEPTED.inc()
@@ -185,7 +143,19 @@ async def _accept(
     raise refusal(acceptance, services)
 
 
+async def _foresee(new: NewTask, reservation: Reservation, services: Services) -> Acceptance | None:
+    """What becomes of the task, if that is known before its pictures are stored."""
+    refused = await reservation.refusal()
+    # A replay must not store its picture again. After looking for a place, which the first request
+    # with the key may have taken meanwhile.
+    known: Acceptance | None = None
+    if new.idempotency_key:
+        known = await asyncio.to_thread(services.idempotency.recall, new)
+    return known or refused
+
+
 async def _store(new: NewTask, wanted: PredictionRequest, services: Services) -> Acceptance:
+    """Store the pictures, then the task; delete the pictures again if it is not created."""
     new.input.update(await store_pictures(wanted, new.id, services.blobs))
     try:
         acceptance = await services.accept(new)
@@ -208,3 +178,46 @@ async def _not_stored(new: NewTask, error: Exception, services: Services) -> Una
         await forget_pictures(new.input, new.id, services.blobs)
         text = "The task could not be stored (database busy, or disk full); nothing was started."
     return Unavailable(text, headers={"Retry-After": "5"})
+
+
+def _submit_operation(version: str, model: str) -> dict[str, Any]:
+    """Document a submit path; validation is ours, so that errors have the contract's shape."""
+    return {
+        "path": f"/api/{version}/{model}",
+        "tags": ["predictions"],
+        "summary": "Submit a task",
+        "operation_id": f"submit_{version}_{model.split('/')[1].replace('-', '_')}",
+        "include_in_schema": model == MODELS[0],
+        "responses": responses(400, 401, 404, 408, 409, 410, 413, 429, 503),
+        "openapi_extra": {
+            "parameters": [WEBHOOK_PARAMETER, IDEMPOTENCY_KEY],
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": PredictionRequest.model_json_schema()}},
+            },
+        },
+    }
+
+
+for _version in ("v2", "v3"):
+    for _model in MODELS:
+        router.post(**_submit_operation(_version, _model))(submit)
+
+
+@router.get(
+    "/api/v3/webhook/secret",
+    tags=["webhooks"],
+    summary="Get the webhook secret",
+    operation_id="get_webhook_secret",
+    responses=responses(401, 503, model=SecretEnvelope, description="The secret"),
+)
+async def webhook_secret(request: Request, services: ServicesDep) -> JSONResponse:
+    """The secret that signs the webhooks of this key; made when it is first asked for."""
+    secret = await asyncio.to_thread(services.webhooks.secret, request.state.key_id)
+    return JSONResponse(envelope({"secret": secret}), headers={"Cache-Control": "no-store"})
+
+
+@catch_all.post("/api/{version}/{path:path}", include_in_schema=False)
+async def unknown_model(version: str, path: str) -> Response:
+    """Say which models there are."""
+    raise NotFound(f"No model {path[:100]!r} here; available are {', '.join(MODELS)}.")

@@ -1,4 +1,7 @@
-"""``/docs``: Swagger UI from files of our own, under a policy that lets no other script run."""
+"""The server about itself: whether it lives and is ready, its version, metrics and documentation.
+
+None of it needs an API key.
+"""
 
 import asyncio
 import platform
@@ -19,13 +22,14 @@ from redux_server.database.connection import DATABASE_AWAY
 from redux_server.dispatch.presence import WorkerState, WorkerStatus
 
 STATIC = "/static-offline-docs"
+DATABASE_PATIENCE_S = 4.0
 _PARAMETERS: dict[str, Any] = {"persistAuthorization": True}
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/docs")
 async def docs(request: Request) -> HTMLResponse:
-    """The page; its one inline script is allowed by its digest."""
+    """Swagger UI from files of our own; its one inline script is allowed by its digest."""
     root = request.scope.get("root_path", "")
     page = get_swagger_ui_html(
         openapi_url=f"{root}/openapi.json",
@@ -39,12 +43,11 @@ async def docs(request: Request) -> HTMLResponse:
     return page
 
 
-# --- App ------------------------------------------------------------------------------------------
+def probes() -> APIRouter:
+    """Routes for load balancers and monitors.
 
-DATABASE_PATIENCE_S = 4.0
-
-
-def _probes() -> APIRouter:
+    Nested, so that they need no docstrings: FastAPI would put those into the OpenAPI document.
+    """
     router = APIRouter(tags=["service"])
 
     @router.head("/livez", include_in_schema=False)

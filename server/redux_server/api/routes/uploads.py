@@ -1,4 +1,7 @@
-"""The paths of uploads: a ticket and the PUT that it is for, and forms with a file in them."""
+"""The paths of uploads: a ticket and the PUT that it is for, and forms with a file in them.
+
+Bytes are handed on as they arrive; ``redux_server.pictures.uploads`` checks and stores them.
+"""
 
 import re
 from collections.abc import AsyncIterable, Awaitable, Callable
@@ -27,6 +30,10 @@ FORM_PATHS = (
 TICKET_PATH = "/api/v3/media/uploads"
 PUT_PREFIX = "/uploads/"
 FORM_BYTES = 64 * 2**10  # what a form may have around its file
+FIELD = "file"
+MAX_PARTS = 16
+_SHOWN = 40
+_HOW = f'send multipart/form-data with the file in the field "{FIELD}", such as curl -F file=@a.png'
 _CONTENT_TYPE = re.compile(r"[\w.+-]{1,80}/[\w.+-]{1,80}(?:; ?[\w.+-]{1,40}=[\w.+-]{1,40})?", re.A)
 _TICKET_EXAMPLE = '{"filename": "photo.jpg", "size": 123456}'
 router = APIRouter(tags=["uploads"])
@@ -227,17 +234,7 @@ def _base_url(request: Request, services: Services) -> str:
     return (services.settings.public_url or str(request.base_url)).rstrip("/")
 
 
-# --- Upload form ----------------------------------------------------------------------------------
-
-# DOC The one file of a multipart/form-data body, handed on as it arrives. Keeps no bytes itself.
-# DOC
-# DOC A body may be anything: without a boundary, of endless headers or parts, cut short. What is no form
-# DOC with one file in the field ``file`` is refused as soon as that can be seen.
-
-FIELD = "file"
-MAX_PARTS = 16
-_SHOWN = 40
-_HOW = f'send multipart/form-data with the file in the field "{FIELD}", such as curl -F file=@a.png'
+# --- the form -------------------------------------------------------------------------------------
 
 
 async def read_file(
@@ -258,7 +255,11 @@ async def read_file(
 
 
 class _Form:
-    """What the parser has told so far. Its callbacks cannot wait, so they only take notes."""
+    """What the parser has told so far. Its callbacks cannot wait, so they only take notes.
+
+    A body may be anything: without a boundary, of endless headers or parts, cut short. What is no
+    form with one file in the field ``file`` is refused as soon as that can be seen.
+    """
 
     def __init__(self, content_type: str) -> None:
         kind, options = parse_options_header(content_type)
@@ -281,7 +282,7 @@ class _Form:
         self._pieces: list[bytes] = []
         self._header = [b"", b""]
         self._disposition = b""
-        self._services = 0
+        self._part_count = 0
         self._is_file = False
         self._others: list[str] = []
         self._file_name: str | None = None
@@ -306,8 +307,8 @@ class _Form:
         return self._file_name
 
     def _part_begins(self) -> None:
-        self._services += 1
-        if self._services > MAX_PARTS:
+        self._part_count += 1
+        if self._part_count > MAX_PARTS:
             raise BadRequest(f"The form has more than {MAX_PARTS} parts; {_HOW}.")
         self._disposition = b""
 

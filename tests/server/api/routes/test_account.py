@@ -7,8 +7,8 @@ from sqlalchemy import Engine
 
 from redux_server.parameters import MODELS
 from redux_server.tasks.task import Status
-from server.api.routes.test_lists import NOON, fill
 from server.in_process import Api
+from server.stored_tasks import NOON, fill
 
 DAY = 86_400
 
@@ -22,13 +22,6 @@ def data(response: Any) -> Any:
         {"code", "message", "data"},
     )
     return body["data"]
-
-
-@pytest.fixture
-def key_id(api: Api) -> str:
-    owner = api.services.keys.recognise(api.key)
-    assert owner
-    return owner
 
 
 @pytest.mark.parametrize("path", ["/api/v3/balance", "/api/v3/account/balance"])

@@ -12,9 +12,8 @@ from sqlalchemy.exc import OperationalError
 from e2e.live import LiveServer, a_picture, data_uri, wait_until
 from redux_pipelines.fake import SLOW_STEP_S
 from redux_server.tasks.task import Outcome, Status
-from server.in_process import Api
+from server.in_process import SUBMIT, Api
 
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
 DELETE = "/api/v3/predictions/delete"
 INLINE = {"image": data_uri(a_picture()), "size": "512*512"}
 UNKNOWN = "0" * 32

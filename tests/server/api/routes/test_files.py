@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from e2e.live import a_picture
 from redux_server.api.services import Services
 from redux_server.storage.blobs import Blobs, OpenBlob, StorageError
 from redux_server.storage.opening import open_blobs
-from server.in_process import Api
+from server.in_process import Api, complete, submit
 from server.s3 import BUCKET, aws, s3_server
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4096  # 1 MiB and 8 bytes
@@ -151,3 +152,26 @@ def test_store_that_breaks_before_the_first_byte_is_a_503(
     api = build_api(replace(build_services(), blobs=Breaking(tmp_path)))
     answer = api.get(path(api))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+def test_output_is_downloaded_without_a_key(api: Api) -> None:
+    data = submit(api)
+    api.services.blobs.put(f"{data['id']}/1/0.png", a_picture())
+    complete(api.services.store, lambda task: [f"{task.id}/1/0.png"])
+    (url,) = api.get(f"/api/v3/predictions/{data['id']}").json()["data"]["outputs"]
+    response = api.get(url, key="")
+    assert response.status_code == 200
+    assert response.content == a_picture()
+    assert response.headers["content-type"] == "image/png"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert "private" in response.headers["cache-control"]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(b"<script>alert(1)</script>", "application/octet-stream"), (a_picture(), "image/png")],
+)
+def test_content_type_is_what_the_bytes_are(api: Api, data: bytes, kind: str) -> None:
+    api.services.blobs.put("a/1/0.png", data)
+    response = api.get(api.services.signer.path("a/1/0.png", time.time() + 60))
+    assert response.headers["content-type"] == kind

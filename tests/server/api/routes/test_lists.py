@@ -1,27 +1,18 @@
 """The list of a key's tasks: whose, in which order, which page, and what it costs."""
 
 import json
-from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert, text
+from sqlalchemy import Engine, text
 
 from redux_server.api.prediction import timestamp
 from redux_server.api.services import Services
-from redux_server.database.connection import is_sqlite
-from redux_server.database.tables import tasks
 from redux_server.parameters import MODELS
-from redux_server.tasks.listing import History, Wanted, page_ids
-from redux_server.tasks.rows import new_row
-from redux_server.tasks.task import NewTask, Outcome, Status
-from server.in_process import Api, end_next
-
-SUBMIT = "/api/v3/wavespeed-ai/flux-pro-redux"
-URL = {"image": "https://example.com/a.png"}
-NOON = 1_800_000_000.0
-INPUT = {"num_inference_steps": 28, "num_images": 1}
+from redux_server.tasks.task import Outcome, Status
+from server.in_process import SUBMIT, URL, Api, end_next
+from server.stored_tasks import NOON, fill
 
 
 def ask(api: Api, *, key: str | None = None, **body: Any) -> Any:
@@ -32,31 +23,6 @@ def listed(api: Api, **body: Any) -> list[str]:
     answer = ask(api, **body)
     assert answer.status_code == 200, answer.text
     return [item["id"] for item in answer.json()["data"]["items"]]
-
-
-def fill(
-    engine: Engine,
-    count: int,
-    *,
-    key_id: str = "k",
-    at: Callable[[int], float] = lambda i: NOON + i,
-    **values: Any,
-) -> list[str]:
-    """``count`` tasks, the first one the oldest; returns their ids."""
-    rows = [
-        {**new_row(NewTask(key_id, MODELS[0], INPUT), priority=0, now=at(i)), **values}
-        for i in range(count)
-    ]
-    with engine.begin() as db:
-        db.execute(insert(tasks), rows)
-    return [row["id"] for row in rows]
-
-
-@pytest.fixture
-def key_id(api: Api) -> str:
-    owner = api.services.keys.recognise(api.key)
-    assert owner
-    return owner
 
 
 def test_tasks_of_this_key_are_listed_newest_first_as_polls_show_them(api: Api) -> None:
@@ -145,41 +111,3 @@ def test_database_that_is_away_is_a_503(build_services: Any, build_api: Any) -> 
         db.execute(text("ALTER TABLE tasks RENAME TO hidden"))
     answer = ask(api)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-
-
-# --- what it costs --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def full(either_database: Engine) -> Iterator[Engine]:
-    """A database with 3,000 tasks of one key among those of others."""
-    engine = either_database
-    ended = {"status": Status.COMPLETED, "queued_at": None}
-    fill(engine, 3000, **ended)
-    for number in range(10):
-        fill(engine, 100, key_id=f"other{number}", **ended)
-    if not is_sqlite(engine):
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-            db.execute(text("VACUUM ANALYZE tasks"))
-    yield engine
-
-
-def test_pages_are_found_in_the_index_alone(full: Engine) -> None:
-    asked = [Wanted("k"), Wanted("k", after=NOON + 5, before=NOON + 1500)]
-    if is_sqlite(full):  # PostgreSQL knows how few failed, and of so few rows it reads the table
-        asked.append(Wanted("k", status=Status.FAILED))
-    for wanted in asked:
-        statement = page_ids(wanted, number=2, size=50)
-        compiled = str(statement.compile(full, compile_kwargs={"literal_binds": True}))
-        how = "EXPLAIN QUERY PLAN" if is_sqlite(full) else "EXPLAIN"
-        with full.connect() as db:
-            plan = "\n".join(str(row) for row in db.exec_driver_sql(f"{how} {compiled}"))
-        assert "tasks_listed" in plan, plan
-        assert "TEMP B-TREE" not in plan and "Sort" not in plan, plan
-        assert ("COVERING INDEX" if is_sqlite(full) else "Index Only Scan") in plan, plan
-    history = History(full)
-    assert history.count(Wanted("k")) == 3000
-    last = history.page(Wanted("k"), number=30, size=100)
-    assert [task.created_at for task in last] == [NOON + i for i in range(99, -1, -1)]
-    first = history.page(Wanted("k"), number=1, size=1, oldest_first=True)
-    assert first == last[-1:]

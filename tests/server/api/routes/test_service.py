@@ -1,154 +1,125 @@
-"""A database that goes away in mid-run shows as 503, never as 500, and the process stays alive."""
+"""The server about itself: probes, version, documentation, metrics."""
 
-import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import Engine
 
-from redux_server.api import app as app_module
-from redux_server.dispatch.presence import WorkerState
-from server.in_process import Api
-
-PATH = "/api/v3/wavespeed-ai/flux-pro-redux"
-AWAY = [
-    OperationalError("SELECT", {}, Exception("server closed the connection")),
-    InterfaceError("SELECT", {}, Exception("the connection is closed")),
-    PoolTimeout("QueuePool limit reached"),
-]
-EACH = pytest.mark.parametrize("error", AWAY, ids=lambda error: type(error).__name__)
+from e2e.live import LiveServer, a_picture, plain_client, wait_until
+from redux_server import __version__
+from redux_server.api.services import Services
+from redux_server.dispatch.presence import Presence, WorkerState
+from server.in_process import INLINE, SUBMIT, Api
 
 
-@pytest.fixture
-def shared_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The folder that a process that serves makes at its start; here an empty one."""
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+@pytest.mark.parametrize("path", ["/health", "/livez"])
+def test_process_is_alive_without_any_worker(api: Api, path: str) -> None:
+    response = api.get(path, key="")
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
-def failing(error: Exception) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
+def test_server_is_not_ready_before_a_worker_is(api: Api) -> None:
+    presence = api.services.presence
 
-    return fail
+    def state() -> tuple[int, str, list[dict[str, str]]]:
+        response = api.get("/readyz", key="")
+        body = response.json()
+        return response.status_code, body["status"], body["workers"]
+
+    assert state() == (503, "not ready", [])
+    presence.announce("host/cuda:0", "cuda:0", WorkerState.LOADING, "reading weights")
+    loading = {"device": "cuda:0", "state": "loading", "detail": "reading weights"}
+    assert state() == (503, "not ready", [loading])
+    presence.announce("host/cuda:0", "cuda:0", WorkerState.FAILED, "no weights")
+    assert state()[:2] == (503, "not ready")
+    presence.announce("host/cuda:1", "cuda:1", WorkerState.READY, "FLUX")
+    assert state()[:2] == (200, "ready"), "one of two is enough"
+    presence.leave("host/cuda:1")
+    assert state()[0] == 503
 
 
-@EACH
-def test_readyz_says_that_the_database_is_away_and_livez_does_not_care(
-    api: Api, error: Exception, monkeypatch: pytest.MonkeyPatch
+def test_silent_worker_does_not_count(
+    build_services: Callable[..., Services], build_api: Callable[..., Api], database: Engine
 ) -> None:
-    api.services.presence.announce("w", "cpu", WorkerState.READY)
-    assert api.get("/readyz").status_code == 200
-    monkeypatch.setattr(api.services.presence, "all", failing(error))
-    answer = api.get("/readyz")
-    assert answer.status_code == 503
-    assert answer.json()["reason"] == "the database does not answer"
-    assert api.get("/livez").status_code == 200
+    long_ago = Presence(database, clock=lambda: time.time() - 31)
+    long_ago.announce("host/cpu", "cpu", WorkerState.READY)
+    api = build_api(build_services())
+    response = api.get("/readyz")
+    assert response.status_code == 503
+    assert [worker["state"] for worker in response.json()["workers"]] == ["gone"]
 
 
-def test_readyz_does_not_wait_for_a_frozen_database(
-    api: Api, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("path", ["/livez", "/health", "/readyz", "file"])
+def test_head_is_answered_like_get_without_a_body(
+    build_services: Callable[..., Services], build_api: Callable[..., Api], path: str
 ) -> None:
-    monkeypatch.setattr(app_module, "DATABASE_PATIENCE_S", 0.2)
-    thaws = threading.Event()
-    monkeypatch.setattr(api.services.presence, "all", lambda: [thaws.wait(60)][1:])
-    answer = api.get("/readyz")
-    thaws.set()
-    assert answer.status_code == 503
-    assert answer.json()["reason"] == "the database does not answer"
+    services = build_services()
+    services.blobs.put("sample/photo.jpg", a_picture())
+    if path == "file":
+        path = services.signer.path("sample/photo.jpg", time.time() + 60)
+    api = build_api(services)
+    got, head = api.request("GET", path), api.request("HEAD", path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
 
 
-@EACH
-def test_metrics_are_shown_without_what_the_database_would_tell(
-    api: Api, error: Exception, shared_metrics: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = api.get("/metrics").text
-    assert "flux_redux_database_up 1.0" in before and "flux_redux_num_tasks_waiting" in before
-    monkeypatch.setattr(api.services.store, "queue_state", failing(error))
-    answer = api.get("/metrics")
-    assert answer.status_code == 200
-    assert "flux_redux_database_up 0.0" in answer.text
-    assert "flux_redux_disk_free_bytes" in answer.text
-    assert "flux_redux_num_tasks_waiting" not in answer.text  # 0 would be a lie
+def test_version_says_what_runs(api: Api) -> None:
+    body = api.get("/version", key="").json()
+    assert body["version"] == __version__
+    assert body["model"] == "fake"
+    assert set(body) == {"version", "model", "python", "torch", "diffusers"}
 
 
-def test_metrics_do_not_wait_for_a_frozen_database(
-    api: Api, shared_metrics: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app_module, "DATABASE_PATIENCE_S", 0.2)
-    thaws, read = threading.Event(), api.services.store.queue_state
-    monkeypatch.setattr(api.services.store, "queue_state", lambda: [thaws.wait(60), read()][1])
-    text = api.get("/metrics").text
-    thaws.set()
-    assert "flux_redux_database_up 0.0" in text
+def test_docs_are_rendered_from_the_schema(api: Api) -> None:
+    page = api.get("/docs", key="")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert "/openapi.json" in page.text
+    assert "FLUX Redux Server" in page.text
 
 
-@EACH
-def test_a_key_that_cannot_be_checked_is_neither_right_nor_wrong(
-    api: Api, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(api.services.keys, "_look_up", failing(error))
-    answer = api.get("/api/v3/predictions/0/result", key="frs_never-seen-before")
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-    monkeypatch.undo()
-    assert api.get("/api/v3/predictions/0/result", key="frs_never-seen-before").status_code == 401
+def scrape(server: LiveServer) -> dict[str, float]:
+    """Every sample by its name and labels."""
+    with plain_client() as client:
+        response = client.get(f"{server.base_url}/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        sample.name + "".join(f"|{name}={value}" for name, value in sorted(sample.labels.items())):
+        sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }  # fmt: skip
 
 
-@EACH
-def test_a_poll_is_answered_503(
-    build_api: Callable[..., Api], error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    api = build_api()
-    monkeypatch.setattr(api.services.find, "_run", failing(error))
-    answer = api.get(f"/api/v3/predictions/{'0' * 32}/result")
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+def test_metrics_count_what_was_done(live: LiveServer) -> None:
+    body = {**INLINE, "size": "512*512", "num_inference_steps": 1}
+    before = scrape(live)
+    for _ in range(2):
+        assert live.run(body)["status"] == "completed"
+    assert live.run({**body, "image": "http://10.0.0.1/a.png"})["status"] == "failed"
+    with live.client() as client:
+        assert client.post(SUBMIT, json={**body, "seed": -9}).status_code == 400
+    expected = {
+        "flux_redux_tasks_accepted_total": 3,
+        "flux_redux_tasks_total|reason=|status=completed": 2,
+        "flux_redux_tasks_total|reason=1402|status=failed": 1,
+        "flux_redux_fetch_blocked_total|reason=address": 1,
+        "flux_redux_task_e2e_seconds_count": 3,
+        "flux_redux_task_queue_seconds_count": 3,
+        "flux_redux_stage_seconds_count|stage=safety": 2,
+        f"flux_redux_http_request_duration_seconds_count|method=POST|route={SUBMIT}|status=200": 3,
+        f"flux_redux_http_request_duration_seconds_count|method=POST|route={SUBMIT}|status=400": 1,
+    }
 
+    def counted() -> dict[str, float]:
+        now = scrape(live)
+        return {name: now.get(name, 0) - before.get(name, 0) for name in expected}
 
-INLINE = {"image": "R0lGODlhAQABAAAAACwAAAAAAQABAAA="}
-DAY = {"start_time": "2026-01-01T00:00:00Z", "end_time": "2026-01-02T00:00:00Z"}
-
-
-@EACH
-@pytest.mark.parametrize(
-    ("part", "call", "method", "path", "body"),
-    [
-        ("history", "page", "POST", "/api/v3/predictions", {"page": 1, "page_size": 1}),
-        ("history", "count", "POST", "/api/v3/billings/search", {"page": 1}),
-        ("history", "count_by_day", "POST", "/api/v3/user/usage_stats", DAY),
-        ("store", "cancel", "POST", f"/api/v3/predictions/{'0' * 32}/cancel", {}),
-        ("store", "delete", "DELETE", f"/api/v3/predictions/{'0' * 32}", None),
-        ("webhooks", "secret", "GET", "/api/v3/webhook/secret", None),
-        ("idempotency", "recall", "POST", PATH, INLINE),
-        ("idempotency", "knows", "POST", PATH, {**INLINE, "unknown": "x" * 2**17}),
-        ("reservations", "reserve", "POST", PATH, INLINE),
-    ],
-)
-def test_whatever_needs_the_database_is_answered_503(
-    build_api: Callable[..., Api],
-    error: Exception,
-    part: str,
-    call: str,
-    method: str,
-    path: str,
-    body: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    api = build_api(max_queue=0 if call == "knows" else 9)
-    monkeypatch.setattr(type(getattr(api.services, part)), call, failing(error))
-    more: dict[str, Any] = {} if body is None else {"json": body}
-    answer = api.request(method, path, headers={"Idempotency-Key": "k"}, **more)
-    assert (answer.status_code, answer.json()["error_code"]) == (503, "unavailable"), answer.text
-    assert answer.headers["retry-after"] == "2"
-
-
-@pytest.mark.parametrize("is_broken", [False, True], ids=["refused", "connection broke"])
-def test_a_picture_stays_while_its_task_may_be_stored(
-    api: Api, is_broken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    error = OperationalError("COMMIT", {}, Exception("?"), connection_invalidated=is_broken)
-    monkeypatch.setattr(api.services.accept, "_run", failing(error))
-    answer = api.post(PATH, json={"image": "R0lGODlhAQABAAAAACwAAAAAAQABAAA="})
-    assert answer.status_code == 503
-    assert bool(list(api.services.settings.blobs_dir.rglob("input"))) is is_broken
+    # The worker tells of an end just after it is stored.
+    wait_until(lambda: counted() == expected, 5, what=lambda: str(counted()))
+    now = scrape(live)
+    assert now["flux_redux_workers_alive"] == 1
+    assert now["flux_redux_num_tasks_waiting"] == now["flux_redux_num_tasks_running"] == 0
+    assert now["flux_redux_disk_free_bytes"] > 0

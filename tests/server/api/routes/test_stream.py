@@ -17,7 +17,7 @@ from redux_server.api.following import Subscriptions
 from redux_server.api.routes import stream
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Outcome, Status
-from server.in_process import Api
+from server.in_process import Api, submit
 
 DONE = Outcome(Status.COMPLETED, ["x/1/0.png"], [False], [7])
 
@@ -125,8 +125,7 @@ def run(api: Api, what: Callable[[], Awaitable[None]]) -> None:
 
 def new_task(api: Api) -> str:
     body = {"image": "https://example.com/a.png", "num_inference_steps": 4}
-    task = api.post("/api/v3/wavespeed-ai/flux-pro-redux", json=body).json()["data"]
-    return str(task["id"])
+    return str(submit(api, body)["id"])
 
 
 def polled(api: Api, task_id: str) -> Any:
