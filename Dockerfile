@@ -83,7 +83,6 @@ ENV FLUX_REDUX_DATA_DIR=/data \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    TORCHINDUCTOR_CACHE_DIR=/data/cache/inductor \
     TRITON_CACHE_DIR=/data/cache/triton \
     XDG_CACHE_HOME=/data/cache
 VOLUME /data
