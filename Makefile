@@ -3,7 +3,8 @@
 
 SHELL    := /bin/bash
 ARGS     ?=
-PYTHON   ?= python3.13 python3.12 python3.11 python3
+TESTED   := python3.13 python3.12 python3.11
+PYTHON   ?= $(TESTED) python3
 IMAGE    ?= flux-redux-server
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -15,9 +16,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve demo test test-all test-clients chaos soak check lint format types \
-        imports dockerfile bench bench-server bench-files bench-engine bench-attention bench-products \
-        bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini \
+.PHONY: help setup setup-dev serve demo test test-all test-pythons test-clients chaos soak check lint \
+        format types imports dockerfile bench bench-server bench-files bench-engine bench-attention \
+        bench-products bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini \
         eval-approximations eval-controls docs docs-build docs-reference docker clean
 
 help:  ## show this list
@@ -35,8 +36,9 @@ setup: $(RUNTIME)  ## make .venv and install what the server needs
 setup-dev: $(DEV)  ## the same, plus what tests and checks need
 	@echo 'Ready. Next: make test, or make check'
 
-# Sets $$py to the first Python that is new enough; says what to do when there is none, or when
-# Debian's split packaging left out ensurepip. A .venv without a working Python is made anew.
+# Sets $$py to the first Python that is new enough; says when it is not one of those that are tested,
+# and what to do when there is none, or when Debian's split packaging left out ensurepip. A .venv
+# without a working Python is made anew.
 define make_venv
 	if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
 	  py=; for name in $(PYTHON); do \
@@ -46,8 +48,12 @@ define make_venv
 	    echo 'Python 3.11 or newer is needed, and none was found (looked for: $(PYTHON)).'; \
 	    echo 'Install one (Debian, Ubuntu: apt install python3 python3-venv), or name yours: make setup PYTHON=/path/to/python'; \
 	    exit 1; fi; \
+	  version=$$("$$py" -c 'import sys; print("python%d.%d" % sys.version_info[:2])'); \
+	  case " $(TESTED) " in *" $$version "*) ;; *) \
+	    echo "This is tested with $(TESTED), not with $$version: it may fail to install or to run."; \
+	    echo 'To use another one: make setup PYTHON=/path/to/python';; esac; \
 	  if ! "$$py" -c 'import ensurepip, venv' 2>/dev/null; then \
-	    package=$$("$$py" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	    package=$$version-venv; \
 	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	      echo "Installing $$package, which $$py needs to make a virtual environment ..."; \
 	      apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$$package" >/dev/null; \
@@ -104,6 +110,18 @@ test: $(DEV)  ## run the quick tests (what lacks hardware or a service is skippe
 
 test-all: $(DEV)  ## run the slow tests too (not those of test-clients)
 	@$(PYTEST) -m 'not clients' $(ARGS)
+
+# Each in an environment of its own, .venv-3.13 and so on. A Python that is not there is no failure.
+test-pythons:  ## run the quick tests with every tested Python that is found (5 GB of disk for each)
+	@passed= failed= missing=; \
+	for name in $(TESTED); do \
+	  if ! "$$name" -c '' 2>/dev/null; then missing="$$missing $$name"; continue; fi; \
+	  echo "Testing with $$("$$name" --version) ..."; \
+	  if $(MAKE) test PYTHON="$$name" VENV=.venv-$${name#python}; then passed="$$passed $$name"; \
+	  else failed="$$failed $$name"; fi; \
+	done; \
+	echo "passed:$${passed:- none}; failed:$${failed:- none}; not found:$${missing:- none}"; \
+	[ -z "$$failed" ] && [ -n "$$passed" ]
 
 test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (1.5 GB), and write docs/internals/compatibility.md
 	@$(BIN)/python -m pytest -m clients tests/clients tests/contract --compatibility-report docs/internals/compatibility.md $(ARGS)
@@ -190,6 +208,6 @@ bench-roofline: $(RUNTIME)  ## print a lower bound on GPU times, from operation 
 bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, memory
 	@$(BIN)/python -W ignore pipelines/benchmarks/bench_mini.py $(ARGS)
 
-clean:  ## delete .venv, installed clients, caches and build results (never data/ or demo-output/)
-	rm -rf $(VENV) .clients dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean:  ## delete .venv*, installed clients, caches and build results (never data/ or demo-output/)
+	rm -rf $(VENV) .venv-3.* .clients dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -267,6 +267,91 @@ def test_ci_script_can_be_run() -> None:
     assert run("bash", "-n", str(ROOT / ".ci/run")).returncode == 0
 
 
+# --- the Pythons ----------------------------------------------------------------------------------
+
+STUB = """#!/bin/sh
+case "$*" in
+  --version) echo "Python 3.{minor}.0" ;;
+  *version_info?:2*) echo python3.{minor} ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && ln -s /bin/true "$3/bin/pip" ;;
+  "-m pytest "*) echo "tests of $0" && exit {status} ;;
+esac
+"""  # an interpreter that does what the Makefile asks of one, and whose tests exit with a status
+
+
+@pytest.fixture
+def pythons(tmp_path: Path) -> Path:
+    """A folder with nothing but the Makefile and what it installs from; stubs go to its bin/."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def add_python(folder: Path, minor: int, *, status: int = 0, name: str = "") -> None:
+    stub = folder / "bin" / (name or f"python3.{minor}")
+    stub.write_text(STUB.format(minor=minor, status=status))
+    stub.chmod(0o755)
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make without the flags and variables of a make that runs these tests."""
+    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    return run("env", "-i", f"PATH={path}", "make", *arguments, cwd=folder)
+
+
+def variable(folder: Path, name: str) -> list[str]:
+    return make(folder, "--eval", f"show: ; @echo $({name})", "show").stdout.split()
+
+
+def test_classifiers_and_makefile_name_the_same_pythons(pythons: Path) -> None:
+    start = "Programming Language :: Python :: "
+    classified = [each for each in PROJECT["project"]["classifiers"] if each.startswith(start)]
+    tested = variable(pythons, "TESTED")
+    assert sorted(tested) == sorted(f"python{each.removeprefix(start)}" for each in classified)
+    assert variable(pythons, "PYTHON") == [*tested, "python3"]
+
+
+@pytest.mark.parametrize(("status", "result"), [(0, "passed"), (1, "failed")])
+def test_every_tested_python_that_is_found_runs_the_quick_tests(
+    pythons: Path, status: int, result: str
+) -> None:
+    add_python(pythons, 97, status=status)
+    add_python(pythons, 98)
+    done = make(pythons, "test-pythons", "TESTED=python3.97 python3.98 python3.99")
+    for minor in (97, 98):
+        assert f"tests of .venv-3.{minor}/bin/python" in done.stdout
+    summary = {
+        "passed": "passed: python3.97 python3.98; failed: none; not found: python3.99",
+        "failed": "passed: python3.98; failed: python3.97; not found: python3.99",
+    }
+    assert done.stdout.splitlines()[-1] == summary[result]
+    assert (done.returncode == 0) is (result == "passed")
+
+
+def test_no_tested_python_at_all_is_a_failure(pythons: Path) -> None:
+    done = make(pythons, "test-pythons", "TESTED=python3.98 python3.99")
+    assert "not found: python3.98 python3.99" in done.stdout
+    assert done.returncode != 0
+
+
+def test_tested_python_is_preferred_and_an_untested_one_is_told(pythons: Path) -> None:
+    tested = "TESTED=python3.97 python3.98"
+    add_python(pythons, 99, name="python3")
+    untested = make(pythons, "setup", tested)
+    assert "Making .venv with Python 3.99.0" in untested.stdout
+    assert "tested with python3.97 python3.98, not with python3.99" in untested.stdout
+    assert untested.returncode == 0
+
+    shutil.rmtree(pythons / ".venv")
+    add_python(pythons, 98)
+    preferred = make(pythons, "setup", tested)
+    assert "Making .venv with Python 3.98.0" in preferred.stdout
+    assert "tested with" not in preferred.stdout
+
+
 # --- container ------------------------------------------------------------------------------------
 
 Stage = list[tuple[str, str]]

@@ -23,7 +23,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _start_latency(server: _Server, count: int = 50) -> dict[str, float]:
             time.sleep(0.02)
         time.sleep(0.05)
     query = "SELECT created_at, started_at, finished_at FROM tasks"
-    with sqlite3.connect(server.folder / "tasks.db") as db:
+    with closing(sqlite3.connect(server.folder / "tasks.db")) as db:
         rows = db.execute(query).fetchall()
     starts = [(started - created) * 1000 for created, started, _ in rows]
     ends = [(finished - created) * 1000 for created, _, finished in rows]

@@ -32,12 +32,17 @@ def test_learning_rate_is_constant_then_falls():
     assert rates == pytest.approx([1.0, 1.0, 0.5, 0.02])
 
 
+class Unsaveable:
+    def __reduce__(self):
+        raise RuntimeError("cannot be saved")
+
+
 def test_a_checkpoint_that_fails_to_save_leaves_the_one_before(tmp_path):
     path = tmp_path / "run" / "model.pt"
     assert load_checkpoint(path) is None
     save_checkpoint(path, {"step": 1})
-    with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(path, {"step": lambda: None})
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        save_checkpoint(path, {"step": Unsaveable()})
     assert load_checkpoint(path) == {"step": 1}
 
 

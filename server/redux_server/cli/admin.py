@@ -39,7 +39,8 @@ def create(settings: ServerSettings, name: str, priority: int) -> int:
         raise UsageError(f"--priority must be -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}")
     if len(name) > _MAX_NAME:
         raise UsageError(f"--name may have {_MAX_NAME} characters, got {len(name)}")
-    key = _ring(settings).create(name, priority=priority)
+    with _ring(settings) as ring:
+        key = ring.create(name, priority=priority)
     print(f"Key for {name!r}; it is not stored and not shown again:", file=sys.stderr)
     print(key)
     return 0
@@ -47,7 +48,9 @@ def create(settings: ServerSettings, name: str, priority: int) -> int:
 
 def list_keys(settings: ServerSettings) -> int:
     """One line a key: id, when it was made, whether it is valid, its priority, name."""
-    for key in _ring(settings).list():
+    with _ring(settings) as ring:
+        keys = ring.list()
+    for key in keys:
         made = datetime.fromtimestamp(key.created_at, UTC).strftime("%Y-%m-%d %H:%M")
         state = "revoked" if key.revoked_at else "valid"
         print(f"{key.id}  {made}  {state:<7}  {key.priority:>3}  {key.name}")
@@ -56,15 +59,22 @@ def list_keys(settings: ServerSettings) -> int:
 
 def revoke(settings: ServerSettings, key_id: str) -> int:
     """Make a key useless; running servers notice within two seconds."""
-    if _ring(settings).revoke(key_id):
+    with _ring(settings) as ring:
+        is_revoked = ring.revoke(key_id)
+    if is_revoked:
         print(f"revoked {key_id}")
         return 0
     note(f"no valid key {key_id!r}; see `flux-redux keys list`")
     return 1
 
 
-def _ring(settings: ServerSettings) -> KeyRing:
-    return KeyRing(open_database(settings.database))
+@contextmanager
+def _ring(settings: ServerSettings) -> Iterator[KeyRing]:
+    database = open_database(settings.database)
+    try:
+        yield KeyRing(database)
+    finally:
+        database.dispose()
 
 
 # --- The database ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,13 @@ def store(settings: ServerSettings) -> Iterator[TaskStore]:
     database.dispose()
 
 
-def presence_of(settings: ServerSettings) -> Presence:
-    return Presence(open_database(settings.database))
+@contextmanager
+def presence_of(settings: ServerSettings) -> Iterator[Presence]:
+    database = open_database(settings.database)
+    try:
+        yield Presence(database)
+    finally:
+        database.dispose()
 
 
 class Notes:
@@ -79,15 +85,16 @@ def play(
     notes = Notes(settings.data_dir)
     options = {"command": (sys.executable, "-I", "-S", "-c", STUB + stub), **options}
 
-    async def run() -> None:
-        engine = LocalWorkers(settings, store, presence_of(settings), **options)
+    async def run(presence: Presence) -> None:
+        engine = LocalWorkers(settings, store, presence, **options)
         await engine.start()
         try:
             await scenario(engine, notes)
         finally:
             await engine.stop()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    with presence_of(settings) as presence:
+        asyncio.run(asyncio.wait_for(run(presence), 60))
     return notes
 
 
@@ -355,10 +362,6 @@ def test_stop_does_not_wait_for_the_next_restart(
 
 
 def test_a_dead_worker_does_not_stay_ready(settings: ServerSettings, store: TaskStore) -> None:
-    presence = presence_of(settings)
-    presence.announce(
-        worker_id(settings.data_dir, "cpu"), "cpu", WorkerState.READY, "said before it was killed"
-    )
     seen = []
 
     async def scenario(engine: LocalWorkers, notes: Notes) -> None:
@@ -366,18 +369,22 @@ def test_a_dead_worker_does_not_stay_ready(settings: ServerSettings, store: Task
             await asyncio.sleep(0.05)
         seen.extend(presence.all())
 
-    play(settings, store, DIE, scenario)
-    assert [worker.state for worker in seen] == [WorkerState.LOADING]
-    assert presence.all() == []  # and a stopped server has none
+    name = worker_id(settings.data_dir, "cpu")
+    with presence_of(settings) as presence:
+        presence.announce(name, "cpu", WorkerState.READY, "said before it was killed")
+        play(settings, store, DIE, scenario)
+        assert [worker.state for worker in seen] == [WorkerState.LOADING]
+        assert presence.all() == []  # and a stopped server has none
 
 
 def test_stop_before_start_and_twice_is_harmless(
     settings: ServerSettings, store: TaskStore
 ) -> None:
-    async def run() -> None:
-        engine = LocalWorkers(settings, store, presence_of(settings))
+    async def run(presence: Presence) -> None:
+        engine = LocalWorkers(settings, store, presence)
         engine.wake()
         await engine.stop()
         await engine.stop()
 
-    asyncio.run(run())
+    with presence_of(settings) as presence:
+        asyncio.run(run(presence))

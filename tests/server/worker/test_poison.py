@@ -126,9 +126,9 @@ def test_a_poison_task_fails_and_its_batch_mates_complete(tmp_path: Path, death:
             await engine.stop()
 
     asyncio.run(asyncio.wait_for(run(), 200))
+    first, poison, *others = found()
     database.dispose()
     diary = Diary(tmp_path)
-    first, poison, *others = found()
     assert {task.status for task in (first, *others)} == {Status.COMPLETED}
     assert poison.status is Status.FAILED
     assert poison.outcome is not None
