@@ -44,10 +44,10 @@ class KeyRing:
     """Creates, lists, revokes and recognises keys: those in the database and those of a file."""
 
     def __init__(
-        self, engine: Engine, *, file: str = "", clock: Callable[[], float] = time.time
+        self, database: Engine, *, file: str = "", clock: Callable[[], float] = time.time
     ) -> None:
-        self._engine = engine
-        self._reader = reader(engine)
+        self._database = database
+        self._reader = reader(database)
         self._clock = clock
         self._from_file = read_keys_file(Path(file)) if file else {}
         self._cache: dict[str, tuple[float, str | None]] = {}
@@ -65,7 +65,7 @@ class KeyRing:
             "created_at": self._clock(),
             "priority": priority,
         }
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             db.execute(insert(keys), row)
         return key
 
@@ -78,7 +78,7 @@ class KeyRing:
     def revoke(self, key_id: str) -> bool:
         """Make a key useless. False when there is no such key, or it was revoked before."""
         live = keys.c.id == key_id, keys.c.revoked_at.is_(None)
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             changed = db.execute(update(keys).where(*live).values(revoked_at=self._clock()))
         self._cache.clear()
         return bool(changed.rowcount)

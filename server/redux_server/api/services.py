@@ -70,19 +70,19 @@ class Services:
     draining: Draining = field(default_factory=Draining)
 
 
-def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Services:
+def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Services:
     """The services over a database and a store of pictures; nothing is started.
 
     Raises:
         KeyFileError: ``--api-keys-file`` cannot be used.
     """
-    clock = clock_of(engine)
-    presence = Presence(engine, clock=clock)
+    clock = clock_of(database)
+    presence = Presence(database, clock=clock)
     store = TaskStore(
-        engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
+        database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
     )
-    keys = KeyRing(engine, file=settings.api_keys_file)
-    signer = Signer(signing_secret(engine), clock=time.time)
+    keys = KeyRing(database, file=settings.api_keys_file)
+    signer = Signer(signing_secret(database), clock=time.time)
     present = Presenter(settings, signer)
     disk = disk_space(settings)
     find = Coalescer(store.get, name="find")
@@ -95,8 +95,8 @@ def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Serv
         store=store,
         accept=Coalescer(accept, name="accept"),
         find=find,
-        reservations=QueueReservations(partial(free_places, engine, bounds=bounds)),
-        idempotency=IdempotencyKeys(engine),
+        reservations=QueueReservations(partial(free_places, database, bounds=bounds)),
+        idempotency=IdempotencyKeys(database),
         keys=keys,
         rate=RateLimit(settings.rate_limit),
         upload_rate=RateLimit(settings.rate_limit),
@@ -104,14 +104,14 @@ def assemble(settings: ServerSettings, engine: Engine, blobs: BlobStore) -> Serv
         blobs=blobs,
         signer=signer,
         present=present,
-        webhooks=build_webhooks(settings, engine, store, present, clock=clock),
-        history=History(engine),
-        queue=QueuePositions(engine),
+        webhooks=build_webhooks(settings, database, store, present, clock=clock),
+        history=History(database),
+        queue=QueuePositions(database),
         poller=poller,
         streams=Subscriptions(poller, most=MAX_STREAMS, most_of_a_key=MAX_STREAMS_OF_A_KEY),
         sync_mode=SyncMode(held_requests, find, limit_s=settings.sync_timeout_s),
         disk=disk,
         ballast=open_ballast(settings),
         uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),
-        dispatch=build_dispatch(settings, engine, store, presence),
+        dispatch=build_dispatch(settings, database, store, presence),
     )

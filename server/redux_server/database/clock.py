@@ -15,9 +15,9 @@ _SYNC_EVERY_S = 60.0
 _NOW = text("SELECT extract(epoch FROM clock_timestamp())")
 
 
-def clock_of(engine: Engine) -> Callable[[], float]:
+def clock_of(database: Engine) -> Callable[[], float]:
     """Unix seconds: this machine's for SQLite, which no other can use, else the database's."""
-    return time.time if is_sqlite(engine) else DatabaseClock(engine)
+    return time.time if is_sqlite(database) else DatabaseClock(database)
 
 
 class DatabaseClock:
@@ -26,8 +26,8 @@ class DatabaseClock:
     ``steady`` counts seconds whatever the machine's date is set to; it is replaced in tests.
     """
 
-    def __init__(self, engine: Engine, *, steady: Callable[[], float] = time.monotonic) -> None:
-        self._reader = reader(engine)
+    def __init__(self, database: Engine, *, steady: Callable[[], float] = time.monotonic) -> None:
+        self._reader = reader(database)
         self._steady = steady
         self._syncing = threading.Lock()
         self._offset, self._synced_at = self._measure()

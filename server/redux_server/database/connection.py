@@ -47,7 +47,7 @@ class DatabaseUnusable(UsageError):
 
 
 def connect(url: str) -> Engine:
-    """An engine whose database answers, whatever is in it.
+    """A database that answers, whatever is in it.
 
     Raises:
         DatabaseUnusable: an unknown kind of URL, or nothing answers there.
@@ -56,9 +56,9 @@ def connect(url: str) -> Engine:
     parsed = parse(url)
     create = _sqlite_engine if parsed.get_backend_name() == "sqlite" else _postgres_engine
     try:
-        engine = create(parsed)
-        with engine.connect():
-            return engine
+        database = create(parsed)
+        with database.connect():
+            return database
     except ImportError:
         raise DatabaseUnusable(
             f"{shown(parsed)} needs psycopg, which is not installed; "
@@ -101,19 +101,19 @@ def shown(url: URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
-def reader(engine: Engine) -> Engine:
+def reader(database: Engine) -> Engine:
     """The same database for statements that only read: they never wait for a writer.
 
     On PostgreSQL each statement is a transaction of its own, without the messages of one.
     """
-    if is_sqlite(engine):
-        return engine.execution_options(redux_read_only=True)
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
+    if is_sqlite(database):
+        return database.execution_options(redux_read_only=True)
+    return database.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def is_sqlite(engine: Engine | Connection) -> bool:
+def is_sqlite(database: Engine | Connection) -> bool:
     """Whether this is the embedded database."""
-    return engine.dialect.name == "sqlite"
+    return database.dialect.name == "sqlite"
 
 
 def take_turns(db: Connection, what: str) -> None:
@@ -129,19 +129,19 @@ def take_turns(db: Connection, what: str) -> None:
 
 
 def _sqlite_engine(url: URL) -> Engine:
-    """An engine for the file of ``url``.
+    """The database in the file of ``url``.
 
     Its folder is created readable by the owner only: the file holds prompts and key digests.
     """
     # Errors are logged, and parameters are prompts.
-    engine = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S}, hide_parameters=True)
+    database = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S}, hide_parameters=True)
     path = Path(url.database or "")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "not writable", str(path))
-    event.listen(engine, "connect", _configure_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
+    event.listen(database, "connect", _configure_sqlite)
+    event.listen(database, "begin", _begin_sqlite)
+    return database
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -195,7 +195,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _postgres_engine(url: URL) -> Engine:
-    """An engine for ``url``, a ``postgresql+psycopg`` one.
+    """The database at ``url``, a ``postgresql+psycopg`` one.
 
     A connection is tried before it is used (``pool_pre_ping``), so that a restarted database costs
     a reconnection and no error.

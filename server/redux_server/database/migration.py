@@ -53,32 +53,32 @@ def open_database(url: str) -> Engine:
             or newer than this version's.
         PermissionError: the SQLite file or its folder cannot be written.
     """
-    engine = connect(url)
+    database = connect(url)
     try:
-        _have_our_tables(engine)
+        _have_our_tables(database)
     except BaseException:
-        engine.dispose()
+        database.dispose()
         raise
-    return engine
+    return database
 
 
-def _have_our_tables(engine: Engine) -> None:
-    found = schema_version(engine)
+def _have_our_tables(database: Engine) -> None:
+    found = schema_version(database)
     if found == SCHEMA_VERSION:
         return
-    refuse_newer(engine, found)
-    if is_sqlite(engine):
-        _bring_up_to_date(engine)
+    refuse_newer(database, found)
+    if is_sqlite(database):
+        _bring_up_to_date(database)
         return
     what = f"holds tables of version {found}" if found else "holds no tables yet"
     raise DatabaseUnusable(
-        f"{shown(engine.url)} {what}, and this version of flux-redux needs {SCHEMA_VERSION}; "
+        f"{shown(database.url)} {what}, and this version of flux-redux needs {SCHEMA_VERSION}; "
         "run `flux-redux db upgrade` with the same --database-url"
     )
 
 
-def _bring_up_to_date(engine: Engine) -> None:
-    with engine.begin() as db:  # holds the write lock: of several processes one does it
+def _bring_up_to_date(database: Engine) -> None:
+    with database.begin() as db:  # holds the write lock: of several processes one does it
         if version_in(db):
             upgrade(db)
         else:
@@ -87,9 +87,9 @@ def _bring_up_to_date(engine: Engine) -> None:
             db.execute(insert(version), {"version_num": SCHEMA_VERSION})
 
 
-def schema_version(engine: Engine) -> str:
+def schema_version(database: Engine) -> str:
     """The revision of the tables; empty when there are none."""
-    with reader(engine).connect() as db:
+    with reader(database).connect() as db:
         return version_in(db)
 
 
@@ -101,7 +101,7 @@ def version_in(db: Connection) -> str:
     return FIRST_VERSION if tasks.name in names else ""
 
 
-def refuse_newer(engine: Engine, found: str) -> None:
+def refuse_newer(database: Engine, found: str) -> None:
     """Stop before a database that a later version of us has changed.
 
     Raises:
@@ -109,23 +109,23 @@ def refuse_newer(engine: Engine, found: str) -> None:
     """
     if found > SCHEMA_VERSION:
         raise DatabaseUnusable(
-            f"{shown(engine.url)} holds tables of version {found}, newer than the {SCHEMA_VERSION} "
+            f"{shown(database.url)} holds tables of version {found}, newer than the {SCHEMA_VERSION} "
             "that this version of flux-redux knows; install the newer flux-redux again"
         )
 
 
-def upgrade_database(engine: Engine) -> tuple[str, str]:
+def upgrade_database(database: Engine) -> tuple[str, str]:
     """Bring the tables up to date in one transaction; returns the revisions before and after.
 
     Raises:
         DatabaseUnusable: the tables are newer than this version knows.
     """
-    with engine.begin() as db:
+    with database.begin() as db:
         take_turns(db, "upgrade")
         if not is_sqlite(db):
             db.execute(text("SET LOCAL statement_timeout = 0"))  # an index may take minutes
         before = version_in(db)
-        refuse_newer(engine, before)
+        refuse_newer(database, before)
         upgrade(db)
         return before, version_in(db)
 

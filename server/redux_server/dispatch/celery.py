@@ -211,8 +211,8 @@ class Turns:
     Whoever asks first has the turn, for as long as it says.
     """
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
-        self._engine = engine
+    def __init__(self, database: Engine, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
         self._clock = clock
 
     def take(self, name: str, *, every_s: float) -> bool:
@@ -222,7 +222,7 @@ class Turns:
         # A date in the future was written before a clock was set back.
         is_due = or_(done_at <= now - every_s, done_at > now + every_s)
         try:
-            with self._engine.begin() as db:
+            with self._database.begin() as db:
                 mine = tables.turns.c.name == name
                 taken = db.execute(update(tables.turns).where(mine, is_due).values(done_at=now))
                 if taken.rowcount:

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from sqlalchemy import Engine as Database
+from sqlalchemy import Engine
 
 from redux_server.database.clock import clock_of
 from redux_server.database.connection import parse
@@ -79,7 +79,7 @@ def _check_broker(url: str) -> None:
 
 
 def build_dispatch(
-    settings: ServerSettings, database: Database, store: TaskStore, presence: Presence
+    settings: ServerSettings, database: Engine, store: TaskStore, presence: Presence
 ) -> Dispatch:
     """What the API process dispatches by. Celery is loaded only where it is used."""
     if settings.dispatch == "local":

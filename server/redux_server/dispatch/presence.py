@@ -43,10 +43,10 @@ class Presence:
     """The list of workers; each writes its own row."""
 
     def __init__(
-        self, engine: Engine, *, silent_s: float = 30.0, clock: Callable[[], float] = time.time
+        self, database: Engine, *, silent_s: float = 30.0, clock: Callable[[], float] = time.time
     ) -> None:
-        self._engine = engine
-        self._reader = reader(engine)
+        self._database = database
+        self._reader = reader(database)
         self._silent_s = silent_s
         self._clock = clock
 
@@ -58,14 +58,14 @@ class Presence:
             "detail": detail,
             "heartbeat_at": self._clock(),
         }
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             changed = db.execute(update(workers).where(workers.c.id == worker_id).values(values))
             if not changed.rowcount:
                 db.execute(insert(workers), {"id": worker_id, **values})
 
     def heartbeat(self, worker_id: str) -> None:
         """Say that a worker still lives."""
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             db.execute(
                 update(workers).where(workers.c.id == worker_id).values(heartbeat_at=self._clock())
             )
@@ -92,7 +92,7 @@ class Presence:
 
     def leave(self, worker_id: str) -> None:
         """Forget a worker."""
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             db.execute(delete(workers).where(workers.c.id == worker_id))
 
     def forget_gone(self, silent_s: float) -> int:
@@ -100,7 +100,7 @@ class Presence:
 
         A machine that is switched off, or a container that is replaced, does not say goodbye.
         """
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             oldest = self._clock() - silent_s
             return int(db.execute(delete(workers).where(workers.c.heartbeat_at < oldest)).rowcount)
 

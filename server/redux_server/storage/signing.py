@@ -82,16 +82,16 @@ class Signer:
         return hmac.new(self._secret, message.encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def signing_secret(engine: Engine) -> bytes:
+def signing_secret(database: Engine) -> bytes:
     """The secret behind file URLs: made at the first start, shared by all who use the database."""
-    with reader(engine).connect() as db:
+    with reader(database).connect() as db:
         found = db.scalar(select(tables.secrets.c.value).where(_IS_SIGNING))
     if found is not None:
         return bytes.fromhex(found)
     try:
-        with engine.begin() as db:
+        with database.begin() as db:
             value = secrets.token_hex(32)
             db.execute(insert(tables.secrets), {"name": "file-urls", "value": value})
     except IntegrityError:  # another process was first
-        return signing_secret(engine)
+        return signing_secret(database)
     return bytes.fromhex(value)

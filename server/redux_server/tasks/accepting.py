@@ -82,9 +82,9 @@ def accept(
     return answers
 
 
-def free_places(engine: Engine, key_ids: Sequence[str], *, bounds: Bounds) -> list[FreePlaces]:
+def free_places(database: Engine, key_ids: Sequence[str], *, bounds: Bounds) -> list[FreePlaces]:
     """How many tasks more ``accept`` would take of these API keys now, in the order given."""
-    with reader(engine).connect() as db:
+    with reader(database).connect() as db:
         room = _left_of_all(db, bounds)
         by_key = OpenByKey(db, set(key_ids), limit=bounds.of_a_key)
         return [FreePlaces(room, by_key.left(key_id)) for key_id in key_ids]
@@ -124,9 +124,9 @@ class OpenByKey:
 class IdempotencyKeys:
     """The idempotency keys that came. Every method may be called from any thread."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._reader = reader(engine)
+    def __init__(self, database: Engine) -> None:
+        self._database = database
+        self._reader = reader(database)
 
     def knows(self, key_id: str, idempotency_key: str) -> bool:
         """Whether an API key has sent this idempotency key before."""
@@ -142,7 +142,7 @@ class IdempotencyKeys:
     def forget(self, before: float) -> int:
         """Free those that came ``before`` (Unix seconds); returns how many."""
         old = idempotency.c.created_at < before
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             return int(db.execute(delete(idempotency).where(old)).rowcount)
 
 

@@ -45,8 +45,8 @@ class DayCount:
 class History:
     """Reads tasks, newest first. Every method may be called from any thread."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._reader = reader(engine)
+    def __init__(self, database: Engine) -> None:
+        self._reader = reader(database)
 
     def page(
         self, wanted: Wanted, *, number: int, size: int, oldest_first: bool = False

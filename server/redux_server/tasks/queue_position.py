@@ -68,8 +68,8 @@ class _Summary:
 class QueuePositions:
     """Tells positions. Must be used from one event loop; ``clock`` is replaced in tests."""
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._reader = reader(engine)
+    def __init__(self, database: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reader = reader(database)
         self._clock = clock
         self._summary: _Summary | None = None
         self._reading: asyncio.Task[_Summary] | None = None

@@ -86,14 +86,14 @@ class TaskStore:
 
     def __init__(
         self,
-        engine: Engine,
+        database: Engine,
         *,
         lease_s: float = 30.0,
         max_attempts: int = 3,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._engine = engine
-        self._reader = reader(engine)
+        self._database = database
+        self._reader = reader(database)
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._clock = clock
@@ -109,7 +109,7 @@ class TaskStore:
         answered from the first with it, whether or not there is room. No API key gets more than
         ``max_open_per_key`` open tasks (0: as many as fit).
         """
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             take_turns(db, "accept")
             bounds = accepting.Bounds(max_open, max_open_per_key)
             return accepting.accept(db, new, bounds=bounds, now=self._clock())
@@ -134,7 +134,7 @@ class TaskStore:
         One that has ended is left as it is. None if the key has no such task.
         """
         mine = tasks.c.id == task_id, tasks.c.key_id == key_id
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             now = self._clock()
             row = db.execute(select(tasks.c.lease_until).where(*mine).with_for_update()).first()
             if row is None:
@@ -156,7 +156,7 @@ class TaskStore:
         told of a task is not told any more.
         """
         mine = [tasks.c.id.in_(ids)] + ([tasks.c.key_id == key_id] if key_id is not None else [])
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             gone = list(db.scalars(delete(tasks).where(*mine).returning(tasks.c.id)))
             db.execute(delete(webhooks).where(webhooks.c.task_id.in_(gone)))
         return gone
@@ -172,7 +172,7 @@ class TaskStore:
         """
         if not self._has_work(like):
             return []
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             now = self._clock()
             self._back_to_the_queue(db, now)
             lease = claiming.lease_values(owner, now, self._lease_s)
@@ -189,7 +189,7 @@ class TaskStore:
             Which of those in ``leased`` it no longer holds, and which of the others are cancelled.
         """
         wanted: dict[str, bool] = {}
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             for task_id, (attempt, step) in leased.items():
                 row = db.execute(
                     update(tasks)
@@ -207,7 +207,7 @@ class TaskStore:
         """Record how ``attempt`` ended. False: a later attempt or an end was there first."""
         is_current = tasks.c.id == task_id, tasks.c.attempt == attempt
         is_running = tasks.c.status == Status.PROCESSING
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             return bool(end(db, *is_current, is_running, outcome=outcome, now=self._clock()))
 
     def give_back(
@@ -225,7 +225,7 @@ class TaskStore:
         the reason ``error``. False: it was no longer held under ``attempt``.
         """
         is_it = (tasks.c.id == task_id) & (tasks.c.attempt == attempt)
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             now = self._clock()
             taken = self._take_back(
                 db, is_it, now, has_crashed=has_crashed, delay_s=delay_s, error=error
@@ -237,7 +237,7 @@ class TaskStore:
 
         One that was told to go (``has_crashed`` false) puts none of them under suspicion.
         """
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             is_theirs = tasks.c.owner == owner
             return self._take_back(db, is_theirs, self._clock(), has_crashed=has_crashed)
 

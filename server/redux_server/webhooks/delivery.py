@@ -193,20 +193,20 @@ def _standard(secret: str, message: bytes) -> str:
     return "v1," + base64.b64encode(hmac.new(key, message, hashlib.sha256).digest()).decode()
 
 
-def webhook_secret(engine: Engine, key_id: str) -> str:
+def webhook_secret(database: Engine, key_id: str) -> str:
     """The secret that signs the webhooks of an API key: made when it is first asked for."""
     name = f"webhook:{key_id}"
     if len(name) > _SECRET_NAME_LENGTH:  # a long name in the keys file
         name = "webhook:" + hashlib.sha256(key_id.encode()).hexdigest()[:56]
     found = select(tables.secrets.c.value).where(tables.secrets.c.name == name)
-    with reader(engine).connect() as db:
+    with reader(database).connect() as db:
         value = db.scalar(found)
     if value is not None:
         return str(value)
     try:
-        with engine.begin() as db:
+        with database.begin() as db:
             value = new_secret()
             db.execute(insert(tables.secrets), {"name": name, "value": value})
     except IntegrityError:  # another node was first
-        return webhook_secret(engine, key_id)
+        return webhook_secret(database, key_id)
     return value

@@ -57,16 +57,16 @@ class Outbox:
     """Webhooks in a SQL database. Every method is one transaction, for any thread.
 
     Args:
-        engine: the database.
+        database: the database.
         hold_s: seconds after which a claimed try counts as cut short; more than a try may take.
         clock: gives Unix seconds.
     """
 
     def __init__(
-        self, engine: Engine, *, hold_s: float, clock: Callable[[], float] = time.time
+        self, database: Engine, *, hold_s: float, clock: Callable[[], float] = time.time
     ) -> None:
-        self._engine = engine
-        self._reader = reader(engine)
+        self._database = database
+        self._reader = reader(database)
         self._hold_s = hold_s
         self._clock = clock
 
@@ -106,7 +106,7 @@ class Outbox:
         bound = case(longest, value=webhooks.c.tries, else_=self._longest_wait_s(MAX_TRIES - 1))
         least = min(longest.values())  # for the index
         ahead = webhooks.c.next_at > now + least, webhooks.c.next_at > now + bound
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             return int(db.execute(update(webhooks).where(*ahead).values(next_at=now)).rowcount)
 
     def _longest_wait_s(self, tries: int) -> float:
@@ -116,7 +116,7 @@ class Outbox:
     def claim(self, found: Sequence[Delivery]) -> list[Delivery]:
         """Begin a try of each; those that another node was faster with are left out."""
         claimed = []
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             until = self._clock() + self._hold_s
             for one in found:
                 changed = db.execute(
@@ -145,7 +145,7 @@ class Outbox:
 
     def drop(self, delivery: Delivery) -> None:
         """Forget a delivery whose task was deleted, if that did not forget it already."""
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             db.execute(delete(webhooks).where(webhooks.c.task_id == delivery.task_id, _IS_OPEN))
 
     def count_open(self) -> int:
@@ -159,5 +159,5 @@ class Outbox:
         mine = [webhooks.c.task_id == task_id, _IS_OPEN]
         if tries is not None:
             mine.append(webhooks.c.tries == tries)
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             return bool(db.execute(update(webhooks).where(*mine).values(**values)).rowcount)

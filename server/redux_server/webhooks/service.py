@@ -22,12 +22,12 @@ _HOLD_MARGIN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Webhooks:
-    """The webhooks of an API process. ``engine`` is the database that holds their secrets."""
+    """The webhooks of an API process. ``database`` is the database that holds their secrets."""
 
     policy: AddressPolicy
     outbox: Outbox
     sender: WebhookSender
-    engine: Engine
+    database: Engine
 
     def register(self, url: str, base_url: str) -> str:
         """What to note in a task whose end ``url`` is to be told.
@@ -39,29 +39,29 @@ class Webhooks:
 
     def secret(self, key_id: str) -> str:
         """What signs the webhooks of a key."""
-        return webhook_secret(self.engine, key_id)
+        return webhook_secret(self.database, key_id)
 
 
 def build_webhooks(
     settings: ServerSettings,
-    engine: Engine,
+    database: Engine,
     store: TaskStore,
     render: Callable[[Task, str], Mapping[str, Any]],
     *,
     clock: Callable[[], float] = time.time,
 ) -> Webhooks:
-    """Webhooks over ``engine``, the database of ``store``, whose ``clock`` tells what is due.
+    """Webhooks over ``database``, the database of ``store``, whose ``clock`` tells what is due.
 
     ``render`` makes the message about a task, given the base of its URLs. Nothing is started yet.
     """
     policy = AddressPolicy.from_entries(settings.webhook_allow_entries)
-    outbox = Outbox(engine, hold_s=settings.webhook_timeout_s + _HOLD_MARGIN_S, clock=clock)
+    outbox = Outbox(database, hold_s=settings.webhook_timeout_s + _HOLD_MARGIN_S, clock=clock)
     poster = WebhookPoster(
         policy,
         find=lambda task_id: store.get([task_id])[0],
         render=render,
-        secret=partial(webhook_secret, engine),
+        secret=partial(webhook_secret, database),
         scheme=settings.webhook_signature,
         timeout_s=settings.webhook_timeout_s,
     )
-    return Webhooks(policy, outbox, WebhookSender(outbox, poster.deliver), engine)
+    return Webhooks(policy, outbox, WebhookSender(outbox, poster.deliver), database)

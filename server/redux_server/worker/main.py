@@ -80,11 +80,11 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     else:
         _show_metrics(settings)
     has_tickets = settings.dispatch == "celery" and not is_supervised
-    engine = open_database(settings.database)
-    clock = clock_of(engine)
-    presence = Presence(engine, clock=clock)
+    database = open_database(settings.database)
+    clock = clock_of(database)
+    presence = Presence(database, clock=clock)
     name = worker_id(settings.data_dir, device)
-    store = _open_store(settings, engine, clock)
+    store = _open_store(settings, database, clock)
 
     def announce(state: WorkerState, detail: str = "") -> None:
         presence.announce(name, device, state, detail)
@@ -106,7 +106,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
                 announce(WorkerState.FAILED, _reason(error))
                 _log.error("cannot start", reason=str(error), exc_info=error)
                 return EXIT_CANNOT_LOAD
-            signer = Signer(signing_secret(engine), clock=time.time)
+            signer = Signer(signing_secret(database), clock=time.time)
             worker = Worker(
                 name,
                 store=store,
@@ -121,7 +121,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
             supervisor.attach(worker)
             announce(WorkerState.READY, describe_model(pipeline, settings))
             _log.info("worker ready", device=device, model=pipeline.info.name)
-            with _tickets(settings, engine, worker, wanted=has_tickets):
+            with _tickets(settings, database, worker, wanted=has_tickets):
                 worker.run()
                 _end_if_lost(worker, announce)
         presence.leave(name)
@@ -160,9 +160,11 @@ def _show_metrics(settings: ServerSettings) -> None:
             ) from None
 
 
-def _open_store(settings: ServerSettings, engine: Engine, clock: Callable[[], float]) -> TaskStore:
+def _open_store(
+    settings: ServerSettings, database: Engine, clock: Callable[[], float]
+) -> TaskStore:
     return TaskStore(
-        engine, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
+        database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
     )
 
 
@@ -174,7 +176,7 @@ def _reason(error: Exception) -> str:
 
 
 def _tickets(
-    settings: ServerSettings, engine: Engine, worker: Worker, *, wanted: bool
+    settings: ServerSettings, database: Engine, worker: Worker, *, wanted: bool
 ) -> AbstractContextManager[None]:
     """Take what the broker has for us meanwhile, if that is ``wanted``."""
     if not wanted:
@@ -182,7 +184,7 @@ def _tickets(
     from redux_server.dispatch.celery import queue_name, ticket_app
     from redux_server.dispatch.celery_worker import receiving
 
-    return receiving(ticket_app(settings.broker_url, queue_name(signing_secret(engine))), worker)
+    return receiving(ticket_app(settings.broker_url, queue_name(signing_secret(database))), worker)
 
 
 def _runner(

@@ -1,4 +1,4 @@
-"""What each engine needs, and that a broker which is away is no concern of a request."""
+"""What each way to dispatch needs, and that a broker which is away is no concern of a request."""
 
 import asyncio
 import importlib.util
@@ -28,11 +28,11 @@ def settings(**given: Any) -> ServerSettings:
     return ServerSettings(data_dir=Path("/nowhere"), model="fake", **given)
 
 
-@pytest.mark.parametrize("engine", ["sql", "celery"])
-def test_workers_elsewhere_cannot_use_sqlite(engine: str) -> None:
+@pytest.mark.parametrize("way", ["sql", "celery"])
+def test_workers_elsewhere_cannot_use_sqlite(way: str) -> None:
     for more in ({}, {"database_url": "sqlite:////srv/tasks.db"}):
         with pytest.raises(UsageError, match="cannot share a SQLite file"):
-            check_dispatch(settings(dispatch=engine, broker_url=RABBITMQ, **more))
+            check_dispatch(settings(dispatch=way, broker_url=RABBITMQ, **more))
 
 
 @pytest.mark.parametrize(
@@ -91,18 +91,18 @@ def test_a_broker_that_is_away_neither_fails_nor_delays_anything(database: Engin
     from redux_server.dispatch.celery import Turns
 
     away = settings(dispatch="celery", broker_url=f"amqp://guest@127.0.0.1:{free_port()}//")
-    engine = build_dispatch(away, database, TaskStore(database), Presence(database))
+    dispatch = build_dispatch(away, database, TaskStore(database), Presence(database))
 
     async def use() -> tuple[float, float]:
-        await engine.start()
+        await dispatch.start()
         began = time.monotonic()
         for _ in range(1000):
-            engine.wake()
+            dispatch.wake()
         await asyncio.sleep(0)
         woken_s = time.monotonic() - began
         await asyncio.sleep(1.0)  # it is refused meanwhile
         began = time.monotonic()
-        await engine.stop()
+        await dispatch.stop()
         return woken_s, time.monotonic() - began
 
     woken_s, stopped_s = asyncio.run(use())

@@ -86,12 +86,12 @@ def play(
     options = {"command": (sys.executable, "-I", "-S", "-c", STUB + stub), **options}
 
     async def run(presence: Presence) -> None:
-        engine = LocalWorkers(settings, store, presence, **options)
-        await engine.start()
+        workers = LocalWorkers(settings, store, presence, **options)
+        await workers.start()
         try:
-            await scenario(engine, notes)
+            await scenario(workers, notes)
         finally:
-            await engine.stop()
+            await workers.stop()
 
     with presence_of(settings) as presence:
         asyncio.run(asyncio.wait_for(run(presence), 60))
@@ -185,10 +185,10 @@ def test_each_device_has_a_worker_with_the_servers_settings(
 def test_wake_reaches_every_worker_and_can_be_repeated(
     settings: ServerSettings, store: TaskStore
 ) -> None:
-    async def scenario(engine: LocalWorkers, notes: Notes) -> None:
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
         await notes.wait_for("started", 2)
         for _ in range(100):
-            engine.wake()
+            workers.wake()
         woken = await notes.wait_for("woken", 2)
         await until(lambda: {device for device, _, _ in notes.all("woken")} == {"cpu", "cuda:7"})
         assert woken
@@ -199,11 +199,11 @@ def test_wake_reaches_every_worker_and_can_be_repeated(
 def test_waking_a_worker_that_never_listens_neither_blocks_nor_gathers_memory(
     settings: ServerSettings, store: TaskStore
 ) -> None:
-    async def scenario(engine: LocalWorkers, notes: Notes) -> None:
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
         await notes.wait_for("started")
         for _ in range(100_000):  # a pipe holds 65,536
-            engine.wake()
-        [process] = engine._processes.values()
+            workers.wake()
+        [process] = workers._processes.values()
         assert process.stdin is not None
         assert process.stdin.transport.get_write_buffer_size() <= 1
         process.kill()
@@ -334,10 +334,10 @@ def test_stop_kills_a_late_worker_and_puts_its_task_under_no_suspicion(
     store.release(worker_id(settings.data_dir, "cpu"))
     store.claim(worker_id(settings.data_dir, "cpu"))  # its last attempt
 
-    async def scenario(engine: LocalWorkers, notes: Notes) -> None:
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
         [(_, pid, _)] = await notes.wait_for("started")
         began = time.monotonic()
-        await engine.stop()
+        await workers.stop()
         assert 0.25 < time.monotonic() - began < 10
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -351,11 +351,11 @@ def test_stop_kills_a_late_worker_and_puts_its_task_under_no_suspicion(
 def test_stop_does_not_wait_for_the_next_restart(
     settings: ServerSettings, store: TaskStore
 ) -> None:
-    async def scenario(engine: LocalWorkers, notes: Notes) -> None:
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
         await notes.wait_for("started", 3)
         await asyncio.sleep(0.3)  # it is dead by now, and the pause is 2 s
         began = time.monotonic()
-        await engine.stop()
+        await workers.stop()
         assert time.monotonic() - began < 1
 
     assert len(play(settings, store, DIE, scenario).all("started")) == 3
@@ -364,7 +364,7 @@ def test_stop_does_not_wait_for_the_next_restart(
 def test_a_dead_worker_does_not_stay_ready(settings: ServerSettings, store: TaskStore) -> None:
     seen = []
 
-    async def scenario(engine: LocalWorkers, notes: Notes) -> None:
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
         while len(notes.all("started")) < 2:
             await asyncio.sleep(0.05)
         seen.extend(presence.all())
@@ -381,10 +381,10 @@ def test_stop_before_start_and_twice_is_harmless(
     settings: ServerSettings, store: TaskStore
 ) -> None:
     async def run(presence: Presence) -> None:
-        engine = LocalWorkers(settings, store, presence)
-        engine.wake()
-        await engine.stop()
-        await engine.stop()
+        workers = LocalWorkers(settings, store, presence)
+        workers.wake()
+        await workers.stop()
+        await workers.stop()
 
     with presence_of(settings) as presence:
         asyncio.run(run(presence))

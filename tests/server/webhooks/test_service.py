@@ -27,7 +27,7 @@ HOOK = "https://hooks.example/x?k=1"
 
 
 def hook_of(api: Api, task_id: str) -> Callback | None:
-    engine = api.services.webhooks.engine
+    engine = api.services.webhooks.database
     with engine.connect() as db:
         stored = db.scalar(select(tasks.c.webhook_url).where(tasks.c.id == task_id))
     return Callback.parse(stored) if stored else None
@@ -206,7 +206,7 @@ def test_sweep_spares_a_task_until_its_webhook_is_delivered(
     store.accept([new], max_open=9)
     assert end_next(store, Outcome(Status.COMPLETED))
     long_ago = time.time() - 7200
-    with services.webhooks.engine.begin() as db:
+    with services.webhooks.database.begin() as db:
         db.execute(update(tasks).values(finished_at=long_ago))
         db.execute(update(webhooks).values(created_at=long_ago))
     assert housekeeping.sweep(services) == 0
@@ -214,5 +214,5 @@ def test_sweep_spares_a_task_until_its_webhook_is_delivered(
     (delivery,) = outbox.claim(outbox.due(9))
     outbox.delivered(delivery)
     assert housekeeping.sweep(services) == 1
-    with services.webhooks.engine.connect() as db:
+    with services.webhooks.database.connect() as db:
         assert db.execute(select(webhooks)).all() == []
