@@ -22,7 +22,6 @@ _LONGEST = (
     "server/dispatch/test_celery_worker.py",
     "pipelines/denoising/test_warm_up.py",
     "weights/test_training_smoke.py",
-    "pipelines/compilation/test_compiled_batches.py",
     "e2e/test_embedded_model.py",
     "server/worker/test_poison.py",
     "codegen/test_codegen.py",

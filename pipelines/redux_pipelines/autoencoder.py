@@ -1,6 +1,10 @@
-"""From latents to pictures with diffusers' ``AutoencoderKL``, one picture at a time.
+"""From latents to pictures with diffusers' ``AutoencoderKL``, one picture at a time, in strips.
 
-Knows the autoencoder's scale and shift; knows no tokens and no transformer.
+The modules and their weights are diffusers'; the order of the work is ours. An activation is a list
+of strips, bands of rows one below the other. A convolution borrows a row from each neighbour, a
+GroupNorm takes its statistics over all strips: nothing is approximated, unlike with tiles that are
+decoded alone and blended. Between layers only what the next one reads is kept whole. All is in
+memory format channels_last. Knows no tokens and no transformer.
 """
 
 import logging
@@ -17,8 +21,14 @@ from redux_kernels.group_norm_silu import group_norm_silu, group_norm_statistics
 from redux_kernels.self_test import self_test
 from redux_pipelines.errors import OutputError
 
+logger = logging.getLogger(__name__)
+
 TILE_ABOVE_PIXELS = 1024 * 1024
 STRIP_PIXELS = 128 * 1024
+KERNELS = ("group_norm_statistics", "group_norm_silu")
+"""The operators it runs, as kernels where both agree with their references."""
+Strips = list[Tensor]
+"""One image's rows ``(1, C, rows, W)``, from top to bottom."""
 
 
 class Autoencoder:
@@ -74,23 +84,6 @@ def _rounded(decoded: Tensor) -> Tensor:
     """``(3, H, W)`` from -1 to 1 as bytes ``(H, W, 3)``."""
     unit = (decoded * 0.5 + 0.5).clamp(0, 1).float()
     return (unit * 255).round().to(torch.uint8).permute(1, 2, 0)
-
-
-# --- Decoder --------------------------------------------------------------------------------------
-
-# DOC The decoder of diffusers' ``AutoencoderKL``, run in strips: the same picture from less memory.
-# DOC
-# DOC The modules and their weights are diffusers'; the order of the work is ours. An activation is a list
-# DOC of strips, bands of rows one below the other. A convolution borrows a row from each neighbour, a
-# DOC GroupNorm takes its statistics over all strips: nothing is approximated, unlike with tiles that are
-# DOC decoded alone and blended. Between layers only what the next one reads is kept whole. All is in
-# DOC memory format channels_last. Knows no latents' scale and no pictures.
-
-logger = logging.getLogger(__name__)
-KERNELS = ("group_norm_statistics", "group_norm_silu")
-"""The operators it runs, as kernels where both agree with their references."""
-Strips = list[Tensor]
-"""One image's rows ``(1, C, rows, W)``, from top to bottom."""
 
 
 class Decoder:

@@ -1,10 +1,11 @@
-"""What a device's failures mean: which of them are a lack of memory, and which are final.
+"""The device that a pipeline runs on: which one, in which dtype, its failures and its time.
 
-torch has one type for most of them, so the text decides; it is that of CUDA and its libraries.
+torch has one type for most failures of a device, so their text decides what they mean; it is that
+of CUDA and its libraries. A GPU computes what the host has queued, a CPU at once. Knows no model
+and makes no tensors.
 """
 
 import ctypes
-import logging
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,11 @@ import torch
 from redux_pipelines.errors import DeviceError, DeviceMemoryError
 from redux_pipelines.jobs import Job
 
-logger = logging.getLogger(__name__)
+KEPT_BYTES = 2**30
+"""Of freed host memory that malloc may keep."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BFLOAT16_SINCE = (8, 0)  # compute capability
 _NO_MEMORY = ("out of memory", "can't allocate memory", "_ALLOC_FAILED", "_ALLOC_ERROR")
 _FINAL = (
     "CUDA error",
@@ -24,6 +29,50 @@ _FINAL = (
     "CUBLAS_STATUS_",
     "CUDNN_STATUS_",
 )
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not (device in ("cpu", "cuda") or device.startswith("cuda:")):
+        raise ValueError(f"device={device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch sees no CUDA device: use device='cpu'")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype meant by its name; ``auto`` is bfloat16 on cuda, float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        names = ", ".join(repr(name) for name in ("auto", *_DTYPES))
+        raise ValueError(f"dtype={dtype!r} is not one of {names}")
+    return _DTYPES[dtype]
+
+
+def slow_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``dtype`` is slow on ``device`` and what to use instead, or None."""
+    if dtype != torch.bfloat16 or has_fast_bfloat16(device):
+        return None
+    if device.type == "cpu":
+        return (
+            "this CPU has no instructions for bfloat16 (AVX-512, AMX or Arm's), so that it is far "
+            "slower than float32: use --dtype float32"
+        )
+    return f"{device} has no bfloat16 units, so it is slow; try --dtype float16"
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 have kernels of their own there.
+
+    On other CPUs torch multiplies them one by one, a hundred times slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -79,15 +128,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-# --- Pacing ---------------------------------------------------------------------------------------
-
-# DOC Host and device: how far the one runs ahead of the other, and what time stages took.
-# DOC
-# DOC A GPU computes what the host has queued; on a CPU the two are one.
-
-
 def fence_on(device: torch.device) -> torch.cuda.Event | None:
-    """A mark on the device's queue to wait for; None on a CPU, where nothing is queued."""
+    """An event that is done once all queued so far is; None on a CPU, where nothing is queued."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -112,80 +154,16 @@ class Clock:
         self._last = now
 
 
-# --- Precision ------------------------------------------------------------------------------------
-
-# DOC Which dtypes a device computes fast. Knows no model.
-
-_BFLOAT16_SINCE = (8, 0)  # compute capability
-
-
-def slow_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``dtype`` is slow on ``device`` and what to use instead, or None."""
-    if dtype != torch.bfloat16 or has_fast_bfloat16(device):
-        return None
-    if device.type == "cpu":
-        return (
-            "this CPU has no instructions for bfloat16 (AVX-512, AMX or Arm's), so that it is far "
-            "slower than float32: use --dtype float32"
-        )
-    return f"{device} has no bfloat16 units, so it is slow; try --dtype float16"
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 have kernels of their own there.
-
-    On other CPUs torch multiplies them one by one, a hundred times slower than float32.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-# --- Host memory ----------------------------------------------------------------------------------
-
-# DOC How this process takes memory from the system and gives it back. Knows no tensors.
-# DOC
-# DOC For programs of our own: it concerns the whole process, so no library may do it to its host.
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT_BYTES = 2**30
-
-
 def keep_freed_memory() -> bool:
     """Let malloc keep up to ``KEPT_BYTES`` of what is freed, and serve pieces of that size from it.
 
     By default glibc returns large pieces to the system at once, and a step of a model on a CPU,
     which takes the same tens of MiB again and again, gets them back page by page. False where
-    malloc is not glibc's: then nothing is changed.
+    malloc is not glibc's: then nothing is changed. For programs of our own to call: it concerns the
+    whole process, so a library may not do it to its host.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
     options = (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD)
     return all([mallopt(option, KEPT_BYTES) for option in options])
-
-
-# --- Components -----------------------------------------------------------------------------------
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not (device in ("cpu", "cuda") or device.startswith("cuda:")):
-        raise ValueError(f"device={device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but torch sees no CUDA device: use device='cpu'")
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype meant by its name; ``auto`` is bfloat16 on cuda, float32 elsewhere."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        names = ", ".join(repr(name) for name in ("auto", *_DTYPES))
-        raise ValueError(f"dtype={dtype!r} is not one of {names}")
-    return _DTYPES[dtype]

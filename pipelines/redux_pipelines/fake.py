@@ -42,7 +42,7 @@ class FakePipeline:
 
     Each step sleeps ``step_s`` seconds. A request whose prompt contains ``fail_on`` raises
     ``RuntimeError`` after its first step; one with ``SPOILED`` in it ends with ``OutputError``, at
-    the place where the real pipeline finds numbers that are not finite. A ``quality`` is reported
+    the point where the real pipeline finds numbers that are not finite. A ``quality`` is reported
     and changes nothing.
     """
 
@@ -100,9 +100,9 @@ class FakePipeline:
                 job = jobs[row.request]
                 with job.timed("decode_s"):
                     job.take(_picture(job.request, row.seed, seen[row.request]), reused=0)
-            for place in images_per_request(chunk):
-                if jobs[place].is_settled:
-                    yield place, jobs[place].end()
+            for index in images_per_request(chunk):
+                if jobs[index].is_settled:
+                    yield index, jobs[index].end()
 
     def _denoise(
         self, jobs: Sequence[Job], chunk: Sequence[Row]
@@ -112,14 +112,14 @@ class FakePipeline:
             begin = time.perf_counter()
             if self._step_s:
                 time.sleep(self._step_s)
-            for place in counts:
-                jobs[place].spend("denoise_s", time.perf_counter() - begin)
-            for place, images in counts.items():
-                yield place, jobs[place].progress(step, images)
-            for place in counts:
-                self._fail_if_told(jobs[place].request)
+            for index in counts:
+                jobs[index].spend("denoise_s", time.perf_counter() - begin)
+            for index, images in counts.items():
+                yield index, jobs[index].progress(step, images)
+            for index in counts:
+                self._fail_if_asked(jobs[index].request)
 
-    def _fail_if_told(self, request: GenerationRequest) -> None:
+    def _fail_if_asked(self, request: GenerationRequest) -> None:
         if self._fail_on is not None and self._fail_on in request.prompt:
             raise RuntimeError(f"told to fail on prompts that contain {self._fail_on!r}")
 

@@ -1,4 +1,7 @@
-"""NEW MODULE redux_pipelines.jobs."""
+"""How far the requests of a batch are: their images, steps done, times and ends.
+
+Every pipeline keeps this account, real or fake. Imports no torch; knows no network.
+"""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -14,7 +17,7 @@ from redux_pipelines.images.rgb import centre_crop
 
 
 class Row(NamedTuple):
-    """One image of a batch: the place of its request, and its own seed."""
+    """One image of a batch: the index of its request, and its own seed."""
 
     request: int
     seed: int
@@ -23,8 +26,8 @@ class Row(NamedTuple):
 def rows_of(requests: Sequence[GenerationRequest]) -> list[Row]:
     """All images of ``requests``, in their order; image *i* of a request has its seed + i."""
     return [
-        Row(place, request.seed + image)
-        for place, request in enumerate(requests)
+        Row(index, request.seed + image)
+        for index, request in enumerate(requests)
         for image in range(request.num_images)
     ]
 
@@ -56,7 +59,7 @@ class Job:
     error: ReduxError | None = None
     reused_steps: int = 0
     _steps_done: int = 0
-    _steps_told: int = 0
+    _steps_reported: int = 0
 
     @property
     def total_steps(self) -> int:
@@ -80,9 +83,9 @@ class Job:
         self.spend(stage, time.perf_counter() - begin)
 
     def progress(self, steps: int, images: int) -> Progress:
-        """``steps`` steps of the next ``images`` images are done. Never less than was told."""
-        self._steps_told = max(self._steps_told, self._steps_done + steps * images)
-        return Progress(self._steps_told, self.total_steps)
+        """``steps`` steps of the next ``images`` images are done. Never less than was reported."""
+        self._steps_reported = max(self._steps_reported, self._steps_done + steps * images)
+        return Progress(self._steps_reported, self.total_steps)
 
     def take(self, image: Image.Image | ReduxError, *, reused: int) -> None:
         """One image more, larger than asked for perhaps, or what spoiled it.

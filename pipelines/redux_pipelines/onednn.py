@@ -77,8 +77,8 @@ def _mlp(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
     rows, down = x.reshape(-1, x.shape[-1]), down.contiguous()
     out = x.new_empty(len(rows), len(down))
     at_once = _ROWS_AT_ONCE * torch.get_num_threads()
-    for part, place in zip(torch.split(rows, at_once), torch.split(out, at_once), strict=True):
-        place.copy_(product(product(part, up, up_bias, "gelu"), down, down_bias))
+    for part, target in zip(torch.split(rows, at_once), torch.split(out, at_once), strict=True):
+        target.copy_(product(product(part, up, up_bias, "gelu"), down, down_bias))
     return out.view(*x.shape[:-1], -1)
 
 

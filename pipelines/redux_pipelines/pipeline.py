@@ -87,7 +87,7 @@ class ReduxPipeline:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
         _check_tier(components.denoiser, quality)
-        self._parts = components
+        self._components = components
         self._quality = quality
         self._max_batch_size = max_batch_size
         self._info = ModelInfo(
@@ -102,7 +102,7 @@ class ReduxPipeline:
     @property
     def info(self) -> ModelInfo:
         """What was loaded, and what of it runs compiled."""
-        return replace(self._info, compiled=compiled_mode(self._parts.denoiser))
+        return replace(self._info, compiled=compiled_mode(self._components.denoiser))
 
     def compile(self, plan: CompilePlan) -> CompileReport:
         """Warm up the transformer. Raises ``ValueError`` for another backend than the engine."""
@@ -111,14 +111,14 @@ class ReduxPipeline:
             for width, height in plan.sizes
         )
         batches = (1,) if self._max_batch_size == 1 else (1, 2)
-        return warm_up(self._parts.denoiser, plan, sizes, batches)
+        return warm_up(self._components.denoiser, plan, sizes, batches)
 
     def cache_stats(self) -> dict[str, CacheStats]:
         """Those of the prompts, of the pictures, and of what the denoiser keeps."""
-        parts = self._parts
-        stats = {name: cache.stats for name, cache in parts.denoiser.caches.items()}
-        stats["prompts"] = parts.text_encoders.cache.stats
-        stats["pictures"] = parts.image_encoder.cache.stats
+        components = self._components
+        stats = {name: cache.stats for name, cache in components.denoiser.caches.items()}
+        stats["prompts"] = components.text_encoders.cache.stats
+        stats["pictures"] = components.image_encoder.cache.stats
         return stats
 
     def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
@@ -143,24 +143,24 @@ class ReduxPipeline:
         for request in requests:
             check_request(request)
             if has_text(request):
-                self._parts.text_encoders.require()
+                self._components.text_encoders.require()
         requests = [replace(each, quality=each.quality or self._quality) for each in requests]
         check_together(requests)
         quality = requests[0].quality or self._quality
-        _check_tier(self._parts.denoiser, quality)
+        _check_tier(self._components.denoiser, quality)
         for request in requests:
             self._check_memory(request)
         return self._run(requests, quality)
 
     def _check_memory(self, request: GenerationRequest) -> None:
         """Raise ``RequestError`` for what the plan of a GPU's memory has no room for."""
-        if self._parts.device.type != "cuda":
+        if self._components.device.type != "cuda":
             return
-        reason = self._parts.plan.refusal(
+        reason = self._components.plan.refusal(
             request.width,
             request.height,
             min(request.num_images, self._max_batch_size),
-            pictures=worth_pictures(request, self._parts.image_encoder.grid),
+            pictures=worth_pictures(request, self._components.image_encoder.grid),
             multiple=self._info.size_multiple,
         )
         if reason is not None:
@@ -170,7 +170,7 @@ class ReduxPipeline:
         self, requests: Sequence[GenerationRequest], quality: Quality
     ) -> Generator[BatchEvent, None, None]:
         with devices.translated(self._advice(requests[0])):
-            clock = Clock(self._parts.device)
+            clock = Clock(self._components.device)
             grid = self._grid(requests[0])
             jobs = [Job(each, quality) for each in requests]
             prepared = []
@@ -181,7 +181,7 @@ class ReduxPipeline:
             while rows:
                 chunk = rows[:size]
                 try:
-                    yield from self._make(chunk, jobs, prepared, grid, clock)
+                    yield from self._run_chunk(chunk, jobs, prepared, grid, clock)
                 except RuntimeError as error:
                     if len(chunk) == 1 or not devices.is_out_of_memory(error):
                         raise
@@ -190,11 +190,11 @@ class ReduxPipeline:
                     devices.forget(error)
                     continue
                 rows = [row for row in rows[size:] if jobs[row.request].error is None]
-                for place in images_per_request(chunk):
-                    if jobs[place].is_settled:
-                        yield place, jobs[place].end()
+                for index in images_per_request(chunk):
+                    if jobs[index].is_settled:
+                        yield index, jobs[index].end()
 
-    def _make(
+    def _run_chunk(
         self,
         chunk: list[Row],
         jobs: list[Job],
@@ -204,34 +204,34 @@ class ReduxPipeline:
     ) -> Generator[BatchEvent, None, None]:
         """Denoise and decode the images of ``chunk``; jobs get them, or what spoiled one."""
         shares = images_per_request(chunk)
-        taking_part = [jobs[place] for place in shares]
-        together = self._parts.denoiser.join([prepared[row.request] for row in chunk])
-        run = together.start(TIERS[taking_part[0].quality])
+        running = [jobs[index] for index in shares]
+        together = self._components.denoiser.join([prepared[row.request] for row in chunk])
+        run = together.start(TIERS[running[0].quality])
         img = yield from self._denoise(chunk, run, jobs, grid)
         reused = run.reused
         del run, together  # before decoding needs the room
-        clock.lap("denoise_s", taking_part)
+        clock.lap("denoise_s", running)
         images = [self._decode(each[None], grid) for each in img]
-        clock.lap("decode_s", taking_part)
+        clock.lap("decode_s", running)
         for row, image in zip(chunk, images, strict=True):
             jobs[row.request].take(image, reused=reused)
 
     def _advice(self, request: GenerationRequest) -> str:
         size = f"{request.width} × {request.height} pixels"
-        if self._parts.device.type == "cpu":
+        if self._components.device.type == "cpu":
             return f"an image of {size} needs more memory than there is: ask for a smaller one"
-        mode = self._parts.plan.mode
+        mode = self._components.plan.mode
         more = ", with fewer pictures" if request.images else ""
         more += "" if mode == "offload" else ", or start the server with --memory offload"
         return (
             f"an image of {size} does not fit into what is free of the memory of "
-            f"{self._parts.device}, with --memory {mode}: ask for a smaller one{more}"
+            f"{self._components.device}, with --memory {mode}: ask for a smaller one{more}"
         )
 
     def _encode(self, request: GenerationRequest) -> Conditioning:
-        text = self._parts.text_encoders
+        text = self._components.text_encoders
         txt, vec = text.encode(request.prompt) if has_text(request) else text.zeros()
-        redux = redux_tokens(self._parts.image_encoder, request)
+        redux = redux_tokens(self._components.image_encoder, request)
         return Conditioning(txt, redux, vec, guidance=float(request.guidance_scale))
 
     def _denoise(
@@ -245,36 +245,38 @@ class ReduxPipeline:
         steps = jobs[chunk[0].request].request.num_inference_steps
         scheduler = self._scheduler(steps, grid)
         img = self._noise([row.seed for row in chunk], grid)
-        fence = fence_on(self._parts.device)
+        fence = fence_on(self._components.device)
         for step in range(steps):
             img = _advance(run, scheduler, img, step)
-            previous, fence = fence, fence_on(self._parts.device)
+            previous, fence = fence, fence_on(self._components.device)
             if previous is not None:  # never more than one step queued beyond what is reported
                 previous.synchronize()
-            for place, images in shares.items():
-                yield place, jobs[place].progress(step + 1, images)
+            for index, images in shares.items():
+                yield index, jobs[index].progress(step + 1, images)
         return img
 
     @torch.inference_mode()
     def _prepare(self, request: GenerationRequest, grid: Grid) -> PreparedDenoiser:
         schedule = sampling.schedule_of(self._scheduler(request.num_inference_steps, grid))
-        return self._parts.denoiser.prepare(self._encode(request), schedule, grid)
+        return self._components.denoiser.prepare(self._encode(request), schedule, grid)
 
     def _grid(self, request: GenerationRequest) -> Grid:
         return sampling.grid_for(request.width, request.height, self._info.size_multiple)
 
     def _scheduler(self, steps: int, grid: Grid) -> Scheduler:
-        return sampling.start(self._parts.scheduler, steps, grid.tokens, self._parts.device)
+        return sampling.start(
+            self._components.scheduler, steps, grid.tokens, self._components.device
+        )
 
     def _noise(self, seeds: list[int], grid: Grid) -> Tensor:
-        channels = self._parts.autoencoder.channels
+        channels = self._components.autoencoder.channels
         latents = torch.cat([sampling.noise(seed, channels, grid) for seed in seeds])
-        return sampling.pack(latents).to(self._parts.device, self._parts.dtype)
+        return sampling.pack(latents).to(self._components.device, self._components.dtype)
 
     def _decode(self, img: Tensor, grid: Grid) -> Image.Image | OutputError:
         """The picture of ``img (1, L, C)``, as large as the grid, or why there is none."""
         try:
-            (image,) = self._parts.autoencoder.decode(sampling.unpack(img, grid))
+            (image,) = self._components.autoencoder.decode(sampling.unpack(img, grid))
         except OutputError as error:
             return error
         return image

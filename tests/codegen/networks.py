@@ -138,8 +138,8 @@ def our_network(
         return into
 
     def run(img: Tensor, txt: Tensor, mod: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        joint = BlockContext(txt, Rope(cos, sin), groups, attend_groups, KernelOperators())
-        return flux(img, txt, mod, joint)
+        context = BlockContext(txt, Rope(cos, sin), groups, attend_groups, KernelOperators())
+        return flux(img, txt, mod, context)
 
     table = make(2 * DOUBLE_ROWS * doubles + SINGLE_ROWS * singles + FINAL_ROWS, 3072)
     angles = [make(rows, 64, dtype=torch.float32) for _ in range(2)]

@@ -20,8 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from e2e.live import a_picture
 from redux_server.api.app import build_app
-from redux_server.cli.serve import build_services
+from redux_server.api.services import assemble
+from redux_server.database.migration import open_database
 from redux_server.settings import ServerSettings
+from redux_server.storage.opening import open_pictures
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Outcome, Status
 from server.in_process import IdleDispatch, end_next
@@ -87,7 +89,9 @@ class Double:
 
     def __init__(self, folder: Path, mutations: list[Mutation]) -> None:
         settings = ServerSettings(data_dir=folder, model="fake", min_free_disk=0)
-        services = replace(build_services(settings), dispatch=IdleDispatch())
+        self._database = open_database(settings.database)
+        built = assemble(settings, self._database, open_pictures(settings))
+        services = replace(built, dispatch=IdleDispatch())
         services.blobs.put(OUTPUT, a_picture())
         self.key = services.keys.create("client")
         self._sockets = [socket.create_server(("127.0.0.1", 0)) for _ in mutations]
@@ -119,6 +123,7 @@ class Double:
     ) -> None:
         self._server.should_exit = True
         self._thread.join()
+        self._database.dispose()
 
 
 class Spoiling:

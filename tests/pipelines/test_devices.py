@@ -1,11 +1,15 @@
-"""Which failures of a device are a lack of memory, which are final, and what is left of them."""
+"""A device's failures and what is left of them, its slow dtypes, and the memory it frees."""
 
+import ctypes
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 
 from redux_pipelines import devices
+from redux_pipelines.devices import slow_reason
 from redux_pipelines.errors import DeviceError, DeviceMemoryError
 
 NO_MEMORY = (
@@ -76,3 +80,78 @@ def test_what_the_failed_work_held_is_freed():
         work()
     assert caught.value.__traceback__ is not None
     assert held[0]() is None, "an error that is kept must not keep tensors"
+
+
+# --- dtypes ---------------------------------------------------------------------------------------
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(("capability", "told"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_gpus_before_ampere_have_no_bfloat16(monkeypatch, capability, told):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = slow_reason(GPU, torch.bfloat16)
+    assert (reason is not None) is told
+    if told:
+        assert reason == "cuda:1 has no bfloat16 units, so it is slow; try --dtype float16"
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_cpus_without_its_instructions_should_use_float32(monkeypatch, is_fast):
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: is_fast)
+    reason = slow_reason(CPU, torch.bfloat16)
+    assert reason is None if is_fast else "use --dtype float32" in reason
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_dtypes_are_not_slow(device, dtype):
+    assert slow_reason(device, dtype) is None
+
+
+def test_a_cpu_is_asked_for_what_it_has():
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX2":
+        assert not devices.has_fast_bfloat16(CPU)
+    elif capability == "AVX512":
+        assert devices.has_fast_bfloat16(CPU)
+
+
+# --- host memory ----------------------------------------------------------------------------------
+
+HAS_GLIBC = getattr(ctypes.CDLL(None), "mallopt", None) is not None
+TAKE_AGAIN = """
+import ctypes, resource, sys
+from redux_pipelines.devices import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+SIZE = 64 << 20
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        piece = libc.malloc(SIZE)
+        ctypes.memset(piece, 1, SIZE)
+        libc.free(piece)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+untouched = faults()
+assert keep_freed_memory()
+faults()
+print(untouched, faults())
+"""
+
+
+@pytest.mark.skipif(not HAS_GLIBC, reason="malloc is not glibc's")
+def test_freed_memory_is_taken_again_without_the_system():
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{TAKE_AGAIN}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    untouched, kept = map(int, done.stdout.split())
+    assert untouched > 100 > kept  # huge pages are 2 MiB: 32 faults a piece, at least
+
+
+def test_other_mallocs_are_left_alone(monkeypatch):
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: object())
+    assert not devices.keep_freed_memory()

@@ -8,7 +8,8 @@ import pytest
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime")
 MODULES = (
     *("contract.types", "contract.validation", "contract.batching", "jobs", "errors", "fake"),
-    *("images.rgb", "images.files", "images.safety", "loading.load", "memory.plan"),
+    *("images.rgb", "images.files", "images.safety", "loading.load", "denoising.quality"),
+    *("memory.plan", "memory.activations", "memory.model_sizes", "memory.cards"),
 )
 
 

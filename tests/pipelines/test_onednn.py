@@ -137,3 +137,12 @@ def test_what_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr(onednn, "product", fail)
     expected = "failed: '_OpNamespace' 'mkldnn' object has no attribute"
     assert onednn.refusal(CPU, torch.float32) == expected
+
+
+@pytest.mark.parametrize("processor", ["Intel64 Family 6, GenuineIntel", "AMD64 Family 25"])
+def test_where_no_file_tells_the_processor_the_system_does(processor, monkeypatch, tmp_path):
+    monkeypatch.setattr(onednn, "_CPU_INFO", tmp_path / "absent")
+    monkeypatch.setattr("platform.processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert onednn.loses_to_mkl(3072) is ("Intel" in processor)
+    assert not onednn.loses_to_mkl(256)

@@ -41,9 +41,9 @@ def test_a_step_is_counted_as_the_network_runs_it(roofline, size, text):
         mod = torch.empty(doubles + singles + FINAL_ROWS, params.hidden_size)
         table = torch.empty(txt_rows + img_rows, 1, 1, params.head_dim)
     groups = (KeyGroup(1, math.log(512)), KeyGroup(txt_rows + img_rows - 1, 0.0))
-    joint = BlockContext(txt, Rope(table, table), groups, reference, TorchOperators())
+    context = BlockContext(txt, Rope(table, table), groups, reference, TorchOperators())
     with FlopCounterMode(display=False) as counter:
-        flux(img, txt, mod, joint)
+        flux(img, txt, mod, context)
     counted = counter.get_total_flops() / 1e12
     assert counted == pytest.approx(roofline.step(size, text=text).tflop, rel=1e-6)
 

@@ -54,7 +54,7 @@ def test_shift_grows_linearly_with_tokens(tokens, mu):
 def test_schedule_is_that_of_diffusers(pipeline):
     from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
-    template = pipeline._parts.scheduler
+    template = pipeline._components.scheduler
     ours = sampling.start(template, 7, 64, torch.device("cpu"))
     theirs = type(template).from_config(template.config)
     sigmas = torch.linspace(1.0, 1 / 7, 7, dtype=torch.float64).tolist()
@@ -67,7 +67,7 @@ def test_schedule_is_that_of_diffusers(pipeline):
 
 
 def test_starting_leaves_the_template_alone(pipeline):
-    template = pipeline._parts.scheduler
+    template = pipeline._components.scheduler
     before = template.timesteps.clone()
     started = sampling.start(template, 3, 64, torch.device("cpu"))
     assert torch.equal(template.timesteps, before)

@@ -119,7 +119,7 @@ def _ends_with(*ends: str) -> Keeps:
 
 
 def _flux(pipeline: Any) -> nn.Module:
-    flux: nn.Module = pipeline._parts.denoiser.flux
+    flux: nn.Module = pipeline._components.denoiser.flux
     return flux
 
 

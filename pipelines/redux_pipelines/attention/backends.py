@@ -1,6 +1,6 @@
-"""What computes attention: torch's own kernels, ours, the flash libraries.
+"""What computes attention: torch's own kernels, ours, oneDNN's products, the flash libraries.
 
-``IMPLEMENTATIONS`` lists them, best first. None is trusted here: ``attention_choice`` tests each
+``IMPLEMENTATIONS`` lists them, best first. None is trusted here: ``attention.choice`` tests each
 before it is used. Knows no network.
 """
 
@@ -21,8 +21,11 @@ from redux_pipelines.attention.groups import (
     Implementation,
     grouped,
     key_bias,
-    placed,
+    written,
 )
+
+FEW_KEYS = 512
+"""With fewer, blocks gain too little over torch's one call: tried in one and two threads."""
 
 _ATEN = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
@@ -30,6 +33,16 @@ _FLOAT = (torch.float32,)
 _ALL = (*_HALF, *_FLOAT, torch.float64)
 _CUDA, _CPU = ("cuda",), ("cpu",)
 _SM80, _SM50 = Capabilities((8, 0)), Capabilities((5, 0))
+
+_QUERIES, _KEYS = 1024, 512
+"""Rows of a block of logits, per thread, and its columns: 2 MiB, about a second cache."""
+_SAFE = 60.0
+"""Powers of two up to this, and their sums over any keys, are far from float32's ends."""
+_UNSEEN = -1e30
+"""The bias of a key nobody sees: minus infinity, as long as nothing is infinite in between."""
+_LOG2_E = math.log2(math.e)
+_Block = tuple[Tensor, Tensor, Tensor | None]
+"""Keys ``(n, D)``, values ``(D, n)``, and the keys' biases ``(n,)`` in powers of two."""
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None) -> Tensor:
@@ -39,13 +52,13 @@ def biased(q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None 
     """
     kind = torch.promote_types(q.dtype, torch.float32)  # log 512 in bfloat16 is off by a percent
     bias = key_bias(groups, q.device, kind) if len(groups) > 1 else None  # one on all keys is none
-    return placed(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), into)
+    return written(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), into)
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None) -> Tensor:
     """Our own kernel: every group in one launch."""
     bias = key_bias(groups, q.device, torch.float32).flatten()
-    return placed(biased_attention(q, k, v, bias), into)
+    return written(biased_attention(q, k, v, bias), into)
 
 
 def _test_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -66,6 +79,76 @@ def onednn_blocks(
 def _test_onednn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why oneDNN's blocks do not run there, or None."""
     return onednn.refusal(device, dtype)
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
+) -> Tensor:
+    """Attention on a CPU, block by block, in float32 only, without the matrix of all logits.
+
+    Flash attention's algorithm (Dao et al., arXiv:2205.14135) with blocks for a processor's second
+    cache. torch's own kernel multiplies through MKL; see ``onednn`` for why that matters. The
+    result's rows lie before its heads.
+    """
+    if into is None:
+        into = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+        into = into.transpose(1, 2)
+    bias = None
+    if len(groups) > 1:  # one on all keys is none
+        bias = key_bias(groups, q.device, q.dtype).flatten().mul_(_LOG2_E).clamp_(min=_UNSEEN)
+    scale = _LOG2_E / math.sqrt(q.shape[-1])
+    for image in range(len(q)):
+        for head in range(q.shape[1]):
+            keys, values = k[image, head].contiguous(), v[image, head].contiguous()
+            _attend_head(q[image, head] * scale, keys, values, bias, into[image, head])
+    return into
+
+
+def _attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, into: Tensor) -> None:
+    """``q (Q, D)``, scaled so that weights are powers of two; ``k`` and ``v (S, D)``."""
+    keys, values = torch.split(k, _KEYS), [each.t() for each in torch.split(v, _KEYS)]
+    biases = [None] * len(keys) if bias is None else torch.split(bias, _KEYS)
+    blocks: list[_Block] = list(zip(keys, values, biases, strict=True))
+    weigh = _weigh if _largest_logit(q, k, bias) <= _SAFE else _weigh_by_maximum
+    at_once = _QUERIES * torch.get_num_threads()
+    parts = torch.split(q, at_once), torch.split(into, at_once)
+    for queries, target in zip(*parts, strict=True):
+        weigh(queries, blocks, target)
+
+
+def _largest_logit(q: Tensor, k: Tensor, bias: Tensor | None) -> float:
+    """No logit is farther from zero (Cauchy and Schwarz), but those of keys nobody sees."""
+    bound = torch.linalg.vector_norm(q, dim=-1).max() * torch.linalg.vector_norm(k, dim=-1).max()
+    if bias is not None:
+        bound = bound + bias.where(bias > _UNSEEN, 0.0).abs().max()
+    return float(bound)
+
+
+def _weigh(q: Tensor, blocks: list[_Block], into: Tensor) -> None:
+    """Values weighted by their logits' powers, which are as they are: none is too large."""
+    out = total = torch.empty(0)
+    for index, (keys, values, bias) in enumerate(blocks):
+        weights = onednn.product(q, keys, bias).exp2_()
+        sums = weights.sum(-1, keepdim=True)
+        if index == 0:
+            out, total = onednn.product(weights, values), sums
+        else:
+            out, total = onednn.add_product(weights, values, out), total.add_(sums)
+    torch.div(out, total, out=into)
+
+
+def _weigh_by_maximum(q: Tensor, blocks: list[_Block], into: Tensor) -> None:
+    """As ``_weigh``, for logits of any size: powers are relative to the largest so far."""
+    out, total = q.new_zeros(q.shape), q.new_zeros(len(q), 1)
+    top = q.new_full((len(q), 1), -math.inf)
+    for keys, values, bias in blocks:
+        logits = onednn.product(q, keys, bias)
+        new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
+        shrink = torch.exp2(top.sub_(new_top))
+        weights, top = logits.sub_(new_top).exp2_(), new_top
+        total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        out = onednn.add_product(weights, values, out.mul_(shrink))
+    torch.div(out, total, out=into)
 
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,89 +187,3 @@ IMPLEMENTATIONS = (
 """Best first. The CPU's order is measured. The GPU's is not: libraries in the order of what their
 authors report, then ours, until ``bench_attention.py`` has run on one.
 """
-
-
-# --- Blocked attention ----------------------------------------------------------------------------
-
-# DOC Attention on a CPU through oneDNN's products, block by block, without the matrix of all logits.
-# DOC
-# DOC Flash attention's algorithm (Dao et al., arXiv:2205.14135) with blocks for a processor's second
-# DOC cache. torch's own kernel multiplies through MKL; see ``onednn`` for why that matters. Knows no
-# DOC network.
-
-_QUERIES, _KEYS = 1024, 512
-"""Rows of a block of logits, per thread, and its columns: 2 MiB, about a second cache."""
-FEW_KEYS = 512
-"""With fewer, our several calls gain too little over torch's one: tried in one and two threads."""
-_SAFE = 60.0
-"""Powers of two up to this, and their sums over any keys, are far from float32's ends."""
-_UNSEEN = -1e30
-"""The bias of a key nobody sees: minus infinity, as long as nothing is infinite in between."""
-_LOG2_E = math.log2(math.e)
-_Block = tuple[Tensor, Tensor, Tensor | None]
-"""Keys ``(n, D)``, values ``(D, n)``, and the keys' biases ``(n,)`` in powers of two."""
-
-
-def attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
-) -> Tensor:
-    """Attention block by block, in float32 only; the result's rows lie before its heads."""
-    if into is None:
-        into = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
-        into = into.transpose(1, 2)
-    bias = None
-    if len(groups) > 1:  # one on all keys is none
-        bias = key_bias(groups, q.device, q.dtype).flatten().mul_(_LOG2_E).clamp_(min=_UNSEEN)
-    scale = _LOG2_E / math.sqrt(q.shape[-1])
-    for image in range(len(q)):
-        for head in range(q.shape[1]):
-            keys, values = k[image, head].contiguous(), v[image, head].contiguous()
-            _attend_head(q[image, head] * scale, keys, values, bias, into[image, head])
-    return into
-
-
-def _attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, into: Tensor) -> None:
-    """``q (Q, D)``, scaled so that weights are powers of two; ``k`` and ``v (S, D)``."""
-    keys, values = torch.split(k, _KEYS), [each.t() for each in torch.split(v, _KEYS)]
-    biases = [None] * len(keys) if bias is None else torch.split(bias, _KEYS)
-    blocks: list[_Block] = list(zip(keys, values, biases, strict=True))
-    weigh = _weigh if _largest_logit(q, k, bias) <= _SAFE else _weigh_by_maximum
-    at_once = _QUERIES * torch.get_num_threads()
-    parts = torch.split(q, at_once), torch.split(into, at_once)
-    for queries, place in zip(*parts, strict=True):
-        weigh(queries, blocks, place)
-
-
-def _largest_logit(q: Tensor, k: Tensor, bias: Tensor | None) -> float:
-    """No logit is farther from zero (Cauchy and Schwarz), but those of keys nobody sees."""
-    bound = torch.linalg.vector_norm(q, dim=-1).max() * torch.linalg.vector_norm(k, dim=-1).max()
-    if bias is not None:
-        bound = bound + bias.where(bias > _UNSEEN, 0.0).abs().max()
-    return float(bound)
-
-
-def _weigh(q: Tensor, blocks: list[_Block], into: Tensor) -> None:
-    """Values weighted by their logits' powers, which are as they are: none is too large."""
-    out = total = torch.empty(0)
-    for index, (keys, values, bias) in enumerate(blocks):
-        weights = onednn.product(q, keys, bias).exp2_()
-        sums = weights.sum(-1, keepdim=True)
-        if index == 0:
-            out, total = onednn.product(weights, values), sums
-        else:
-            out, total = onednn.add_product(weights, values, out), total.add_(sums)
-    torch.div(out, total, out=into)
-
-
-def _weigh_by_maximum(q: Tensor, blocks: list[_Block], into: Tensor) -> None:
-    """As ``_weigh``, for logits of any size: powers are relative to the largest so far."""
-    out, total = q.new_zeros(q.shape), q.new_zeros(len(q), 1)
-    top = q.new_full((len(q), 1), -math.inf)
-    for keys, values, bias in blocks:
-        logits = onednn.product(q, keys, bias)
-        new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
-        shrink = torch.exp2(top.sub_(new_top))
-        weights, top = logits.sub_(new_top).exp2_(), new_top
-        total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-        out = onednn.add_product(weights, values, out.mul_(shrink))
-    torch.div(out, total, out=into)

@@ -1,7 +1,8 @@
 """Which implementation computes attention: the first that may run there and proves itself right.
 
-Decided once, when a model is loaded. It fails closed: what raises, or differs from a float32
-reference, is not used, and the reason is kept. Knows no network and no settings but their words.
+Decided once, when a model is loaded, by a test on the device that will run it. It fails closed:
+what raises, or differs from a float32 reference, is not used, and the reason is kept. Knows no
+network and no settings but their words; the test's rows are laid out as the network's are.
 """
 
 import math
@@ -94,11 +95,11 @@ def choose(
         if reason is None:
             return Choice(candidate, refusals)
         refusals[candidate.name] = reason
-    told = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
+    reasons = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
     usable = usable_names(device, dtype, head_dim) if asked_for else ()
     hint = f"; what can be used here: {', '.join((AUTO, *usable))}" if usable else ""
     kind = str(dtype).removeprefix("torch.")
-    raise AttentionError(f"no attention for {kind} on {device}: {told}{hint}")
+    raise AttentionError(f"no attention for {kind} on {device}: {reasons}{hint}")
 
 
 def resolve(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
@@ -118,13 +119,7 @@ def usable_names(device: torch.device, dtype: torch.dtype, head_dim: int) -> tup
     return tuple(name for name, reason in found.items() if reason is None)
 
 
-# --- Attention self test --------------------------------------------------------------------------
-
-# DOC Attention against a float32 reference, on the device that will run it.
-# DOC
-# DOC Small, and made so that usual mistakes show: a bias that is ignored, keys left out at the end of a
-# DOC tile, a log-sum-exp of the wrong base, a wrong scale, weights that overflow, a result that is not
-# DOC where it was wanted. Knows no network; the rows are laid out as the network's are.
+# --- The test -------------------------------------------------------------------------------------
 
 _HEADS = 2
 _SEVERAL_TILES = (
@@ -150,8 +145,11 @@ class _Case(NamedTuple):
 def self_test(attend: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
     """The worst query's error, relative to the size of the case's outputs; NaN if there is one.
 
-    Drawn from a generator of its own. ``reference`` gets the same rounded rows. Raises
-    ``ValueError`` for an output of another shape or dtype, and whatever ``attend`` raises.
+    Small, and made so that usual mistakes show: a bias that is ignored, keys left out at the end of
+    a tile, a log-sum-exp of the wrong base, a wrong scale, weights that overflow, a result that is
+    not where it was wanted. Drawn from a generator of its own. ``reference`` gets the same rounded
+    rows. Raises ``ValueError`` for an output of another shape or dtype, and whatever ``attend``
+    raises.
     """
     errors = [_error(attend, case) for case in _cases(device, dtype, head_dim)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)

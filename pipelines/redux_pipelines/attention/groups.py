@@ -3,7 +3,7 @@
 That number is all that is needed for folded tokens (+ log n), for the strength of a picture
 (+ log s) and for rows nobody may see (minus infinity). No implementation builds a mask of queries
 by keys: it takes one bias per key, or attends to each group alone and merges exactly. Knows no
-implementation (``attention_backends``), no choice among them (``attention_choice``), no network.
+implementation (``attention.backends``), no choice among them (``attention.choice``), no network.
 """
 
 import math
@@ -55,7 +55,7 @@ def reference(
     kind = torch.promote_types(q.dtype, torch.float32)
     bias = key_bias(groups, q.device, kind)
     logits = q.to(kind) @ k.to(kind).transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
-    return placed((logits.softmax(-1) @ v.to(kind)).to(q.dtype), into)
+    return written((logits.softmax(-1) @ v.to(kind)).to(q.dtype), into)
 
 
 def key_bias(groups: Groups, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -72,7 +72,7 @@ def key_bias(groups: Groups, device: torch.device, dtype: torch.dtype) -> Tensor
     return bias
 
 
-def placed(out: Tensor, into: Tensor | None) -> Tensor:
+def written(out: Tensor, into: Tensor | None) -> Tensor:
     """``out``, copied to ``into`` if that is given: for what cannot write there by itself."""
     return out if into is None else into.copy_(out)
 
@@ -95,7 +95,7 @@ def grouped(partial: Partial) -> Attention:
             weight = torch.sigmoid(other_lse - lse).to(out.dtype)
             out = torch.addcmul(out, weight, other - out)
             lse = torch.logaddexp(lse, other_lse)
-        return placed(out, into)
+        return written(out, into)
 
     return attend
 

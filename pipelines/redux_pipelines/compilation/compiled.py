@@ -2,7 +2,7 @@
 
 What differs between requests reaches a compiled function as the extent of a tensor, never as a
 number, for each number would cost a graph of its own. So biases of keys travel in a small tensor,
-and attention is one operator that the compiler does not look into. Compiled functions are hung in
+and attention is one operator that the compiler does not look into. Compiled functions stand in
 front of the network's own and can be taken away again. Knows no requests and no files.
 """
 
@@ -86,14 +86,14 @@ class _Opaque:
         return out.transpose(1, 2)
 
 
-def traceable(joint: BlockContext, attention: Implementation) -> BlockContext:
-    """``joint`` in the form that compiled functions take; the network as it is takes it too.
+def traceable(context: BlockContext, attention: Implementation) -> BlockContext:
+    """``context`` in the form that compiled functions take; the network as it is takes it too.
 
     Raises ``ValueError`` for another attention with the name of one that was used before.
     """
     if _known.setdefault(attention.name, attention).attend is not attention.attend:
         raise ValueError(f"another attention is called {attention.name!r}: give it its own name")
-    return replace(joint, attention=_Opaque(attention.name, _table(joint.groups)))
+    return replace(context, attention=_Opaque(attention.name, _table(context.groups)))
 
 
 class Compiled:
@@ -102,34 +102,34 @@ class Compiled:
     ``blocks`` compiles each kind of block, once for all blocks of that kind; ``full`` the whole
     step, and the kinds of blocks as well for steps that a step cache cuts in two: the parts of a
     cut step compiled whole would take as long again as the step. A function is compiled when first
-    called. A function that cannot be compiled for what it is given
-    (it is told by ``failure`` and in the log) leaves the network as it was, for good.
+    called. One that cannot be compiled for what it is given leaves the network as it was, for good;
+    ``failure`` and the log say why.
     """
 
     def __init__(self, flux: Flux, mode: CompileMode, backend: Backend = "inductor") -> None:
         self.mode = mode
         self.failure: str | None = None
         self._is_paused = False
-        self._hung: list[tuple[nn.Module, str]] = []
+        self._replaced: list[tuple[nn.Module, str]] = []
         compiled: dict[Any, Any] = {}
-        for module, name in _places(flux, mode):
+        for module, name in _methods(flux, mode):
             plain = getattr(type(module), name)
             if plain not in compiled:
                 compiled[plain] = torch.compile(plain, fullgraph=True, backend=backend)
             setattr(module, name, self._entry(module, plain, compiled[plain]))
-            self._hung.append((module, name))
+            self._replaced.append((module, name))
 
     @property
     def is_active(self) -> bool:
         """Whether compiled functions are called."""
-        return bool(self._hung) and not self._is_paused
+        return bool(self._replaced) and not self._is_paused
 
     def remove(self, failure: str | None = None) -> None:
         """Leave the network as it was before. ``failure`` says why, if something went wrong."""
         self.failure = self.failure or failure
-        for module, name in self._hung:
+        for module, name in self._replaced:
             delattr(module, name)
-        self._hung.clear()
+        self._replaced.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ class Compiled:
         return call
 
 
-def _places(flux: Flux, mode: CompileMode) -> Iterator[tuple[nn.Module, str]]:
+def _methods(flux: Flux, mode: CompileMode) -> Iterator[tuple[nn.Module, str]]:
     """Modules, and the names of their methods, that ``mode`` compiles."""
     if mode == "full":
         yield flux, "forward"
@@ -180,13 +180,13 @@ def _as_inference(argument: Any) -> Any:
 
 def _mark(arguments: tuple[Any, ...]) -> None:
     """Say which axes of a call's tensors may have any extent: rows, and images if several."""
-    *streams, mod, joint = arguments
-    _mark_axis(joint.txt, joint.txt.dim() - 2)
-    for each in (*joint.rope, joint.attention.table):
+    *streams, mod, context = arguments
+    _mark_axis(context.txt, context.txt.dim() - 2)
+    for each in (*context.rope, context.attention.table):
         _mark_axis(each, 0)
     if mod.dim() == 4:
         _mark_axis(mod, 1)
-    for each in (*_tensors(streams), joint.txt):
+    for each in (*_tensors(streams), context.txt):
         if each.dim() == 3:
             _mark_axis(each, 0)
             _mark_axis(each, 1)

@@ -1,7 +1,7 @@
 """Steps of the transformer replayed as CUDA graphs, one per shape, the least used forgotten.
 
 A graph holds the addresses and the numbers it was captured with. So a step's tensors are copied
-into places of their own before each replay, and whatever else differs between requests, the groups
+into buffers of their own before each replay, and whatever else differs between requests, the groups
 of keys with their biases, is part of the key. Where a capture fails, the step runs as it did.
 Never run on a GPU yet: the tests on a CPU replay with a stand-in. Knows no requests.
 """
@@ -21,7 +21,7 @@ from redux_pipelines.network.layers import Rope
 logger = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor, Tensor, BlockContext], Tensor]
-"""``Flux.forward``: velocity of ``img``, from ``txt``, a step's modulations and the joint."""
+"""``Flux.forward``: velocity of ``img``, from ``txt``, a step's modulations and the context."""
 
 
 class Replay(Protocol):
@@ -81,14 +81,14 @@ class GraphedStep:
         """Graphs held now."""
         return sum(entry is not None for entry in self._entries.values())
 
-    def __call__(self, img: Tensor, txt: Tensor, mod: Tensor, joint: BlockContext) -> Tensor:
+    def __call__(self, img: Tensor, txt: Tensor, mod: Tensor, context: BlockContext) -> Tensor:
         """Replay the graph of this shape, or run the step; the result is a tensor of its own."""
-        inputs = _Inputs(img, mod, txt, *joint.rope)
-        entry = self._find(_key(inputs, joint), inputs, joint)
+        inputs = _Inputs(img, mod, txt, *context.rope)
+        entry = self._find(_key(inputs, context), inputs, context)
         if entry is None:
-            return self._step(img, txt, mod, joint)
-        for place, given in zip(entry.inputs, inputs, strict=True):
-            place.copy_(given)
+            return self._step(img, txt, mod, context)
+        for buffer, given in zip(entry.inputs, inputs, strict=True):
+            buffer.copy_(given)
         entry.captured.replay()
         return entry.captured.output.clone()  # the next replay writes over it
 
@@ -97,24 +97,24 @@ class GraphedStep:
         while self._entries:
             self._forget()
 
-    def _find(self, key: Hashable, inputs: _Inputs, joint: BlockContext) -> _Entry | None:
+    def _find(self, key: Hashable, inputs: _Inputs, context: BlockContext) -> _Entry | None:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
         while len(self._entries) >= self._max_graphs:
             self._forget()
-        entry = self._entries[key] = self._try_capture(inputs, joint)
+        entry = self._entries[key] = self._try_capture(inputs, context)
         return entry
 
-    def _try_capture(self, inputs: _Inputs, joint: BlockContext) -> _Entry | None:
-        places = _Inputs(*(each.clone() for each in inputs))
-        own = replace(joint, txt=places.txt, rope=Rope(places.cos, places.sin))
+    def _try_capture(self, inputs: _Inputs, context: BlockContext) -> _Entry | None:
+        buffers = _Inputs(*(each.clone() for each in inputs))
+        own = replace(context, txt=buffers.txt, rope=Rope(buffers.cos, buffers.sin))
         try:
-            captured = self._capture(lambda: self._step(places.img, places.txt, places.mod, own))
+            captured = self._capture(lambda: self._step(buffers.img, buffers.txt, buffers.mod, own))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            logger.warning("no CUDA graph for %d rows: %s", joint.rope.cos.shape[0], error)
+            logger.warning("no CUDA graph for %d rows: %s", context.rope.cos.shape[0], error)
             return None
-        return _Entry(places, captured)
+        return _Entry(buffers, captured)
 
     def _forget(self) -> None:
         _, entry = self._entries.popitem(last=False)
@@ -122,10 +122,10 @@ class GraphedStep:
             entry.captured.reset()
 
 
-def _key(inputs: _Inputs, joint: BlockContext) -> Hashable:
-    """All that a graph cannot be told later."""
+def _key(inputs: _Inputs, context: BlockContext) -> Hashable:
+    """All that a graph cannot be given later."""
     kinds = tuple((tuple(each.shape), each.dtype, each.device) for each in inputs)
-    return kinds, joint.groups
+    return kinds, context.groups
 
 
 class CudaCapture:

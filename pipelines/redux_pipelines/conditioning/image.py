@@ -24,6 +24,11 @@ from redux_pipelines.lru import LRU, digest, tensor_bytes
 CACHE_BYTES = 64 * 2**20
 """Ten pictures of FLUX.1-Redux in bfloat16."""
 
+PAPER = (255, 255, 255)
+"""What letterboxes are filled with: transparent pictures are seen on it, too."""
+
+Box = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
@@ -115,17 +120,6 @@ class ImageEncoder:
         return tokens
 
 
-# --- Framing --------------------------------------------------------------------------------------
-
-# DOC How a picture of any shape is put into the square that the image encoder sees.
-# DOC
-# DOC A mask goes the same way as the picture that it belongs to. PIL only. Knows no tokens.
-
-PAPER = (255, 255, 255)
-"""What letterboxes are filled with: transparent pictures are seen on it, too."""
-Box = tuple[float, float, float, float]
-
-
 class Frame(NamedTuple):
     """A picture of ``source`` width and height becomes one of ``size``.
 
@@ -174,7 +168,7 @@ def frame(picture: Image.Image, into: Frame) -> Image.Image:
 def coverage(into: Frame, mask: Image.Image | None = None) -> Image.Image:
     """What counts in the frame, as grey levels: white where there is picture, and ``mask`` white.
 
-    The mask is stretched over the picture, whatever its size.
+    The mask is stretched over the picture, whatever its size, and goes the same way.
     """
     given = Image.new("L", (1, 1), 255) if mask is None else to_rgb(mask).convert("L")
     inner = given.resize(into.inner, Image.Resampling.BOX, box=into.box(given.size))

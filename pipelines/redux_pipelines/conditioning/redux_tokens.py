@@ -28,10 +28,10 @@ def redux_tokens(encoder: ImageEncoder, request: GenerationRequest) -> tuple[Tok
     """
     sets: list[Tokens] = []
     pairs = zip(request.pictures, weights_of(request), strict=True)
-    for place, (picture, weight) in enumerate(pairs):
+    for index, (picture, weight) in enumerate(pairs):
         if weight == 0.0:
             continue
-        mask = request.mask if place == 0 else None
+        mask = request.mask if index == 0 else None
         kept = None
         if mask is not None or request.fit == "letterbox":
             kept = encoder.coverage(picture, request.fit, mask) >= LEAST_COVERAGE

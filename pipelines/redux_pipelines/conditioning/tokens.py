@@ -67,7 +67,7 @@ class FoldedRows:
 def fold_tokens(conditioning: Conditioning, img_rows: int, row_multiple: int = 1) -> FoldedRows:
     """One row per distinct token; with the ``img_rows`` image rows a multiple of ``row_multiple``.
 
-    FoldedRows that only fill up are zeros in front, and no query sees them. FoldedRows of one bias are
+    Rows that only fill up are zeros in front, and no query sees them. Rows of one bias are
     neighbours, and those without come last, where they share a group with the image's: fewer
     groups are fewer attention calls. There are two rows at least: for a compiler an extent of 1 is
     another kind.

@@ -93,17 +93,17 @@ def check_together(requests: Sequence[GenerationRequest]) -> None:
     """Raise ``RequestError`` unless there are requests and all have one key, or there is one."""
     if not requests:
         raise RequestError("a batch of no requests was given: it must hold at least one")
-    for place, request in enumerate(requests):
+    for index, request in enumerate(requests):
         if len(requests) > 1 and is_solitary(request):
             raise RequestError(
-                f"request {place} cannot be denoised together with others: what a mask, or fit "
+                f"request {index} cannot be denoised together with others: what a mask, or fit "
                 "'letterbox', leaves of a picture is as many tokens as it happens to be"
             )
     first = batch_key(requests[0])
-    for place, request in enumerate(requests):
+    for index, request in enumerate(requests):
         for name, one, other in zip(BatchKey._fields, first, batch_key(request), strict=True):
             if one != other:
                 raise RequestError(
-                    f"requests 0 and {place} cannot be denoised together: {name} is {one!r} and "
+                    f"requests 0 and {index} cannot be denoised together: {name} is {one!r} and "
                     f"{other!r}, and must be the same within a batch"
                 )

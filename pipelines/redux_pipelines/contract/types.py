@@ -1,6 +1,7 @@
 """The contract between a caller and a pipeline: a request in, progress and a result out.
 
-Imports no torch, so that a server can speak of requests without loading a model.
+Also how a model is loaded and compiled, as plain values. Imports no torch, so that a server can
+speak of requests without loading a model.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -15,13 +16,13 @@ if TYPE_CHECKING:  # the command line reads our constants, and need not wait for
 
 
 Quality = Literal["exact", "balanced", "fast"]
-"""What may be approximated: nothing; what is hardly seen; more (``redux_pipelines.denoising.quality``)."""
+"""What may be approximated: nothing; what is hardly seen; more (``denoising.quality``)."""
 Fit = Literal["squash", "letterbox", "center"]
-"""How a picture of another shape becomes the encoder's square (``redux_pipelines.conditioning.image``)."""
+"""How a picture of another shape becomes the encoder's square (``conditioning.image``)."""
 EmptyPrompt = Literal["zeros", "encode"]
 """What an empty prompt is: zero embeddings, or what the text encoders make of it."""
 OutputFormat = Literal["png", "jpeg", "webp"]
-"""Kinds of files that images are written as (``redux_pipelines.images.files``)."""
+"""Kinds of files that images are written as (``images.files``)."""
 QUALITIES: Final[tuple[Quality, ...]] = get_args(Quality)
 FITS: Final[tuple[Fit, ...]] = get_args(Fit)
 EMPTY_PROMPTS: Final[tuple[EmptyPrompt, ...]] = get_args(EmptyPrompt)
@@ -105,7 +106,7 @@ class Result:
 
 
 BatchEvent = tuple[int, Progress | Result | ReduxError]
-"""What happened to which request of a batch, by its place in it."""
+"""What happened to which request of a batch, by its index in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,33 @@ class ModelInfo:
     size_multiple: int
     attention: str = ""
     compiled: CompileMode = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What ``load_pipeline`` takes beside the model: plain values with the words of the settings.
+
+    What each one may be is checked by whoever uses it.
+    ``backend`` is what runs the transformer: ``engine``, or ``diffusers``, the reference that it is
+    tested against. ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else
+    float32. ``transformer_dtype`` auto: as the checkpoint is, where the device can; same: as
+    ``dtype``; fp8: large layers in e4m3, quantised while they load if need be (approximate).
+    ``attention`` auto: the engine's first that passes its self-test; or the names of those that may
+    be taken, in order, separated by commas (``attention.choice.NAMES``). ``max_batch_size`` images
+    are denoised together. ``quality`` is the tier of requests that name none: ``exact``,
+    ``balanced`` or ``fast``; the last two reuse steps' work, need the engine, and were tuned on
+    ``mini`` only. ``memory`` is where weights live: ``auto`` (the fastest of the others that fits
+    the GPU), ``resident``, ``evict`` or ``offload``, see ``memory.plan``.
+    """
+
+    backend: str = "engine"
+    device: str = "auto"
+    dtype: str = "auto"
+    transformer_dtype: str = "auto"
+    attention: str = "auto"
+    quality: str = "exact"
+    max_batch_size: int = 1
+    memory: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +225,12 @@ class Pipeline(Protocol):
     def generate_batch(
         self, requests: Sequence[GenerationRequest]
     ) -> Generator[BatchEvent, None, None]:
-        """Serve several requests of one ``batching.batch_key`` together, a generator as well.
+        """Serve several requests of one ``contract.batching.batch_key`` together; a generator, too.
 
         After each denoising step yields a ``Progress`` for every request that has images in it;
         for each request, as soon as its images are done, a ``Result``, or the error that spoiled
         these alone. What is raised instead ends all that have had neither yet: tried in smaller
-        parties, the others may well succeed. Raises ``RequestError`` for the first request that
+        batches, the others may well succeed. Raises ``RequestError`` for the first request that
         cannot be served, and for requests that cannot be served together.
         """
         ...
@@ -214,37 +242,3 @@ class SafetyChecker(Protocol):
     def check(self, images: "tuple[Image.Image, ...]") -> tuple[bool, ...]:
         """True for each image that must not be shown."""
         ...
-
-
-# --- Options --------------------------------------------------------------------------------------
-
-# DOC How a checkpoint is to be run: where, in which precision, by which implementations.
-# DOC
-# DOC Plain values with the words of the settings; what each one may be is checked by whoever uses it.
-# DOC Imports no torch.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """What ``load_pipeline`` takes beside the model.
-
-    ``backend`` is what runs the transformer: ``engine``, or ``diffusers``, the reference that it is
-    tested against. ``device`` auto: cuda where there is one. ``dtype`` auto: bfloat16 on cuda, else
-    float32. ``transformer_dtype`` auto: as the checkpoint is, where the device can; same: as
-    ``dtype``; fp8: large layers in e4m3, quantised while they load if need be (approximate).
-    ``attention`` auto: the engine's first that passes its self-test; or the names of those that may
-    be taken, in order, separated by commas (``attention_choice.NAMES``). ``max_batch_size`` images
-    are denoised together. ``quality`` is the tier of requests that name none: ``exact``,
-    ``balanced`` or ``fast``; the last two reuse steps' work, need the engine, and were tuned on
-    ``mini`` only. ``memory`` is where weights live: ``auto`` (the fastest of the others that fits
-    the GPU), ``resident``, ``evict`` or ``offload``, see ``redux_pipelines.memory.plan``.
-    """
-
-    backend: str = "engine"
-    device: str = "auto"
-    dtype: str = "auto"
-    transformer_dtype: str = "auto"
-    attention: str = "auto"
-    quality: str = "exact"
-    max_batch_size: int = 1
-    memory: str = "auto"

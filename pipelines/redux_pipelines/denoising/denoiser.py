@@ -3,7 +3,7 @@
 ``prepare`` receives all that stays the same over the steps, so that a faster backend can embed the
 text once, compute every modulation of the schedule in one go, keep RoPE tables per grid and fold
 equal text tokens. ``join`` puts images of several requests into one batch. A run holds what one
-step leaves to the next. ``redux_pipelines.denoising.engine`` saves all this; ``DiffusersDenoiser`` runs
+step leaves to the next. ``denoising.engine`` saves all this; ``denoising.diffusers_backend`` runs
 diffusers' own network, saves nothing, and is what the engine is measured against. Knows no images
 and no sampling loop.
 """

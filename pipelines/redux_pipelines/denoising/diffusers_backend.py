@@ -1,4 +1,8 @@
-"""NEW MODULE redux_pipelines.denoising.diffusers_backend."""
+"""The transformer backend ``diffusers``: diffusers' own network, called as its pipeline calls it.
+
+Saves nothing: it is the reference that the engine is tested and measured against. Knows no images
+and no sampling loop.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +21,7 @@ from redux_pipelines.sampling import Grid, Schedule, image_ids
 
 
 class DiffusersDenoiser:
-    """diffusers' ``FluxTransformer2DModel``, called as ``FluxPipeline`` calls it.
+    """``FluxTransformer2DModel``, called as ``FluxPipeline`` calls it.
 
     A model without guidance embedding (FLUX.1-schnell) is given none.
     """

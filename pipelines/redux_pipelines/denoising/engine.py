@@ -79,7 +79,7 @@ class EngineDenoiser:
         rows = fold_tokens(conditioning, grid.tokens, self._attention.row_multiple)
         txt_in = self._flux.txt_in
         txt = txt_in(rows.values.to(txt_in.weight.device, txt_in.weight.dtype))
-        joint = BlockContext(
+        context = BlockContext(
             txt=txt,
             rope=self._rope(grid, len(txt)),
             groups=rows.groups,
@@ -87,10 +87,10 @@ class EngineDenoiser:
             operators=self._operators,
         )
         if self.compiled is not None and self.compiled.is_active:
-            joint = traceable(joint, self._attention)
+            context = traceable(context, self._attention)
         step = self.graphed or self._flux
         modulation = self._modulation(conditioning, schedule)
-        return _PreparedEngine(self._flux, step, txt, modulation, joint)
+        return _PreparedEngine(self._flux, step, txt, modulation, context)
 
     def join(self, prepared: Sequence[PreparedDenoiser]) -> PreparedDenoiser:
         """Stack text and modulations; of one image it is that image's own, as they are.
@@ -102,14 +102,16 @@ class EngineDenoiser:
         first = parts[0]
         if len(parts) == 1:
             return first
-        if any(each.joint.groups != first.joint.groups for each in parts):
+        if any(each.context.groups != first.context.groups for each in parts):
             raise ValueError(
                 "requests whose keys are laid out differently cannot share a batch: denoise those "
                 "with an encoded prompt apart from those without"
             )
         txt = torch.stack([each.txt for each in parts])
         modulation = _PerImage(tuple(each.modulation for each in parts))
-        return replace(first, txt=txt, modulation=modulation, joint=replace(first.joint, txt=txt))
+        return replace(
+            first, txt=txt, modulation=modulation, context=replace(first.context, txt=txt)
+        )
 
     def evict_modulation(self) -> None:
         """Move the modulation layers to host memory; only a new table brings them back, in turn."""
@@ -161,15 +163,15 @@ class _PreparedEngine:
     step: Step
     txt: Tensor
     modulation: Modulation
-    joint: BlockContext
+    context: BlockContext
 
     def predict(self, img: Tensor, step: int) -> Tensor:
-        return self.step(img, self.txt, self.modulation[step], self.joint)
+        return self.step(img, self.txt, self.modulation[step], self.context)
 
     def start(self, tier: Tier) -> Run:
         if tier.cache is None:
             return self
-        return CachedRun(self.flux, self.txt, self.modulation, self.joint, tier.cache)
+        return CachedRun(self.flux, self.txt, self.modulation, self.context, tier.cache)
 
 
 def _times(schedule: Schedule, guidance: float, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The tiers of quality: what each one approximates, as frozen settings.
 
-Imports no torch. Knows no network; ``redux_pipelines.denoising.step_cache`` carries a policy out.
+Imports no torch. Knows no network; ``denoising.step_cache`` carries a policy out.
 
 Thresholds were chosen on the embedded model ``mini`` alone, by PSNR and SSIM against ``exact``
 (``python -m training.evaluate --variant quality=balanced``). They are not validated on FLUX.1-dev.

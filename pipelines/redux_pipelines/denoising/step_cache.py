@@ -88,7 +88,7 @@ def relative_change(now: Tensor, former: Tensor) -> Tensor:
 
 
 class CachedRun:
-    """One run of ``flux`` over a schedule, with a step cache. See ``redux_pipelines.denoising.denoiser.Run``.
+    """A ``Run`` of ``flux`` over a schedule that computes only what its step cache asks for.
 
     ``modulation`` is that of the schedule's steps.
     """
@@ -98,13 +98,13 @@ class CachedRun:
         flux: Flux,
         txt: Tensor,
         modulation: Modulation,
-        joint: BlockContext,
+        context: BlockContext,
         policy: CachePolicy,
     ) -> None:
         self._flux = flux
         self._txt = txt
         self._modulation = modulation
-        self._joint = joint
+        self._context = context
         self._cache = StepCache(policy, len(modulation))
 
     @property
@@ -117,13 +117,13 @@ class CachedRun:
         flux, mod, rows = self._flux, self._modulation[step], img.shape[1]
         x = flux.embed(img, self._txt)
         before = x[:, -rows:].clone()
-        x = flux.run(x, mod, self._joint, 0, 1)
+        x = flux.run(x, mod, self._context, 0, 1)
         first = x[:, -rows:].clone()  # blocks may change their input
         change = first - before
         rest = self._cache.recall(change, step)
         if rest is None:
-            out = flux.run(x, mod, self._joint, 1, flux.num_blocks)
+            out = flux.run(x, mod, self._context, 1, flux.num_blocks)
             self._cache.keep(change, within_range_(out - first), step)
         else:
             out = within_range_(first + rest)
-        return flux.project_out(out, mod, self._joint)
+        return flux.project_out(out, mod, self._context)

@@ -3,7 +3,7 @@
 The product is ``torch._scaled_mm``, which applies both scales to float32 sums. Rows are quantised
 by the convention of ``redux_kernels``: ``(q, row_scale)``, so that a kernel which ends in a norm or
 a GELU can hand them over ready. Knows no blocks, no checkpoints, and not where it may run
-(``fp8_check`` does).
+(``fp8.self_test`` does).
 """
 
 import torch
@@ -19,7 +19,8 @@ ALL = slice(None)
 class Fp8Linear(nn.Module):
     """``nn.Linear`` with ``weight`` (out, in) in e4m3 and ``weight_scale`` (out, 1) in float32.
 
-    ``bias`` (out,) is in the dtype of what comes out. Made empty: ``checkpoint`` fills it.
+    ``bias`` (out,) is in the dtype of what comes out. All are made empty: ``loading.flux_weights``
+    fills them.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

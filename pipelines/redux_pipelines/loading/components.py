@@ -1,7 +1,7 @@
 """The parts of a checkpoint, from a directory in diffusers' layout to modules on a device.
 
-Expects files that are complete (``redux_weights.layout`` checks that); knows no hub and no model
-names.
+Plans the GPU's memory first, then puts every part where the plan says. Expects files that are
+complete (``redux_weights.layout`` checks that); knows no hub and no model names.
 """
 
 import logging
@@ -37,12 +37,14 @@ from redux_pipelines.loading.fp8_choice import (
 from redux_pipelines.memory.cards import Card, card_of
 from redux_pipelines.memory.model_sizes import ModelSizes, read_sizes
 from redux_pipelines.memory.offload import BlockStream, OnDemand
-from redux_pipelines.memory.plan import MEMORY_MODES, Options, Place, Plan, largest_demand, plan
+from redux_pipelines.memory.plan import MEMORY_MODES, Options, Placement, Plan, largest_demand, plan
 from redux_pipelines.network import operator_choice
 from redux_pipelines.network.flux import Flux, FluxParams
 from redux_pipelines.pipeline import Components
 
 logger = logging.getLogger(__name__)
+
+_CPU = Card("the CPU", 0)
 
 
 def load_components(base: Path, redux: Path, options: LoadOptions) -> Components:
@@ -53,44 +55,88 @@ def load_components(base: Path, redux: Path, options: LoadOptions) -> Components
     what their place says, ``MemoryPlanError`` for a GPU that is too small.
     """
     check_memory(options.memory, options.backend)
-    place = resolve_device(options.device)
-    kind = resolve_dtype(options.dtype, place)
-    if (reason := slow_reason(place, kind)) is not None:
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    if (reason := slow_reason(device, dtype)) is not None:
         logger.warning("%s", reason)
-    check_transformer_dtype(options.transformer_dtype, options.backend, place, kind)
+    check_transformer_dtype(options.transformer_dtype, options.backend, device, dtype)
     with _weights_errors(base, redux):
         model = read_sizes(base, redux)
         config = FluxTransformer2DModel.load_config(base / "transformer")
-        tensors = _tensors(base / "transformer", config, options, place, kind)
+        tensors = _tensors(base / "transformer", config, options, device, dtype)
     has_scales = any(name.endswith(SCALE) for name in tensors)
-    plan = plan_here(model, options, device=place, dtype=kind, is_fp8=has_scales)
+    plan = plan_here(model, options, device=device, dtype=dtype, is_fp8=has_scales)
     with _weights_errors(base, redux):
-        vae = AutoencoderKL.from_pretrained(base / "vae", dtype=kind)
+        vae = AutoencoderKL.from_pretrained(base / "vae", dtype=dtype)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base / "scheduler")
-        siglip = SiglipVisionModel.from_pretrained(redux / "image_encoder", dtype=kind)
-        embedder = ReduxImageEncoder.from_pretrained(redux / "image_embedder", dtype=kind)
+        siglip = SiglipVisionModel.from_pretrained(redux / "image_encoder", dtype=dtype)
+        embedder = ReduxImageEncoder.from_pretrained(redux / "image_embedder", dtype=dtype)
         preprocessing = Preprocessing.read(redux / "feature_extractor" / "preprocessor_config.json")
         _check_fit(config, vae, siglip, embedder)
         if options.backend == "diffusers":
-            denoiser: Denoiser = _diffusers_denoiser(base / "transformer", config, place, kind)
+            denoiser: Denoiser = _diffusers_denoiser(base / "transformer", config, device, dtype)
         else:
             denoiser = _engine_denoiser(
-                config, tensors, options, plan=plan, device=place, dtype=kind
+                config, tensors, options, plan=plan, device=device, dtype=dtype
             )
         sizes = TextSizes.of(config, base)
     return Components(
-        image_encoder=_image_encoder(siglip, embedder, preprocessing, place, plan),
+        image_encoder=_image_encoder(siglip, embedder, preprocessing, device, plan),
         text_encoders=TextEncoders(
-            base, sizes, device=place, dtype=kind, on_demand=plan.place("T5") is not Place.GPU
+            base,
+            sizes,
+            device=device,
+            dtype=dtype,
+            on_demand=plan.placement_of("T5") is not Placement.GPU,
         ),
         denoiser=denoiser,
-        autoencoder=_autoencoder(vae, place, plan),
+        autoencoder=_autoencoder(vae, device, plan),
         scheduler=scheduler,
-        device=place,
-        dtype=kind,
+        device=device,
+        dtype=dtype,
         plan=plan,
         has_fp8=isinstance(denoiser, EngineDenoiser) and denoiser.has_fp8,
     )
+
+
+def check_memory(memory: str, backend: str) -> None:
+    """Raise ``ValueError`` for a mode that does not exist or that ``backend`` cannot carry out."""
+    if memory not in MEMORY_MODES:
+        names = ", ".join(repr(mode) for mode in MEMORY_MODES)
+        raise ValueError(f"memory={memory!r} is not one of {names}")
+    if backend == "diffusers" and memory not in ("auto", "resident"):
+        raise ValueError(
+            f"memory={memory!r} needs backend='engine'; 'diffusers' knows 'auto' and 'resident'"
+        )
+
+
+def plan_here(
+    sizes: ModelSizes,
+    how: LoadOptions,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_fp8: bool,
+) -> Plan:
+    """The plan for a checkpoint of these ``sizes``, written to the log if it is one for a GPU.
+
+    ``is_fp8``: the transformer's matrices will be in fp8. On a CPU ``auto`` is ``resident``;
+    ``evict`` and ``offload`` then put into host memory whatever they can, which gains nothing
+    there. Raises ``MemoryPlanError``.
+    """
+    options = Options(
+        dtype=str(dtype).removeprefix("torch."),
+        is_fp8=is_fp8,
+        demand=largest_demand(sizes, how.max_batch_size),
+    )
+    if device.type != "cuda":
+        return plan(sizes, _CPU, options, "resident" if how.memory == "auto" else how.memory)
+    mode = "resident" if how.backend == "diffusers" else how.memory
+    made = plan(sizes, card_of(device), options, mode)
+    logger.info("memory plan: %s", made.describe())
+    if not made.fits:
+        logger.warning("memory plan: %s", made.shortage)
+    return made
 
 
 @contextmanager
@@ -144,26 +190,33 @@ def _engine_denoiser(
         tensors,
         device=device,
         dtype=dtype,
-        evict_modulation=plan.place("modulation") is not Place.GPU,
+        evict_modulation=plan.placement_of("modulation") is not Placement.GPU,
         streamed_blocks=plan.streamed_blocks,
     )
     if plan.streamed_blocks:
         stream_blocks(flux, plan.streamed_blocks, device)
-    glue = operator_choice.choose(
+    chosen = operator_choice.choose(
         device,
         dtype,
         num_heads=params.num_heads,
         head_dim=params.head_dim,
         fp8=flux.has_fp8,
     )
-    for name, reason in glue.refusals.items():
+    for name, reason in chosen.refusals.items():
         logger.log(_level(device), "operators: %s is not used: %s", name, reason)
     # after the kernels' own test, so that attention's includes the merging one
     attend = choice.resolve(options.attention, device, dtype, params.head_dim)
     for name, reason in attend.refusals.items():
         logger.debug("attention %s is not used: it %s", name, reason)
-    logger.info("attention: %s, operators: %s", attend.attention.name, glue.operators.name)
-    return EngineDenoiser(flux, attend.attention, glue.operators)
+    logger.info("attention: %s, operators: %s", attend.attention.name, chosen.operators.name)
+    return EngineDenoiser(flux, attend.attention, chosen.operators)
+
+
+def stream_blocks(flux: Flux, streamed: Collection[int], device: torch.device) -> None:
+    """Let ``streamed`` blocks of ``flux``, which are in host memory, come when they are needed."""
+    stream = BlockStream(flux.blocks, streamed, device)
+    stream.open()
+    flux.blocks_ready = stream.ready
 
 
 def _level(device: torch.device) -> int:
@@ -185,7 +238,7 @@ def _image_encoder(
     device: torch.device,
     plan: Plan,
 ) -> ImageEncoder:
-    if plan.place("SigLIP") is Place.GPU:
+    if plan.placement_of("SigLIP") is Placement.GPU:
         return ImageEncoder(_ready(siglip, device), _ready(embedder, device), preprocessing)
     both = _ready(torch.nn.ModuleList([siglip, embedder]), torch.device("cpu"))
     return ImageEncoder(siglip, embedder, preprocessing, OnDemand(both, device))
@@ -210,55 +263,3 @@ def _check_fit(
     for what, given, expected in pairs:
         if given != expected:
             raise WeightsError(f"{what} are {given} wide, but {expected} is expected of them")
-
-
-# --- Placing --------------------------------------------------------------------------------------
-
-_CPU = Card("the CPU", 0)
-
-
-def check_memory(memory: str, backend: str) -> None:
-    """Raise ``ValueError`` for a mode that does not exist or that ``backend`` cannot carry out."""
-    if memory not in MEMORY_MODES:
-        names = ", ".join(repr(mode) for mode in MEMORY_MODES)
-        raise ValueError(f"memory={memory!r} is not one of {names}")
-    if backend == "diffusers" and memory not in ("auto", "resident"):
-        raise ValueError(
-            f"memory={memory!r} needs backend='engine'; 'diffusers' knows 'auto' and 'resident'"
-        )
-
-
-def plan_here(
-    sizes: ModelSizes,
-    how: LoadOptions,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    is_fp8: bool,
-) -> Plan:
-    """The plan for a checkpoint of these ``sizes``, written to the log if it is one for a GPU.
-
-    ``is_fp8``: the transformer's matrices will be in fp8. On a CPU ``auto`` is ``resident``;
-    ``evict`` and ``offload`` then put into host memory whatever they can, which gains nothing
-    there. Raises ``MemoryPlanError``.
-    """
-    options = Options(
-        dtype=str(dtype).removeprefix("torch."),
-        is_fp8=is_fp8,
-        demand=largest_demand(sizes, how.max_batch_size),
-    )
-    if device.type != "cuda":
-        return plan(sizes, _CPU, options, "resident" if how.memory == "auto" else how.memory)
-    mode = "resident" if how.backend == "diffusers" else how.memory
-    made = plan(sizes, card_of(device), options, mode)
-    logger.info("memory plan: %s", made.describe())
-    if not made.fits:
-        logger.warning("memory plan: %s", made.shortage)
-    return made
-
-
-def stream_blocks(flux: Flux, streamed: Collection[int], device: torch.device) -> None:
-    """Let ``streamed`` blocks of ``flux``, which are in host memory, come when they are needed."""
-    stream = BlockStream(flux.blocks, streamed, device)
-    stream.open()
-    flux.blocks_ready = stream.ready

@@ -1,8 +1,8 @@
 """From diffusers' files of a FLUX transformer to ours, one tensor at a time.
 
 The map says which of diffusers' tensors make up each of our parameters; nothing may be left over
-and nothing may be missing. Every tensor is read, converted and copied to its place before the next
-is read: there is never a second copy of the weights. Knows no requests.
+and nothing may be missing. Every tensor is read, converted and copied into its parameter before the
+next is read: there is never a second copy of the weights. Knows no requests.
 """
 
 import json
@@ -68,7 +68,7 @@ def load_flux(
 ) -> Flux:
     """The network on ``device``, with diffusers' ``tensors``.
 
-    Layers of blocks whose weights come with scales (see ``fp8_tensors``) are built in fp8.
+    Layers of blocks whose weights come with scales (see ``fp8.weights``) are built in fp8.
     ``evict_modulation`` puts the modulation layers into host memory from the start, and
     ``streamed_blocks`` (indices, double blocks first) these blocks. Raises ``WeightsError`` that
     names tensors which are missing, left over or of another shape.
@@ -81,10 +81,10 @@ def load_flux(
     for name, parameter in list(flux.named_parameters()):
         is_evicted = evict_modulation and name.startswith("modulation.layers.")
         on_host = is_evicted or _block_index(name, params) in streamed_blocks
-        place = torch.device("cpu") if on_host else device
+        where = torch.device("cpu") if on_host else device
         pinned = is_evicted and device.type == "cuda"  # blocks are packed and pinned later
         kind = parameter.dtype if _is_fixed(name, parameter) else dtype
-        room = torch.empty(parameter.shape, dtype=kind, device=place, pin_memory=pinned)
+        room = torch.empty(parameter.shape, dtype=kind, device=where, pin_memory=pinned)
         _fill(room, sources[name], tensors)
         _set(flux, name, room)
     return flux.eval()
@@ -166,8 +166,8 @@ def _modules(params: FluxParams) -> Named:
     for index in range(params.depth_single_blocks):
         yield from _single_block(index)
         modulation.append(f"single_transformer_blocks.{index}.norm.linear")
-    for place, name in enumerate([*modulation, "norm_out.linear"]):
-        yield f"modulation.layers.{place}", (name,)
+    for number, name in enumerate([*modulation, "norm_out.linear"]):
+        yield f"modulation.layers.{number}", (name,)
 
 
 def _double_block(index: int) -> Named:
@@ -194,9 +194,9 @@ def _single_block(index: int) -> Named:
 def _check_keys(given: Iterable[str], expected: Iterable[str]) -> None:
     given, expected = set(given), set(expected)
     problems = {"lacks": expected - given, "has unknown": given - expected}
-    told = [f"{what} {_some(names)}" for what, names in problems.items() if names]
-    if told:
-        raise WeightsError(f"the transformer {' and '.join(told)}")
+    parts = [f"{what} {_some(names)}" for what, names in problems.items() if names]
+    if parts:
+        raise WeightsError(f"the transformer {' and '.join(parts)}")
 
 
 def _some(names: set[str]) -> str:

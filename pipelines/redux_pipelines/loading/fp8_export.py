@@ -1,7 +1,7 @@
 """A checkpoint with its transformer in fp8, written beside the original, file by file.
 
 Never holds more than one of the new files. The new folder appears whole or not at all: it is
-written under another name beside its place and renamed at the end. Weights of other parts are hard
+written under another name beside it and renamed at the end. Weights of other parts are hard
 links where the disk allows it; small files are copies. Knows no network.
 """
 
@@ -65,7 +65,7 @@ def quantize_checkpoint(
     """
     config = _read_config(base)
     params = FluxParams.of(config)
-    _check_place(out)
+    _check_out(out)
     shards = Shards(base / "transformer")
     check_names(params, shards)
     tensors = Quantized(shards, fp8_layers(params), _CPU)
@@ -90,7 +90,7 @@ def _read_config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _check_place(out: Path) -> None:
+def _check_out(out: Path) -> None:
     if os.path.lexists(out):
         raise WeightsError(f"{out} exists: choose another --out, or remove it first")
     if not out.parent.is_dir():
@@ -144,8 +144,8 @@ def _other_files(base: Path) -> dict[Path, Path]:
 
 
 def _check_space(folder: Path, plan: Plan, others: dict[Path, Path]) -> None:
-    place = folder.stat().st_dev
-    copied = sum(file.stat().st_size for file in others.values() if file.stat().st_dev != place)
+    disk = folder.stat().st_dev
+    copied = sum(file.stat().st_size for file in others.values() if file.stat().st_dev != disk)
     wanted, free = _total(plan) + copied + _SPARE_BYTES, shutil.disk_usage(folder).free
     if free < wanted:
         raise WeightsError(
@@ -242,15 +242,15 @@ def _about(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _link(file: Path, place: Path) -> bool:
-    """Make ``place`` the same file if it holds weights, else a copy; whether it is the same.
+def _link(file: Path, to: Path) -> bool:
+    """Make ``to`` the same file if it holds weights, else a copy; whether it is the same.
 
     Small files may be edited by hand, which must not change the original.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.suffix == ".safetensors":
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.suffix == ".safetensors":
         with contextlib.suppress(OSError):  # another disk, or one without hard links
-            os.link(file, place)
+            os.link(file, to)
             return True
-    shutil.copyfile(file, place)
+    shutil.copyfile(file, to)
     return False

@@ -1,4 +1,4 @@
-"""From a model's name or a checkpoint's place to a pipeline.
+"""From a model's name or the path of a checkpoint to a pipeline.
 
 Finds or downloads the files, checks them before the slow load, and turns what can go wrong into
 ``WeightsError`` with what to do. Imports torch only when a real model is asked for.

@@ -1,8 +1,9 @@
 """How many bytes a stage needs beside the weights, by size: what is alive at its highest point.
 
 Derived from the code that runs, tensor by tensor, and held to what is measured on a CPU
-(tests/pipelines/test_activations.py). Workspaces inside an operator (of a convolution or a matrix
-product) cannot be seen there and are not in here. Imports no torch. Knows no weights and no GPU.
+(tests/pipelines/memory/test_activations.py). Workspaces inside an operator (of a convolution or a
+matrix product) cannot be seen there and are not in here. Imports no torch. Knows no weights and no
+GPU.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,8 @@
 its own; ``OnDemand`` brings a whole module for the time of a ``with``. A parameter is the same
 object all the time and its address on the device never changes while it is there. On a CPU the same
 code copies within host memory, so that it can be tested there. Weights must not be changed, made or
-moved by others meanwhile. Knows no network and does not decide what goes where (``memory`` does).
+moved by others meanwhile. Knows no network and does not decide what goes where (``memory.plan``
+does).
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -24,7 +25,7 @@ _LANES = 2
 class Packed:
     """The weights of a module, or some of them, in one piece of host memory.
 
-    Page-locked where ``device`` is a GPU. From its making on the weights are views of that piece.
+    Page-locked where ``device`` is a GPU. Once packed, the weights are views of that piece.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -65,7 +66,7 @@ class BlockStream:
         self, blocks: Sequence[nn.Module], streamed: Collection[int], device: torch.device
     ) -> None:
         self._order = sorted(streamed)
-        self._places = {index: place for place, index in enumerate(self._order)}
+        self._positions = {index: position for position, index in enumerate(self._order)}
         self._packed = [Packed(tensors_of(blocks[index]), device) for index in self._order]
         self._device = device
         self._lanes: list[_Lane] = []
@@ -103,18 +104,18 @@ class BlockStream:
 
         Does nothing while closed: the weights are in host memory, where they can be used too.
         """
-        place = self._places.get(index)
-        if place is None or not self._lanes:
+        position = self._positions.get(index)
+        if position is None or not self._lanes:
             return
-        lane = self._fetch(place)
-        following = (place + 1) % len(self._order)
-        if following % _LANES != place % _LANES:
+        lane = self._fetch(position)
+        following = (position + 1) % len(self._order)
+        if following % _LANES != position % _LANES:
             self._fetch(following)
         lane.wait()
 
-    def _fetch(self, place: int) -> "_Lane":
-        lane = self._lanes[place % _LANES]
-        lane.fetch(place, self._packed[place].host)
+    def _fetch(self, position: int) -> "_Lane":
+        lane = self._lanes[position % _LANES]
+        lane.fetch(position, self._packed[position].host)
         return lane
 
 
@@ -128,11 +129,11 @@ class _Lane:
         self._holds: int | None = None
         self._arrived: Any = None
 
-    def fetch(self, place: int, host: Tensor) -> None:
+    def fetch(self, position: int, host: Tensor) -> None:
         """Start to copy ``host`` here, after all that the device was given to do so far."""
-        if self._holds == place:
+        if self._holds == position:
             return
-        self._holds = place
+        self._holds = position
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _on(self._stream):

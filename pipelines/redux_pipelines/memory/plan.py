@@ -9,7 +9,7 @@
   buffers; text and image encoders are brought there when needed.
 
 Text encoders are absent until the first prompt in every mode. Imports no torch; executes nothing
-(``components`` and ``offload`` do). Knows no GPU but its budget (``cards``).
+(``loading.components`` and ``memory.offload`` do). Knows no GPU but its budget (``memory.cards``).
 """
 
 from collections.abc import Iterator
@@ -23,15 +23,17 @@ from redux_pipelines.memory.activations import Demand
 from redux_pipelines.memory.cards import Card
 from redux_pipelines.memory.model_sizes import EncoderSize, ModelSizes
 
-# DOC What a memory plan says: parts and their places, stages and their peaks, for people and for code.
-# DOC
-# DOC Imports no torch. Knows no arithmetic of models: ``memory`` makes plans.
-
+MEMORY_MODES = ("auto", "resident", "evict", "offload")
+"""What ``--memory`` takes; from ``resident`` on the fastest first."""
+CACHE_BYTES = (64 + 64 + 256 + 64) * 2**20
+"""Prompts, pictures, modulations and rotations, all full; the limits are theirs."""
+BUFFERS = 2
+"""Of streamed blocks: one is computed with, the next is on its way."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LARGEST = Demand(MAX_SIDE, MAX_SIDE)
 
 
-class Place(StrEnum):
+class Placement(StrEnum):
     """Where a part of the model lives."""
 
     GPU = "gpu"
@@ -45,13 +47,13 @@ class Part:
 
     name: str
     size_bytes: int
-    place: Place
+    placement: Placement
     passing_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
         """On the GPU all the time."""
-        return self.size_bytes if self.place is Place.GPU else 0
+        return self.size_bytes if self.placement is Placement.GPU else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Weights in (mostly pinned) host memory."""
-        return sum(part.size_bytes for part in self.parts if part.place is not Place.GPU)
+        return sum(part.size_bytes for part in self.parts if part.placement is not Placement.GPU)
 
     @property
     def peak_bytes(self) -> int:
@@ -171,9 +173,9 @@ class Plan:
             remedies.insert(0, "--memory offload (with --backend engine)")
         return "run the model with " + " or ".join(remedies)
 
-    def place(self, name: str) -> Place | None:
+    def placement_of(self, name: str) -> Placement | None:
         """Where the part called ``name`` lives; None if the model has none."""
-        return next((part.place for part in self.parts if part.name == name), None)
+        return next((part.placement for part in self.parts if part.name == name), None)
 
     @property
     def summary(self) -> str:
@@ -190,7 +192,7 @@ class Plan:
     def describe(self) -> str:
         """The whole plan, a line for each part and stage. GB are 10^9 bytes."""
         lines = [f"{self.options.dtype_name}, {self.summary}"]
-        lines += [f"  {p.name}: {gb(p.size_bytes)}, {p.place.value}" for p in self.parts]
+        lines += [f"  {p.name}: {gb(p.size_bytes)}, {p.placement.value}" for p in self.parts]
         lines += [f"  peak of {name}: {gb(size)}" for name, size in self.stages.items()]
         return "\n".join(lines)
 
@@ -198,14 +200,6 @@ class Plan:
 def gb(size_bytes: int) -> str:
     """A size as people read it; GB are 10^9 bytes."""
     return f"{size_bytes / 1e9:.1f} GB"
-
-
-MEMORY_MODES = ("auto", "resident", "evict", "offload")
-"""What ``--memory`` takes; from ``resident`` on the fastest first."""
-CACHE_BYTES = (64 + 64 + 256 + 64) * 2**20
-"""Prompts, pictures, modulations and rotations, all full; the limits are theirs."""
-BUFFERS = 2
-"""Of streamed blocks: one is computed with, the next is on its way."""
 
 
 def largest_demand(sizes: ModelSizes, batch: int = 1) -> Demand:
@@ -258,12 +252,17 @@ def _candidates(model: ModelSizes, card: Card, options: Options, mode: str) -> I
         yield _build(model, card, options, mode)
     elif mode == "evict":
         yield _build(model, card, options, mode)
-        yield _build(model, card, options, mode, text=Place.STREAMED)
+        yield _build(model, card, options, mode, text=Placement.STREAMED)
     else:
         count = len(model.transformer.blocks)
         for streamed in (*range(min(4, count), count, 2), count):
             yield _build(
-                model, card, options, mode, text=Place.STREAMED, streamed=spread(streamed, count)
+                model,
+                card,
+                options,
+                mode,
+                text=Placement.STREAMED,
+                streamed=spread(streamed, count),
             )
 
 
@@ -278,7 +277,7 @@ def _build(
     options: Options,
     mode: str,
     *,
-    text: Place = Place.GPU,
+    text: Placement = Placement.GPU,
     streamed: tuple[int, ...] = (),
 ) -> Plan:
     parts = (*_blocks(model, options, streamed), *_others(model, options, mode, text))
@@ -294,37 +293,37 @@ def _blocks(model: ModelSizes, options: Options, streamed: tuple[int, ...]) -> I
     element, is_fp8 = options.element_bytes, options.is_fp8
     sizes = [block.size_bytes(element, is_fp8=is_fp8) for block in model.transformer.blocks]
     passing = [sizes[index] for index in streamed]
-    yield Part("blocks", sum(sizes) - sum(passing), Place.GPU)
+    yield Part("blocks", sum(sizes) - sum(passing), Placement.GPU)
     if passing:
-        yield Part("streamed blocks", sum(passing), Place.STREAMED)
-        yield Part("block buffers", BUFFERS * max(passing), Place.GPU)
+        yield Part("streamed blocks", sum(passing), Placement.STREAMED)
+        yield Part("block buffers", BUFFERS * max(passing), Placement.GPU)
 
 
-def _others(model: ModelSizes, options: Options, mode: str, text: Place) -> Iterator[Part]:
+def _others(model: ModelSizes, options: Options, mode: str, text: Placement) -> Iterator[Part]:
     element = options.element_bytes
-    modulation = Place.GPU if mode == "resident" else Place.STREAMED
-    vision = Place.ON_DEMAND if mode == "offload" else Place.GPU
+    modulation = Placement.GPU if mode == "resident" else Placement.STREAMED
+    vision = Placement.ON_DEMAND if mode == "offload" else Placement.GPU
     yield Part("modulation", model.transformer.modulation * element, modulation)
-    yield Part("embedders", model.transformer.embedders * element, Place.GPU)
+    yield Part("embedders", model.transformer.embedders * element, Placement.GPU)
     if model.t5 is not None:
         yield _text_part("T5", model.t5, text, element)
     if model.clip is not None:
         yield _text_part("CLIP", model.clip, text, element)
     for name, count in (("SigLIP", model.siglip.parameters), ("Redux", model.redux)):
         size = count * element
-        yield Part(name, size, vision, size if vision is Place.ON_DEMAND else 0)
-    yield Part("VAE", model.vae * element, Place.GPU)
-    yield Part("caches", CACHE_BYTES, Place.GPU)
+        yield Part(name, size, vision, size if vision is Placement.ON_DEMAND else 0)
+    yield Part("VAE", model.vae * element, Placement.GPU)
+    yield Part("caches", CACHE_BYTES, Placement.GPU)
 
 
-def _text_part(name: str, encoder: EncoderSize, place: Place, element_bytes: int) -> Part:
+def _text_part(name: str, encoder: EncoderSize, placement: Placement, element_bytes: int) -> Part:
     """When streamed, all but its layers comes to the GPU, and two buffers for these."""
-    if place is Place.GPU:
-        return Part(name, encoder.parameters * element_bytes, place)
+    if placement is Placement.GPU:
+        return Part(name, encoder.parameters * element_bytes, placement)
     layers = min(BUFFERS, encoder.layers) * encoder.layer
     rest = encoder.parameters - encoder.layers * encoder.layer
     passing = (max(rest, 0) + layers) * element_bytes
-    where = Place.STREAMED if encoder.layers else Place.ON_DEMAND
+    where = Placement.STREAMED if encoder.layers else Placement.ON_DEMAND
     return Part(name, encoder.parameters * element_bytes, where, passing)
 
 

@@ -1,6 +1,6 @@
 """FLUX's transformer, for folded text and modulations that are computed beforehand.
 
-What does not change over a request (modulations, RoPE, embedded text) comes in ready. FoldedRows are T of
+What does not change over a request (modulations, RoPE, embedded text) comes in ready. Rows are T of
 text before L of the image; blocks hand on a ``Residual``, whose last addition waits for the norm
 that follows, and may change what they are given: for inference only. Query, key and value are one
 projection; a single block's MLP goes with them; the last block leaves out what only text rows would
@@ -137,24 +137,24 @@ class DoubleBlock(nn.Module):
         self.txt = Stream(hidden_size, hidden_size // num_heads)
 
     def forward(
-        self, txt: Residual, img: Residual, mod: Tensor, joint: BlockContext
+        self, txt: Residual, img: Residual, mod: Tensor, context: BlockContext
     ) -> tuple[Residual, Residual]:
         """Both streams after the block; ``mod (12, H)``."""
         mods = (mod[DOUBLE_ROWS:], mod[:DOUBLE_ROWS])
-        txt_x, img_x, attn = self._attend((txt, img), mods, joint)
-        ops, end = joint.operators, joint.txt_rows
+        txt_x, img_x, attn = self._attend((txt, img), mods, context)
+        ops, end = context.operators, context.txt_rows
         after_txt = Residual(txt_x, ops.linear(attn[:, :end], self.txt.proj), mods[0][2])
         after_img = Residual(img_x, ops.linear(attn[:, end:], self.img.proj), mods[1][2])
         return self.txt.mlp(after_txt, mods[0], ops), self.img.mlp(after_img, mods[1], ops)
 
     def _attend(
-        self, streams: tuple[Residual, Residual], mods: tuple[Tensor, Tensor], joint: BlockContext
+        self, streams: tuple[Residual, Residual], mods: tuple[Tensor, Tensor], context: BlockContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The settled streams, and attention ``(B, S, H)``.
 
         Queries, keys and values are let go before the MLP needs its room.
         """
-        (txt, img), end, ops = streams, joint.txt_rows, joint.operators
+        (txt, img), end, ops = streams, context.txt_rows, context.operators
         rows = end + img.x.shape[1]
         qk, v = (new_heads(ops, img.x, rows, parts, self.num_heads) for parts in (2, 1))
         settled = []
@@ -163,10 +163,10 @@ class DoubleBlock(nn.Module):
             (img, mods[1], self.img, end),
         ):
             x, qkv = ops.normed_linear(stream, own[0], own[1], weights.qkv)
-            rope = joint.rope.rows(first, first + x.shape[1])
+            rope = context.rope.rows(first, first + x.shape[1])
             ops.place_heads(qkv, weights.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
             settled.append(x)
-        return settled[0], settled[1], joint.attend(qk, v[:, :, 0])
+        return settled[0], settled[1], context.attend(qk, v[:, :, 0])
 
 
 class SingleBlock(nn.Module):
@@ -179,9 +179,9 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear((1 + MLP_RATIO) * hidden_size, hidden_size)
         self.qk_norm = nn.Parameter(torch.empty(2 * (hidden_size // num_heads)))
 
-    def forward(self, stream: Residual, mod: Tensor, joint: BlockContext) -> Residual:
+    def forward(self, stream: Residual, mod: Tensor, context: BlockContext) -> Residual:
         """Both streams, text first, after the block; ``mod (3, H)``."""
-        ops, rows = joint.operators, stream.x.shape[1]
+        ops, rows = context.operators, stream.x.shape[1]
         own = ops.single_in(stream, mod[0], mod[1], self.linear1, self.linear2)
         x, qkv, _ = own
         qk = new_heads(ops, x, rows, 2, self.num_heads)
@@ -189,23 +189,23 @@ class SingleBlock(nn.Module):
             v = room = new_heads(ops, x, rows, 1, self.num_heads)[:, :, 0]
         else:  # they stay where they are
             v, room = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])[:, :, 2], None
-        ops.place_heads(qkv, self.qk_norm.view(2, -1), joint.rope, qk, room, 0)
-        y = ops.single_out(own, lambda into: joint.attend(qk, v, into), self.linear2)
+        ops.place_heads(qkv, self.qk_norm.view(2, -1), context.rope, qk, room, 0)
+        y = ops.single_out(own, lambda into: context.attend(qk, v, into), self.linear2)
         return Residual(x, y, mod[2])
 
-    def forward_img(self, stream: Residual, mod: Tensor, joint: BlockContext) -> Residual:
+    def forward_img(self, stream: Residual, mod: Tensor, context: BlockContext) -> Residual:
         """``forward`` of image rows alone; of text rows only keys and values are needed."""
-        ops, end, rows = joint.operators, joint.txt_rows, stream.x.shape[1]
+        ops, end, rows = context.operators, context.txt_rows, stream.x.shape[1]
         txt, img = stream.rows(0, end), stream.rows(end, rows)
         without_mlp = slice(0, 3 * stream.x.shape[-1])
         _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self.linear1, without_mlp)
         own = ops.single_in(img, mod[0], mod[1], self.linear1, self.linear2)
         qk, v = (new_heads(ops, own.x, rows, parts, self.num_heads) for parts in (2, 1))
         for qkv, first in ((txt_qkv, 0), (own.qkv, end)):
-            rope = joint.rope.rows(first, first + qkv.shape[1])
+            rope = context.rope.rows(first, first + qkv.shape[1])
             ops.place_heads(qkv, self.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
         y = ops.single_out(
-            own, lambda into: joint.attend(qk, v[:, :, 0], into, first_query=end), self.linear2
+            own, lambda into: context.attend(qk, v[:, :, 0], into, first_query=end), self.linear2
         )
         return Residual(own.x, y, mod[2])
 
@@ -261,20 +261,20 @@ class Flux(nn.Module):
         """Double and single blocks."""
         return len(self.double_blocks) + len(self.single_blocks)
 
-    def forward(self, img: Tensor, txt: Tensor, mod: Tensor, joint: BlockContext) -> Tensor:
+    def forward(self, img: Tensor, txt: Tensor, mod: Tensor, context: BlockContext) -> Tensor:
         """Velocity of ``img (B, L, C)``.
 
         ``txt (T, H)``, or ``(B, T, H)`` for each image, is embedded by ``txt_in``; ``mod`` is a
         step of a ``Modulation``.
         """
-        x = self.run(self.embed(img, txt), mod, joint, 0, self.num_blocks)
-        return self.project_out(x, mod, joint)
+        x = self.run(self.embed(img, txt), mod, context, 0, self.num_blocks)
+        return self.project_out(x, mod, context)
 
     def embed(self, img: Tensor, txt: Tensor) -> Tensor:
         """Text and image rows before the first block, ``(B, S, H)``."""
         return torch.cat([txt.expand(len(img), -1, -1), self.img_in(img)], dim=1)
 
-    def run(self, x: Tensor, mod: Tensor, joint: BlockContext, first: int, end: int) -> Tensor:
+    def run(self, x: Tensor, mod: Tensor, context: BlockContext, first: int, end: int) -> Tensor:
         """Rows ``x (B, S, H)``, which may be changed, after blocks ``first`` up to ``end``.
 
         Double blocks count before single ones. After the very last block only image rows are
@@ -282,33 +282,33 @@ class Flux(nn.Module):
         """
         doubles = len(self.double_blocks)
         if first < doubles:
-            x = self._run_doubles(x, mod, joint, range(first, min(end, doubles)))
+            x = self._run_doubles(x, mod, context, range(first, min(end, doubles)))
         stream = Residual(x)
         for index in range(max(first, doubles), end):
             self._ready(index)
             block: Any = self.single_blocks[index - doubles]
             run = block.forward_img if index == self.num_blocks - 1 else block
-            stream = run(stream, self._rows(mod, index), joint)
-        x = joint.operators.settle(stream)
+            stream = run(stream, self._rows(mod, index), context)
+        x = context.operators.settle(stream)
         ends_with_doubles = end == self.num_blocks == doubles
-        return x[:, joint.txt_rows :] if ends_with_doubles else x
+        return x[:, context.txt_rows :] if ends_with_doubles else x
 
-    def _run_doubles(self, x: Tensor, mod: Tensor, joint: BlockContext, blocks: range) -> Tensor:
-        end = joint.txt_rows
+    def _run_doubles(self, x: Tensor, mod: Tensor, context: BlockContext, blocks: range) -> Tensor:
+        end = context.txt_rows
         streams = Residual(x[:, :end]), Residual(x[:, end:])
         for index in blocks:
             self._ready(index)
-            streams = self.double_blocks[index](*streams, self._rows(mod, index), joint)
-        return torch.cat([joint.operators.settle(each) for each in streams], dim=1)
+            streams = self.double_blocks[index](*streams, self._rows(mod, index), context)
+        return torch.cat([context.operators.settle(each) for each in streams], dim=1)
 
     def _ready(self, index: int) -> None:
         if self.blocks_ready is not None:
             self.blocks_ready(index)
 
-    def project_out(self, x: Tensor, mod: Tensor, joint: BlockContext) -> Tensor:
+    def project_out(self, x: Tensor, mod: Tensor, context: BlockContext) -> Tensor:
         """Velocity ``(B, L, C)`` from what the last block left."""
         scale, shift = mod[-FINAL_ROWS:]
-        return joint.operators.normed_linear(Residual(x), shift, scale, self.final)[1]
+        return context.operators.normed_linear(Residual(x), shift, scale, self.final)[1]
 
     def _rows(self, mod: Tensor, index: int) -> Tensor:
         """The rows of a step's modulations that belong to a block."""

@@ -114,7 +114,7 @@ class Operators(Protocol):
 
 
 Attend = Callable[[Tensor | None], Tensor]
-"""Attention's output ``(B, n, H)``, written to where it is told, if it is; never over values."""
+"""Attention's output ``(B, n, H)``, written to a tensor if one is given; never over values."""
 
 
 class _OneProjection:

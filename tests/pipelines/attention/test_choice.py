@@ -21,8 +21,8 @@ from redux_pipelines.attention.groups import (
     Implementation,
     KeyGroup,
     grouped,
-    placed,
     reference,
+    written,
 )
 from redux_pipelines.errors import AttentionError
 
@@ -30,17 +30,17 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def _placing(attend):
+def _writing(attend):
     """Writes its result where it is wanted, whatever that result is."""
 
-    def place(q, k, v, groups, into=None):
-        return placed(attend(q, k, v, groups), into)
+    def write(q, k, v, groups, into=None):
+        return written(attend(q, k, v, groups), into)
 
-    return place
+    return write
 
 
 def _implementation(name, attend, devices=("cpu",), **fields):
-    return Implementation(name, _placing(attend), devices, (torch.float32,), **fields)
+    return Implementation(name, _writing(attend), devices, (torch.float32,), **fields)
 
 
 def _raising(q, k, v, groups):
@@ -124,17 +124,17 @@ def _contiguous_only(q, k, v, groups):
 
 
 WRONG = {
-    "bias ignored": _placing(_without_bias),
-    "minus infinity is finite": _placing(_without_minus_infinity),
-    "NaN": _placing(_nan),
-    "one NaN": _placing(_one_nan),
+    "bias ignored": _writing(_without_bias),
+    "minus infinity is finite": _writing(_without_minus_infinity),
+    "NaN": _writing(_nan),
+    "one NaN": _writing(_one_nan),
     "log-sum-exp of base 2": grouped(_base_two),
     "wrong scale": grouped(_wrong_scale),
-    "last key dropped": _placing(_without_last_key),
-    "tail of a tile dropped": _placing(_without_the_tail_of_a_tile),
-    "first image for all": _placing(_first_image_only),
-    "overflow": _placing(_overflowing),
-    "strides ignored": _placing(_contiguous_only),
+    "last key dropped": _writing(_without_last_key),
+    "tail of a tile dropped": _writing(_without_the_tail_of_a_tile),
+    "first image for all": _writing(_first_image_only),
+    "overflow": _writing(_overflowing),
+    "strides ignored": _writing(_contiguous_only),
     "place ignored": _elsewhere,
 }
 

@@ -117,6 +117,44 @@ def test_blocks_are_five_graphs_for_everything(operators):
     assert denoiser.compiled.failure is None
 
 
+BATCH_GRIDS = [Grid(8, 8), Grid(8, 12), Grid(14, 18)]
+BATCH_VARIANTS = [{}, {"copies": 40}, {"text": 3}]
+
+
+def joined(denoiser, model, grid, batch, **fields):
+    """Prepared for ``batch`` images, each with its own tokens and guidance."""
+    return denoiser.join(
+        [
+            denoiser.prepare(
+                conditioning(model, seed=seed, guidance=1.0 + seed, **fields), SCHEDULE, grid
+            )
+            for seed in range(batch)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "layers", "graphs"), [("full", 1, 1), ("blocks", 2, 4)], ids=["full", "blocks"]
+)
+@torch.inference_mode()
+def test_batches_of_any_size_and_prompt_share_their_graphs(mode, layers, graphs):
+    """Of a whole step, whose tracing takes long, with one block of each sort."""
+    model = diffusers_model(num_layers=layers, num_single_layers=layers)
+    denoiser = engine(model, operators=KernelOperators())
+    counter = CompileCounterWithBackend("eager")
+    denoiser.compiled = Compiled(denoiser.flux, mode, counter)
+    for grid, fields in zip(BATCH_GRIDS, BATCH_VARIANTS, strict=True):
+        for batch in (2, 4):
+            prepared = joined(denoiser, model, grid, batch, **fields)
+            img = noise(model, grid, batch)
+            out = prepared.predict(img, 1)
+            with denoiser.compiled.paused():
+                assert torch.equal(out, prepared.predict(img, 1))
+    assert denoiser.compiled.failure is None
+    assert not counters["graph_break"]
+    assert counter.frame_count == graphs
+
+
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_tracing_changes_in_place_gives_the_same(mode):
     """``aot_eager`` turns changes in place into new tensors, as Inductor has it."""
@@ -140,7 +178,7 @@ def test_depths_may_differ(mode, layers):
 def test_requests_through_the_pipeline_share_a_graph(tiny, load, request_for, finish, difference):
     pipeline, plain = load(tiny), load(tiny)
     counter = CompileCounterWithBackend("eager")
-    denoiser = pipeline._parts.denoiser
+    denoiser = pipeline._components.denoiser
     denoiser.compiled = Compiled(denoiser.flux, "full", counter)
     requests = [
         request_for(),
@@ -254,25 +292,25 @@ def test_an_attention_of_the_same_name_is_refused(model):
     grid = GRIDS[0]
     prepared = engine(model).prepare(given(model), SCHEDULE, grid)
     (biased,) = (each for each in IMPLEMENTATIONS if each.name == "biased")
-    traceable(prepared.joint, biased)
+    traceable(prepared.context, biased)
     other = replace(biased, attend=lambda q, k, v, *_: v)
     with pytest.raises(ValueError, match="another attention is called 'biased'"):
-        traceable(prepared.joint, other)
+        traceable(prepared.context, other)
 
 
 @pytest.mark.parametrize("fields", [{}, {"copies": 8, "redux": (3, 2)}], ids=str)
 def test_the_opaque_operator_keeps_its_promises(model, fields):
     prepared = engine(model).prepare(given(model, **fields), SCHEDULE, Grid(2, 3))
     (biased,) = (each for each in IMPLEMENTATIONS if each.name == "biased")
-    joint = traceable(prepared.joint, biased)
-    rows = joint.txt_rows + 6
+    context = traceable(prepared.context, biased)
+    rows = context.txt_rows + 6
     q, k, v = torch.randn(3, 2, rows, 3, 16).transpose(2, 3).unbind(0)
-    torch.library.opcheck(_attend, (q[:, :, 2:], k, v, _table(joint.groups), "biased"))
-    out = joint.attention(q, k, v, joint.groups)
-    assert torch.equal(out, biased(q, k, v, joint.groups))
+    torch.library.opcheck(_attend, (q[:, :, 2:], k, v, _table(context.groups), "biased"))
+    out = context.attention(q, k, v, context.groups)
+    assert torch.equal(out, biased(q, k, v, context.groups))
     into = torch.zeros(2, rows, 3, 3, 16)[:, :, 1].transpose(1, 2)
-    torch.library.opcheck(_attend_into, (q, k, v, _table(joint.groups), "biased", into))
-    assert joint.attention(q, k, v, joint.groups, into) is into
+    torch.library.opcheck(_attend_into, (q, k, v, _table(context.groups), "biased", into))
+    assert context.attention(q, k, v, context.groups, into) is into
     assert torch.equal(into, out)
 
 

@@ -6,42 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, noise
+from pipelines.fake_graphs import FakeCapture
+from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, error, noise
 from redux_pipelines.compilation.cuda_graphs import CudaCapture, GraphedStep
 from redux_pipelines.sampling import Grid
 
 GRID = Grid(4, 6)
-
-
-class FakeReplay:
-    """Computes from the captured tensors again, into the output that was captured."""
-
-    def __init__(self, run):
-        self._run = run
-        self.output = run()
-        self.replays = 0
-        self.is_reset = False
-
-    def replay(self):
-        assert not self.is_reset
-        self.replays += 1
-        self.output.copy_(self._run())
-
-    def reset(self):
-        self.is_reset = True
-
-
-class FakeCapture:
-    def __init__(self, failures=0):
-        self.made = []
-        self.failures = failures
-
-    def __call__(self, run):
-        if self.failures:
-            self.failures -= 1
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.made.append(FakeReplay(run))
-        return self.made[-1]
 
 
 def prepared(model, grid=GRID, **fields):
@@ -49,7 +19,7 @@ def prepared(model, grid=GRID, **fields):
 
 
 def step_of(graphed, given, img, step=0):
-    return graphed(img, given.txt, given.modulation[step], given.joint)
+    return graphed(img, given.txt, given.modulation[step], given.context)
 
 
 @torch.inference_mode()
@@ -64,7 +34,7 @@ def test_replayed_steps_are_the_steps(model):
             for step in (0, 1):
                 img = noise(model, grid, seed=seed)
                 out = step_of(graphed, given, img, step)
-                plain = flux(img.clone(), given.txt, given.modulation[step], given.joint)
+                plain = flux(img.clone(), given.txt, given.modulation[step], given.context)
                 assert torch.equal(out, plain)
     (replay,) = capture.made
     assert replay.replays == 8
@@ -100,7 +70,7 @@ def test_what_a_graph_cannot_be_told_is_another_graph(model, fields):
     other, img = prepared(model, grid, **rest), noise(model, grid, batch)
     out = step_of(graphed, other, img)
     assert len(capture.made) == 2
-    assert torch.equal(out, flux(img.clone(), other.txt, other.modulation[0], other.joint))
+    assert torch.equal(out, flux(img.clone(), other.txt, other.modulation[0], other.context))
 
 
 @torch.inference_mode()
@@ -127,7 +97,9 @@ def test_a_step_that_cannot_be_captured_runs_as_before(model, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):  # and is not tried again at every step
             out = step_of(graphed, given, img)
-            assert torch.equal(out, flux(img.clone(), given.txt, given.modulation[0], given.joint))
+            assert torch.equal(
+                out, flux(img.clone(), given.txt, given.modulation[0], given.context)
+            )
     assert capture.made == []
     assert caplog.text.count("not permitted when stream is capturing") == 1
 
@@ -136,12 +108,35 @@ def test_a_step_that_cannot_be_captured_runs_as_before(model, caplog):
 def test_inputs_are_left_alone(model):
     graphed, given = GraphedStep(engine(model).flux, FakeCapture(), 1), prepared(model)
     img = noise(model, Grid(4, 6))
-    kept = [each.clone() for each in (img, given.txt, given.modulation, *given.joint.rope)]
+    kept = [each.clone() for each in (img, given.txt, given.modulation, *given.context.rope)]
     step_of(graphed, given, img)
     for before, now in zip(
-        kept, (img, given.txt, given.modulation, *given.joint.rope), strict=True
+        kept, (img, given.txt, given.modulation, *given.context.rope), strict=True
     ):
         assert torch.equal(before, now)
+
+
+@torch.inference_mode()
+def test_a_graph_of_a_batch_is_replayed_with_other_requests(model):
+    denoiser, plain = engine(model), engine(model)
+    denoiser.graphed = GraphedStep(denoiser.flux, FakeCapture(), 2)
+    grid = Grid(8, 8)
+    img = noise(model, grid, 2)
+    for guidance in (1.0, 7.0):
+        for step in (0, 1):
+            ours, wanted = (
+                each.join(
+                    [
+                        each.prepare(
+                            conditioning(model, seed=seed, guidance=guidance), SCHEDULE, grid
+                        )
+                        for seed in (int(guidance), 2)
+                    ]
+                ).predict(img, step)
+                for each in (denoiser, plain)
+            )
+            assert error(ours, wanted) <= 1e-6
+    assert denoiser.graphed.captured == 1
 
 
 def test_no_graphs_at_all_is_not_a_number_of_graphs(model):

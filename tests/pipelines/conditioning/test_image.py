@@ -53,7 +53,7 @@ def test_a_preprocessor_without_a_square_size_is_refused(tmp_path):
 
 
 def test_tokens_depend_on_the_picture(pipeline, picture):
-    encoder = pipeline._parts.image_encoder
+    encoder = pipeline._components.image_encoder
     tokens = encoder.encode(picture)
     assert tokens.shape == (16, 32)
     other = encoder.encode(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))

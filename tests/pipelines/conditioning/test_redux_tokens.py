@@ -27,7 +27,7 @@ def model():
 @pytest.fixture(scope="module")
 def encoder(pipeline):
     """Of 4 × 4 tokens."""
-    return pipeline._parts.image_encoder
+    return pipeline._components.image_encoder
 
 
 @pytest.fixture

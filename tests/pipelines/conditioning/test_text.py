@@ -28,9 +28,9 @@ def _encoders(base, **config):
 def test_an_empty_prompt_loads_no_text_encoder(tiny, load, request_for, finish):
     pipeline = load(tiny)
     finish(pipeline.generate(request_for()))
-    assert not pipeline._parts.text_encoders.is_loaded
+    assert not pipeline._components.text_encoders.is_loaded
     finish(pipeline.generate(request_for(prompt="a fox")))
-    assert pipeline._parts.text_encoders.is_loaded
+    assert pipeline._components.text_encoders.is_loaded
 
 
 @pytest.mark.parametrize("fields", [{"prompt": "a fox"}, {"empty_prompt": "encode"}], ids=str)

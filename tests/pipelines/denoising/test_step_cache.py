@@ -147,13 +147,17 @@ def test_blocks_may_be_run_in_parts(layers):
     model = diffusers_model(num_layers=layers[0], num_single_layers=layers[1])
     flux = engine(model)._flux
     prepared = engine(model).prepare(conditioning(model), networks.SCHEDULE, small_grid())
-    img, mod, joint = noise(model, small_grid(), batch=2), prepared.modulation[1], prepared.joint
+    img, mod, context = (
+        noise(model, small_grid(), batch=2),
+        prepared.modulation[1],
+        prepared.context,
+    )
     whole = prepared.predict(img, 1)
     for split in range(flux.num_blocks + 1):
-        x = flux.run(flux.embed(img, prepared.txt), mod, joint, 0, split)
+        x = flux.run(flux.embed(img, prepared.txt), mod, context, 0, split)
         if split < flux.num_blocks:
-            x = flux.run(x, mod, joint, split, flux.num_blocks)
-        assert torch.equal(flux.project_out(x, mod, joint), whole)
+            x = flux.run(x, mod, context, split, flux.num_blocks)
+        assert torch.equal(flux.project_out(x, mod, context), whole)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -214,9 +218,9 @@ def test_a_reused_step_runs_one_block(model, ours, monkeypatch):
     flux = ours._flux
     original = flux.run
 
-    def spy(x, mod, joint, first, end):
+    def spy(x, mod, context, first, end):
         spans.append((first, end))
-        return original(x, mod, joint, first, end)
+        return original(x, mod, context, first, end)
 
     monkeypatch.setattr(flux, "run", spy, raising=False)
     _, run = started(ours, model, CachePolicy(ALWAYS, 1, 1, 1))
@@ -353,16 +357,19 @@ def test_the_cache_is_gone_before_the_picture_is_decoded(
     with_policy, kept, pipeline, request_for, finish
 ):
     with_policy(ALWAYS, 1, 9, 1)
-    left, decode = [], pipeline._parts.autoencoder.decode
+    left, decode = [], pipeline._components.autoencoder.decode
 
     class Decoder:
-        factor, channels = pipeline._parts.autoencoder.factor, pipeline._parts.autoencoder.channels
+        factor, channels = (
+            pipeline._components.autoencoder.factor,
+            pipeline._components.autoencoder.channels,
+        )
 
         def decode(self, latents):
             left.append(alive(kept))
             return decode(latents)
 
-    parts = replace(pipeline._parts, autoencoder=Decoder())
+    parts = replace(pipeline._components, autoencoder=Decoder())
     request = request_for(num_inference_steps=4, quality="fast", num_images=2)
     finish(ReduxPipeline(parts, name="spied").generate(request))
     assert len(kept) == 10  # two images, of which two steps each are computed
@@ -394,4 +401,4 @@ def test_diffusers_refuses_tiers_it_does_not_have(tiny, load, request_for, finis
     with pytest.raises(ValueError, match="quality='fast' needs backend='engine'"):
         load(tiny, backend="diffusers", quality="fast")
     with pytest.raises(RequestError, match="not available"):
-        ReduxPipeline(pipeline._parts, name="none", quality="fast")
+        ReduxPipeline(pipeline._components, name="none", quality="fast")

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from pipelines.compilation.test_cuda_graphs import FakeCapture, FakeReplay
+from pipelines.fake_graphs import FakeCapture, FakeReplay
 from pipelines.networks import diffusers_model, engine
 from redux_pipelines.compilation.compiled import compiled_graphs
 from redux_pipelines.contract.types import CompilePlan

@@ -119,25 +119,6 @@ def test_a_product_that_raises_is_a_reason(monkeypatch):
     assert len(reason) <= 300
 
 
-def test_fp8_that_cannot_run_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(self_test, "refusal", lambda *_: "the self-test of fp8 failed: it rains")
-    with pytest.raises(ValueError, match=r"'fp8' cannot run on cpu: .* it rains"):
-        load_pipeline(model="tiny", device="cpu", transformer_dtype="fp8")
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"transformer_dtype": "int4"}, "transformer_dtype='int4' is not one of auto, same, fp8"),
-        ({"transformer_dtype": "fp8", "backend": "diffusers"}, "needs the engine backend"),
-    ],
-    ids=str,
-)
-def test_other_wishes_are_refused(options, text):
-    with pytest.raises(ValueError, match=text):
-        load_pipeline(model="tiny", device="cpu", **options)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 class TestOnAGpu:

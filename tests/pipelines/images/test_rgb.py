@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from redux_pipelines.errors import ImageError
-from redux_pipelines.images.rgb import DIGITAL_SOURCE_TYPE, encode_png, to_rgb
+from redux_pipelines.images.rgb import DIGITAL_SOURCE_TYPE, centre_crop, encode_png, to_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -123,3 +123,9 @@ def test_xmp_packet_is_well_formed_xml():
     (description,) = root.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
     name = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
     assert description.get(name) == DIGITAL_SOURCE_TYPE
+
+
+def test_centre_crop_leaves_a_fitting_picture_alone():
+    image = Image.new("RGB", (8, 6))
+    assert centre_crop(image, 8, 6) is image
+    assert centre_crop(image, 5, 5).size == (5, 5)

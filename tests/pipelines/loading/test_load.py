@@ -85,7 +85,7 @@ def test_a_directory_is_loaded_and_described(tiny, caplog):
 def test_the_backend_that_was_asked_for_runs(backend, tiny, load):
     pipeline = load(tiny, backend=backend)
     assert pipeline.info.backend == backend
-    assert ("Engine" in type(pipeline._parts.denoiser).__name__) == (backend == "engine")
+    assert ("Engine" in type(pipeline._components.denoiser).__name__) == (backend == "engine")
 
 
 def test_bfloat16_runs_on_a_cpu(tiny, load, request_for, finish):
@@ -127,7 +127,7 @@ def test_unknown_options_are_named(options, text):
 def test_the_attention_is_told_and_can_be_forced(tiny, load):
     pipeline = load(tiny)
     assert pipeline.info.attention == "onednn"
-    assert pipeline._parts.denoiser._operators.name == "onednn"
+    assert pipeline._components.denoiser._operators.name == "onednn"
     assert load(tiny, attention="flash-cpu").info.attention == "flash-cpu"
     assert load(tiny, backend="diffusers").info.attention == "native"
 

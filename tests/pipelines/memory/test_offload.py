@@ -89,11 +89,11 @@ def test_a_step_that_runs_some_blocks_only_is_the_same(model):
     for denoiser in (engine(model), _streaming(model, range(COUNT))):
         with torch.inference_mode():
             prepared = denoiser.prepare(given, SCHEDULE, grid)
-            flux, mod, joint = prepared.flux, prepared.modulation, prepared.joint
+            flux, mod, context = prepared.flux, prepared.modulation, prepared.context
             for step, spans in enumerate([((0, 1), (1, COUNT)), ((0, 1),), ((0, 1), (1, COUNT))]):
                 x = flux.embed(img, prepared.txt)
                 for span in spans:
-                    x = flux.run(x, mod[step], joint, *span)
+                    x = flux.run(x, mod[step], context, *span)
                 outs.append(x)
     assert all(torch.equal(a, b) for a, b in zip(outs[:3], outs[3:], strict=True))
 

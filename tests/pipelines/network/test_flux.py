@@ -58,12 +58,12 @@ def test_blocks_may_be_run_in_parts(operators, layers):
     flux_engine = engine(model, operators=operators)
     img, given = noise(model, grid), conditioning(model)
     prepared = flux_engine.prepare(given, networks.SCHEDULE, grid)
-    flux, mod, joint = prepared.flux, prepared.modulation[1], prepared.joint
+    flux, mod, context = prepared.flux, prepared.modulation[1], prepared.context
     for cut in range(1, flux.num_blocks):
         x = flux.embed(img, prepared.txt)
-        x = flux.run(x, mod, joint, 0, cut)
-        assert x.shape[1] == joint.txt_rows + grid.tokens
-        out = flux.project_out(flux.run(x, mod, joint, cut, flux.num_blocks), mod, joint)
+        x = flux.run(x, mod, context, 0, cut)
+        assert x.shape[1] == context.txt_rows + grid.tokens
+        out = flux.project_out(flux.run(x, mod, context, cut, flux.num_blocks), mod, context)
         assert error(out, prepared.predict(img, 1)) <= 1e-6
 
 
@@ -182,13 +182,13 @@ def test_rows_that_only_fill_up_change_nothing(model, ours, name):
     grid, given = Grid(4, 6), conditioning(model, copies=40)
     img = noise(model, grid)
     prepared = padded.prepare(given, networks.SCHEDULE, grid)
-    assert (prepared.joint.txt_rows + grid.tokens) % 16 == 0
+    assert (prepared.context.txt_rows + grid.tokens) % 16 == 0
     assert error(predict(padded, given, grid, img), predict(ours, given, grid, img)) <= 1e-5
 
 
 def test_folded_text_is_one_row(ours, model):
     given = conditioning(model, copies=512, redux=(5,))
-    assert ours.prepare(given, networks.SCHEDULE, Grid(4, 6)).joint.txt_rows == 6
+    assert ours.prepare(given, networks.SCHEDULE, Grid(4, 6)).context.txt_rows == 6
 
 
 def test_images_of_a_batch_do_not_mix(model, ours):
@@ -238,7 +238,7 @@ def test_a_step_uses_no_double_precision_and_no_mask(model, operators, fields, m
     with _Watch() as watch:
         prepared.predict(img, 1)
     assert len(watch.seen) > 100
-    rows = prepared.joint.txt_rows + grid.tokens
+    rows = prepared.context.txt_rows + grid.tokens
     for name, dtype, shape in watch.seen:
         assert dtype not in (torch.float64, torch.complex128), name
         assert dtype != torch.complex64 or name.split(".")[1] in TURNING, name

@@ -6,15 +6,11 @@ import pytest
 import torch
 
 from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, error, noise
-from redux_kernels import dispatch, self_test
 from redux_kernels.reference import quantize_rows
-from redux_pipelines import onednn
 from redux_pipelines.fp8 import linear as linear_module
 from redux_pipelines.fp8.linear import ALL, Fp8Linear, project
-from redux_pipelines.network import operator_choice
 from redux_pipelines.network.layers import rope_table
 from redux_pipelines.network.onednn_operators import OneDnnOperators
-from redux_pipelines.network.operator_choice import NEEDED, NEEDED_FOR_FP8
 from redux_pipelines.network.operators import KernelOperators, Residual, TorchOperators
 from redux_pipelines.sampling import Grid
 
@@ -24,7 +20,7 @@ TORCH, KERNELS, ONEDNN = TorchOperators(), KernelOperators(), OneDnnOperators()
 
 def kinds(*, fp8):
     """Those that take such layers."""
-    return (KERNELS, TORCH) if linear_module else (KERNELS, TORCH, ONEDNN)
+    return (KERNELS, TORCH) if fp8 else (KERNELS, TORCH, ONEDNN)
 
 
 def draw(*shape, seed=0):
@@ -33,7 +29,7 @@ def draw(*shape, seed=0):
 
 def linear(columns, out=WIDTH, *, fp8=False):
     layer = torch.nn.Linear(columns, out)
-    return Fp8Linear.of(layer.weight.detach(), layer.bias.detach()) if linear_module else layer
+    return Fp8Linear.of(layer.weight.detach(), layer.bias.detach()) if fp8 else layer
 
 
 def near(one, other):
@@ -50,13 +46,13 @@ def close(one, other):
 @pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
 @torch.no_grad()
 def test_normed_linear(pending, batch, fp8, check):
-    layer = linear(WIDTH, 2 * WIDTH, fp8=linear_module)
+    layer = linear(WIDTH, 2 * WIDTH, fp8=fp8)
     x, y, gate = draw(batch, ROWS, WIDTH), draw(batch, ROWS, WIDTH, seed=1), draw(WIDTH, seed=2)
     shift, scale = draw(2, WIDTH, seed=3)
     settled = torch.addcmul(x, gate, y) if pending else x.clone()
     norm = torch.nn.functional.layer_norm(settled, (WIDTH,), eps=1e-6) * (1 + scale) + shift
 
-    for ops, rows in product(kinds(fp8=linear_module), (ALL, slice(16, 32))):
+    for ops, rows in product(kinds(fp8=fp8), (ALL, slice(16, 32))):
         own = Residual(x.clone(), y, gate) if pending else Residual(x.clone())
         out, h = ops.normed_linear(own, shift, scale + ops.scale_offset, layer, rows)
         close(out, settled)
@@ -66,13 +62,13 @@ def test_normed_linear(pending, batch, fp8, check):
 @pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
 @torch.no_grad()
 def test_linear_of_rows_that_lie_apart(fp8, check):
-    layer, x = linear(WIDTH, 2 * WIDTH, fp8=linear_module), draw(2, ROWS + 3, WIDTH)[:, 3:]
-    weight = layer.weight.float() * layer.weight_scale if linear_module else layer.weight
+    layer, x = linear(WIDTH, 2 * WIDTH, fp8=fp8), draw(2, ROWS + 3, WIDTH)[:, 3:]
+    weight = layer.weight.float() * layer.weight_scale if fp8 else layer.weight
     expected = torch.nn.functional.linear(x, weight, layer.bias)
-    for ops in kinds(fp8=linear_module):
+    for ops in kinds(fp8=fp8):
         before, got = x.clone(), ops.linear(x, layer)
         check(got, project(layer, x))
-        assert error(got, expected) <= (0.04 if linear_module else 1e-6)  # measured in fp8: .026
+        assert error(got, expected) <= (0.04 if fp8 else 1e-6)  # measured in fp8: .026
         assert torch.equal(x, before)
 
 
@@ -132,11 +128,11 @@ def test_place_heads(with_values):
 @pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
 @torch.no_grad()
 def test_normed_mlp(fp8, check):
-    up, down = linear(WIDTH, 4 * WIDTH, fp8=linear_module), linear(4 * WIDTH, fp8=linear_module)
+    up, down = linear(WIDTH, 4 * WIDTH, fp8=fp8), linear(4 * WIDTH, fp8=fp8)
     x, (shift, scale) = draw(2, ROWS, WIDTH), draw(2, WIDTH, seed=3)
     norm = torch.nn.functional.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale) + shift
     expected = down(torch.nn.functional.gelu(up(norm), approximate="tanh"))
-    for ops in kinds(fp8=linear_module):
+    for ops in kinds(fp8=fp8):
         settled, y = ops.normed_mlp(Residual(x.clone()), shift, scale + ops.scale_offset, up, down)
         close(settled, x)
         check(y, expected)
@@ -147,8 +143,8 @@ def test_normed_mlp(fp8, check):
 @torch.no_grad()
 def test_single_in_and_out_join_attention_and_mlp(fp8, check, batch):
     linear1, linear2 = (
-        linear(WIDTH, 7 * WIDTH, fp8=linear_module),
-        linear(5 * WIDTH, fp8=linear_module),
+        linear(WIDTH, 7 * WIDTH, fp8=fp8),
+        linear(5 * WIDTH, fp8=fp8),
     )
     x, attention = draw(batch, ROWS, WIDTH), draw(batch, ROWS, WIDTH, seed=1)
     shift, scale = draw(2, WIDTH, seed=3)
@@ -156,7 +152,7 @@ def test_single_in_and_out_join_attention_and_mlp(fp8, check, batch):
     qkv, up = linear1(norm).split([3 * WIDTH, 4 * WIDTH], dim=-1)
     mlp = torch.nn.functional.gelu(up, approximate="tanh")
     expected = linear2(torch.cat([attention, mlp], dim=-1))
-    for ops in kinds(fp8=linear_module):
+    for ops in kinds(fp8=fp8):
         rows = ops.single_in(Residual(x.clone()), shift, scale + ops.scale_offset, linear1, linear2)
         close(rows.x, x)
         check(rows.qkv, qkv)
@@ -174,112 +170,3 @@ def test_single_in_and_out_join_attention_and_mlp(fp8, check, batch):
 def test_onednn_takes_no_fp8():
     with pytest.raises(TypeError, match="layers in fp8 need TorchOperators"):
         ONEDNN.linear(draw(1, ROWS, WIDTH), linear(WIDTH, fp8=True))
-
-
-def choose(device="cuda", dtype=torch.bfloat16, **options):
-    return operator_choice.choose(torch.device(device), dtype, num_heads=2, head_dim=16, **options)
-
-
-NO_KERNELS = dict.fromkeys(NEEDED, "kernels run on CUDA devices, not on 'cpu'")
-
-
-def test_a_cpu_runs_on_onednn_and_says_why_not_on_kernels(monkeypatch):
-    monkeypatch.setattr(onednn, "refusal", lambda device, dtype: None)
-    choice = choose("cpu", torch.float32)
-    assert choice.operators.name == "onednn"
-    assert choice.refusals == NO_KERNELS
-
-
-@pytest.mark.parametrize(
-    ("vendor", "heads", "name"),
-    [("GenuineIntel", 8, "torch"), ("GenuineIntel", 7, "onednn"), ("AuthenticAMD", 24, "onednn")],
-)
-def test_on_intels_processors_wide_rows_are_left_to_mkl(vendor, heads, name, monkeypatch, tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: made up\n")
-    monkeypatch.setattr(onednn, "_CPU_INFO", info)
-    monkeypatch.setattr(onednn, "refusal", lambda device, dtype: None)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    choice = operator_choice.choose(CPU, torch.float32, num_heads=heads, head_dim=128)
-    assert choice.operators.name == name
-    reason = "is slower than MKL on Intel's processors for rows of 1024"
-    assert choice.refusals.get("onednn") == (reason if name == "torch" else None)
-
-
-@pytest.mark.parametrize("processor", ["Intel64 Family 6, GenuineIntel", "AMD64 Family 25"])
-def test_where_no_file_tells_the_processor_the_system_does(processor, monkeypatch, tmp_path):
-    monkeypatch.setattr(onednn, "_CPU_INFO", tmp_path / "absent")
-    monkeypatch.setattr("platform.processor", lambda: processor)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert onednn.loses_to_mkl(3072) is ("Intel" in processor)
-    assert not onednn.loses_to_mkl(256)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_cpu_runs_plain_torch_in_other_dtypes(dtype):
-    choice = choose("cpu", dtype)
-    assert choice.operators.name == "torch"
-    kind = str(dtype).removeprefix("torch.")
-    assert choice.refusals == NO_KERNELS | {"onednn": f"does not take {kind}"}
-
-
-def test_a_cpu_runs_plain_torch_if_onednn_is_refused(monkeypatch):
-    monkeypatch.setattr(onednn, "refusal", lambda device, dtype: "is wrong")
-    choice = choose("cpu", torch.float32)
-    assert choice.operators.name == "torch"
-    assert choice.refusals["onednn"] == "is wrong"
-
-
-def test_a_cpu_runs_plain_torch_with_layers_in_fp8():
-    choice = choose("cpu", torch.float32, fp8=True)
-    assert choice.operators.name == "torch"
-    assert choice.refusals["onednn"] == "does not take fp8"
-
-
-@pytest.fixture
-def _gpu(monkeypatch):
-    """A machine whose GPU could run every kernel."""
-    monkeypatch.setattr(dispatch, "hardware_refusal", lambda name, device: None)
-
-
-@pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize("wrong", [(), ("gelu_into",), NEEDED])
-def test_kernels_run_only_if_all_of_them_passed_their_test(monkeypatch, wrong):
-    verdicts = {name: "differs" if name in wrong else None for name in self_test.TESTS}
-    monkeypatch.setattr(operator_choice, "self_test", lambda *_, **__: verdicts)
-    choice = choose()
-    assert choice.operators.name == ("torch" if wrong else "kernels")
-    assert choice.refusals == dict.fromkeys(wrong, "differs")
-
-
-@pytest.mark.usefixtures("_gpu")
-def test_kernels_that_are_not_needed_do_not_matter(monkeypatch):
-    verdicts = {name: None if name in NEEDED else "differs" for name in self_test.TESTS}
-    monkeypatch.setattr(operator_choice, "self_test", lambda *_, **__: verdicts)
-    assert choose().operators.name == "kernels"
-
-
-@pytest.mark.usefixtures("_gpu")
-def test_with_fp8_the_kernels_that_quantize_are_needed_too(monkeypatch):
-    verdicts = {name: "differs" if name == "gelu_quantize" else None for name in self_test.TESTS}
-    monkeypatch.setattr(operator_choice, "self_test", lambda *_, **__: verdicts)
-    assert choose().operators.name == "kernels"
-    choice = choose(fp8=True)
-    assert choice.operators.name == "torch"
-    assert choice.refusals == {"gelu_quantize": "differs"}
-    assert set(NEEDED_FOR_FP8) > set(NEEDED)
-
-
-@pytest.mark.usefixtures("_gpu")
-def test_float16_is_left_to_plain_torch_which_clips():
-    choice = choose(dtype=torch.float16)
-    assert choice.operators.name == "torch"
-    assert "not float16" in choice.refusals["adaln"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_gpu_runs_the_kernels(dtype):
-    choice = operator_choice.choose(torch.device("cuda"), dtype, num_heads=24, head_dim=128)
-    assert choice.operators.name == "kernels", choice.refusals

@@ -51,7 +51,7 @@ def held_to(request):
 def test_the_largest_request_in_bfloat16_fits(held_to, mode, checkpoint, picture, finish):
     base, redux = checkpoint
     pipeline = load_pipeline(base=base, redux=redux, device="cuda", dtype="bfloat16")
-    made = pipeline._parts.plan
+    made = pipeline._components.plan
     assert made.mode == mode
     assert made.fits
     for prompt in ("", "a fox", "a bear"):
