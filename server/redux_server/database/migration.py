@@ -110,7 +110,8 @@ def refuse_newer(database: Engine, found: str) -> None:
     if found > SCHEMA_VERSION:
         raise DatabaseUnusable(
             f"{shown(database.url)} holds tables of version {found}, newer than the "
-            f"{SCHEMA_VERSION} that this version of flux-redux knows; install the newer flux-redux again"
+            f"{SCHEMA_VERSION} that this version of flux-redux knows; install the newer "
+            "flux-redux again"
         )
 
 
