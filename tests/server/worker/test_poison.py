@@ -30,7 +30,7 @@ note("started")
 
 from redux_pipelines.errors import DeviceError
 from redux_pipelines.fake import FakePipeline
-from redux_server.worker import main as worker_main
+from redux_server.worker import main
 from redux_server.settings import ServerSettings, build
 
 settings = build(ServerSettings, {}, os.environ)
@@ -46,8 +46,8 @@ class Poisonable(FakePipeline):
             DIE
         yield from events
 
-worker_main.load_model = lambda settings, device: (Poisonable(max_batch_size=4), None)
-sys.exit(worker_main.run_worker(settings, device=settings.device, is_supervised=True))
+main.load_model = lambda settings, device: (Poisonable(max_batch_size=4), None)
+sys.exit(main.run_worker(settings, device=settings.device, is_supervised=True))
 """
 DEATHS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
