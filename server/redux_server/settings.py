@@ -92,7 +92,9 @@ class ModelSettings:
         "fake (no network at all, for load tests), fake-slow (fake with steps of 20 ms)",
         choices=("mini", "flux-dev", "flux-schnell", "tiny", "fake", "fake-slow"),
     )
-    base: str = option("", "FLUX.1 weights: a diffusers folder or a Hub repository, with --redux")
+    base: str = option(
+        "", "FLUX.1 weights: a diffusers folder or a Hub repository (without --redux: Redux-dev)"
+    )
     redux: str = option("", "FLUX.1-Redux weights: a diffusers folder or a Hub repository")
     revision: str = option("", "Hub revision of --base or of the named model (default: newest)")
     backend: str = option("engine", "what runs the transformer", choices=("engine", "diffusers"))
@@ -163,7 +165,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(ModelSettings):
-    """What ``serve`` and ``worker`` need."""
+    """What a server needs: ``serve``, ``worker``, and verbs that look after what those keep."""
 
     host: str = option("127.0.0.1", "address to listen on; others than loopback need an API key")
     port: int = option(8000, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
@@ -294,7 +296,7 @@ class ServerSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
-    """What ``submit`` needs to reach a server."""
+    """What ``submit`` and ``cancel`` need to reach a server."""
 
     url: str = option("http://127.0.0.1:8000", "base URL of the server")
     key: str = secret_option("API key (better in FLUX_REDUX_KEY than on the command line)")

@@ -73,7 +73,7 @@ async def check_place(
     """
     if 0 <= int(request.headers.get("content-length", "-1")) <= _SMALL_BODY:
         return
-    found = await reservation.refusal()
+    found = await reservation.look()
     if found is None:
         return
     knows = services.idempotency.knows

@@ -92,9 +92,10 @@ async def base64_answer(
         Unavailable: their store does not answer.
     """
     sizes = [await _size_of(key, blobs) for key in keys]
-    others = {name: value for name, value in data.items() if name != "outputs"}
-    start = _json(envelope({"outputs": [""]})).removesuffix(b'"]}}')
-    end = b'"],' + _json(others).removeprefix(b"{") + b"}"
+    fields = list(data.items())  # the outputs stand between others, as in every other answer
+    place = list(data).index("outputs")
+    start = _json(envelope(dict(fields[:place]))).removesuffix(b"}}") + b',"outputs":["'
+    end = b'"],' + _json(dict(fields[place + 1 :])).removeprefix(b"{") + b"}"
     in_base64 = sum((size + 2) // 3 * 4 for size in sizes)
     length = len(start) + in_base64 + len(_BETWEEN) * (len(keys) - 1) + len(end)
     return StreamingResponse(

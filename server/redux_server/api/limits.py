@@ -12,97 +12,119 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from redux_server.api.coalescer import Coalescer
 from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom
 
 Refusal = NoRoom | KeyFull
-KEPT_S = 5.0
+FRESH_S = 1.0
+"""How long the count of a look may stand for one of its own when a place is reserved."""
 _PRUNE_ABOVE = 10_000
 
 
+class _Count(NamedTuple):
+    """Free places; when counting began, and how many reservations had ended by then."""
+
+    free: FreePlaces
+    at: float
+    ended: int
+
+
 class Reservation:
-    """The place of one request: looked for when it is first asked about, and then kept."""
+    """The place of one request: looked for while its body comes, reserved once that is here.
+
+    So a body that comes slowly keeps nobody else out of the queue.
+    """
 
     def __init__(self, queue: "QueueReservations", key_id: str) -> None:
         self._queue = queue
-        self._found: tuple[Refusal | None] | None = None
+        self._looked: _Count | None = None
         self.key_id = key_id
-        self.expiry: asyncio.TimerHandle | None = None
+        self.is_reserved = False
 
-    async def refusal(self) -> Refusal | None:
-        """Why there is no place; None if there is one. The first answer stands."""
-        if self._found is None:
-            self._found = (await self._queue.reserve(self),)
-        return self._found[0]
+    async def look(self) -> Refusal | None:
+        """Why there is no place now; None if there is one. Reserves nothing, waits for nobody."""
+        self._looked = await self._queue.count(self.key_id)
+        return self._looked.free.refusal()
+
+    async def reserve(self) -> Refusal | None:
+        """Why there is no place; None when one is reserved, until the end of ``hold``."""
+        refusal = await self._queue.reserve(self.key_id, self._looked)
+        self.is_reserved = refusal is None
+        return refusal
 
 
 class QueueReservations:
     """The places that requests of this process are about to take.
 
-    ``count`` says how many are free for each of some API keys. Must be used from one event loop.
+    ``count`` says how many are free for each of some API keys; ``clock`` gives seconds and never
+    goes back. Must be used from one event loop.
     """
 
     def __init__(
         self,
         count: Callable[[Sequence[str]], Sequence[FreePlaces]],
         *,
-        kept_s: float = KEPT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._count = Coalescer(count, name="free places")
-        self._kept_s = kept_s
+        self._clock = clock
         self._reserved: Counter[str] = Counter()  # by API key
-        self._releases = 0
+        self._ended = 0
         self._change = asyncio.Event()
 
     @contextmanager
     def hold(self, key_id: str) -> Iterator[Reservation]:
-        """The place for a task of this key, reserved for the others to see until the end of this.
+        """The place for a task of this key; what is reserved of it is free again afterwards.
 
-        Nothing is counted before ``Reservation.refusal`` is called.
+        Nothing is counted before it is looked for or reserved.
         """
         reservation = Reservation(self, key_id)
         try:
             yield reservation
         finally:
-            self._release(reservation)
+            if reservation.is_reserved:
+                self._end(key_id)
 
-    async def reserve(self, reservation: Reservation) -> Refusal | None:
-        """Count, and reserve a place if one is free that nobody else has reserved.
+    async def count(self, key_id: str) -> _Count:
+        """Ask how many places are free."""
+        at, ended = self._clock(), self._ended
+        return _Count(await self._count(key_id), at, ended)
+
+    async def reserve(self, key_id: str, looked: _Count | None) -> Refusal | None:
+        """Reserve a place that nobody else has reserved; ``looked`` is an earlier count, if any.
 
         Who finds only reserved places waits for what becomes of them: to store pictures for one
-        place many times over would cost more. A reservation lasts for ``kept_s`` seconds, so that a
-        body that comes slowly does not keep others out; whoever takes longer may find no room in
-        the transaction.
+        place many times over would cost more.
         """
-        key_id = reservation.key_id
-        while True:
-            change, releases = self._change, self._releases
-            free = await self._count(key_id)
-            if (refusal := free.refusal()) is not None:
+        is_fresh = looked is not None and self._clock() - looked.at < FRESH_S
+        count = looked if is_fresh else None
+        while count is None or not self._has_room(count, key_id):
+            change = self._change
+            count = await self.count(key_id)
+            if (refusal := count.free.refusal()) is not None:
                 return refusal
-            # Who was released meanwhile may have been accepted, and not be in this count yet.
-            unsure = self._releases - releases
-            others, of_key = self._reserved.total() + unsure, self._reserved[key_id] + unsure
-            if free.of_all > others and free.of_key > of_key:
-                self._reserved[key_id] += 1
-                loop = asyncio.get_running_loop()
-                reservation.expiry = loop.call_later(self._kept_s, self._release, reservation)
-                return None
-            await change.wait()
+            if not self._has_room(count, key_id):
+                await change.wait()
+        self._reserved[key_id] += 1
+        return None
 
     def close(self) -> None:
         """Stop the thread that counts."""
         self._count.close()
 
-    def _release(self, reservation: Reservation) -> None:
-        if reservation.expiry is not None:
-            reservation.expiry.cancel()
-            reservation.expiry = None
-            self._reserved -= Counter({reservation.key_id: 1})  # leaves no zeros
-            self._releases += 1
-            self._change.set()
-            self._change = asyncio.Event()
+    def _has_room(self, count: _Count, key_id: str) -> bool:
+        # Whose reservation ended meanwhile may have been accepted, and not be in this count yet.
+        unsure = self._ended - count.ended
+        others, of_key = self._reserved.total() + unsure, self._reserved[key_id] + unsure
+        return count.free.of_all > others and count.free.of_key > of_key
+
+    def _end(self, key_id: str) -> None:
+        self._reserved -= Counter({key_id: 1})  # leaves no zeros
+        self._ended += 1
+        self._change.set()
+        self._change = asyncio.Event()
 
 
 @dataclass(slots=True)

@@ -321,6 +321,9 @@ def run(arguments: Sequence[str]) -> int:
     except PermissionError as error:
         note(f"no permission for {error.filename}")
         return EXIT_USAGE
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        note(f"cannot use {error.filename}: {error.strerror}")  # such as a --data-dir in a file
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
 

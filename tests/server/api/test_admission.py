@@ -4,7 +4,9 @@ import asyncio
 import http.client
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -160,6 +162,25 @@ def test_client_that_asks_first_is_refused_without_being_told_to_send(
             received += more
     assert received.startswith(b"HTTP/1.1 429 "), "neither 100 nor anything else came before"
     assert b"retry-after: 5" in received.lower()
+
+
+def test_bodies_that_never_come_keep_nobody_out_of_the_queue(
+    build_services: Callable[..., Services], build_api: Callable[..., Api]
+) -> None:
+    api = build_api(build_services(max_queue=1))
+    head = (
+        f"POST {SUBMIT} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {api.key}\r\n"
+        f"Content-Length: {2**20}\r\n\r\n{{"
+    )
+    named = {"Authorization": f"Bearer {api.key}"}
+    with serving(api.app) as port, ExitStack() as stalled:
+        for _ in range(8):
+            client = stalled.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+            client.sendall(head.encode())
+        time.sleep(0.5)  # every one of them has been looked at
+        url = f"http://127.0.0.1:{port}{SUBMIT}"
+        answer = httpx.post(url, json=INLINE, headers=named, timeout=15)
+        assert answer.status_code == 200
 
 
 # --- how often room is counted --------------------------------------------------------------------

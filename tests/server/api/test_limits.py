@@ -29,7 +29,7 @@ class Queue:
         return [self.left] * len(key_ids)
 
 
-def run(queue: Queue, scene: Callable[[QueueReservations], Any], **more: float) -> None:
+def run(queue: Queue, scene: Callable[[QueueReservations], Any], **more: Any) -> None:
     """``scene`` over the reservations of ``queue``; none is left afterwards."""
 
     async def whole() -> None:
@@ -45,7 +45,7 @@ def run(queue: Queue, scene: Callable[[QueueReservations], Any], **more: float) 
 
 async def ask(reservations: QueueReservations, key_id: str) -> NoRoom | KeyFull | None:
     with reservations.hold(key_id) as place:
-        return await place.refusal()
+        return await place.reserve()
 
 
 @pytest.mark.parametrize(
@@ -70,19 +70,57 @@ def test_who_never_asks_counts_nothing() -> None:
     assert queue.counts == 1
 
 
-@pytest.mark.parametrize("left", [FreePlaces(1, 9), FreePlaces(0, 9)])
-def test_first_answer_stands_without_another_count(left: FreePlaces) -> None:
-    queue = Queue(left.of_all)
+@pytest.mark.parametrize(("waited_s", "counts"), [(0.9, 1), (1.1, 2)])
+def test_count_of_a_look_stands_for_the_reservation_while_it_is_fresh(
+    waited_s: float, counts: int, clock: Clock
+) -> None:
+    queue = Queue(1)
 
     async def scene(reservations: QueueReservations) -> None:
         with reservations.hold("a") as place:
-            first = await place.refusal()
-            queue.left = FreePlaces(1 - left.of_all, 9)
-            assert await place.refusal() == first == left.refusal()
-            assert reservations._reserved.total() == left.of_all
+            assert await place.look() is None
+            assert not reservations._reserved
+            clock.now += waited_s
+            assert await place.reserve() is None
+            assert reservations._reserved == {"a": 1}
+
+    run(queue, scene, clock=clock)
+    assert queue.counts == counts
+
+
+def test_place_that_was_only_looked_for_is_free_for_others() -> None:
+    async def scene(reservations: QueueReservations) -> None:
+        with reservations.hold("slow") as slow, reservations.hold("slow too") as slow_too:
+            assert await slow.look() is await slow_too.look() is None
+            assert await asyncio.wait_for(ask(reservations, "quick"), 5) is None
+
+    run(Queue(1), scene)
+
+
+def test_place_that_another_took_since_the_look_is_waited_for_and_counted_anew() -> None:
+    queue = Queue(1)
+
+    async def scene(reservations: QueueReservations) -> None:
+        with reservations.hold("a") as slow:
+            assert await slow.look() is None
+            with reservations.hold("b") as quick:
+                assert await quick.reserve() is None
+                waiting = asyncio.create_task(slow.reserve())
+                await asyncio.sleep(0.05)
+                assert not waiting.done()
+                queue.left = FreePlaces(0, 9)  # the quick one has been accepted
+            assert await asyncio.wait_for(waiting, 20) == NoRoom()
 
     run(queue, scene)
-    assert queue.counts == 1
+
+
+def test_look_waits_for_nobody() -> None:
+    async def scene(reservations: QueueReservations) -> None:
+        with reservations.hold("a") as first, reservations.hold("b") as second:
+            assert await first.reserve() is None
+            assert await asyncio.wait_for(second.look(), 5) is None
+
+    run(Queue(1), scene)
 
 
 @pytest.mark.parametrize("then", [None, NoRoom()])
@@ -91,7 +129,7 @@ def test_who_finds_reserved_places_waits_for_what_becomes_of_them(then: NoRoom |
 
     async def scene(reservations: QueueReservations) -> None:
         with reservations.hold("a") as place:
-            assert await place.refusal() is None
+            assert await place.reserve() is None
             waiting = asyncio.create_task(ask(reservations, "b"))
             while queue.counts < 2:
                 await asyncio.sleep(0.001)
@@ -119,7 +157,7 @@ def test_count_that_is_older_than_the_end_of_a_reservation_is_not_believed() -> 
 
     async def scene(reservations: QueueReservations) -> None:
         with reservations.hold("a") as place:
-            assert await place.refusal() is None
+            assert await place.reserve() is None
             waiting = asyncio.create_task(ask(reservations, "b"))
             await asyncio.to_thread(counted.wait, 20)
             queue.left = FreePlaces(0, 9)  # the first has been accepted
@@ -130,20 +168,10 @@ def test_count_that_is_older_than_the_end_of_a_reservation_is_not_believed() -> 
     assert queue.counts == 3
 
 
-def test_request_that_takes_long_keeps_nobody_out() -> None:
-    async def scene(reservations: QueueReservations) -> None:
-        with reservations.hold("slow") as slow:
-            assert await slow.refusal() is None
-            assert await asyncio.wait_for(ask(reservations, "quick"), 20) is None
-            assert not reservations._reserved, "and it is given back once"
-
-    run(Queue(1), scene, kept_s=0.1)
-
-
 def test_places_of_other_keys_are_not_waited_for() -> None:
     async def scene(reservations: QueueReservations) -> None:
         with reservations.hold("a") as place:
-            assert await place.refusal() is None
+            assert await place.reserve() is None
             assert await asyncio.wait_for(ask(reservations, "b"), 20) is None
 
     run(Queue(5, 1), scene)
@@ -153,7 +181,7 @@ def test_request_that_is_given_up_frees_its_place() -> None:
     async def scene(reservations: QueueReservations) -> None:
         async def never() -> None:
             with reservations.hold("a") as place:
-                await place.refusal()
+                await place.reserve()
                 await asyncio.Event().wait()
 
         given_up = asyncio.create_task(never())

@@ -236,3 +236,15 @@ def test_light_verbs_load_neither_torch_nor_a_web_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("verb", ["keys list", "db upgrade"])
+def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run([*verb.split(), "--data-dir", str(folder)]) == EXIT_USAGE
+        told = capsys.readouterr().err.strip()
+        assert told.startswith(f"flux-redux: cannot use {folder}: "), told
+        assert "\n" not in told

@@ -145,7 +145,7 @@ async def _accept(
 
 async def _foresee(new: NewTask, reservation: Reservation, services: Services) -> Acceptance | None:
     """What becomes of the task, if that is known before its pictures are stored."""
-    refused = await reservation.refusal()
+    refused = await reservation.reserve()
     # A replay must not store its picture again. After looking for a place, which the first request
     # with the key may have taken meanwhile.
     known: Acceptance | None = None
