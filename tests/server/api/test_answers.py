@@ -162,7 +162,7 @@ def test_answer_comes_in_small_pieces_and_costs_no_more_memory_than_they_do(
     keys = KEYS[:4]
     for key in keys:
         blobs.put(key, bytes(8 * 2**20))
-    data = {"outputs": [], "id": "x"}
+    data = {"id": "x", "outputs": [], "error": ""}
 
     async def read() -> tuple[int, int]:
         answer = await base64_answer(data, keys, blobs, None)
