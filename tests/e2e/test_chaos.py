@@ -181,7 +181,7 @@ class Unfenced(TaskStore):
 
     def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
         values = {"status": outcome.status, "outcome": dataclasses.asdict(outcome)}
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             db.execute(update(tasks).where(tasks.c.id == task_id).values(**values))
         return True
 

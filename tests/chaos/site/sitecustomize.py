@@ -35,7 +35,7 @@ def no_fence(store):
     def finish(self, task_id, attempt, outcome):
         values = {"status": outcome.status, "outcome": dataclasses.asdict(outcome)}
         ended = {"queued_at": None, "lease_until": None, "finished_at": self._clock()}
-        with self._engine.begin() as db:
+        with self._database.begin() as db:
             row = store.tasks.c.id == task_id
             db.execute(store.update(store.tasks).where(row).values(**values, **ended))
         return True

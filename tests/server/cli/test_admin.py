@@ -55,9 +55,9 @@ def test_a_base_that_is_nothing_is_refused(
 def test_ctrl_c_leaves_nothing_and_exits_as_shells_expect(
     tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> bytes:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fp8_export.ShardWriter, "write", interrupted)
+    monkeypatch.setattr(fp8_export, "save_file", interrupted)
     assert run(["weights", "quantize", "--base", str(tiny[0]), "--out", str(tmp_path / "a")]) == 130
     assert list(tmp_path.iterdir()) == []

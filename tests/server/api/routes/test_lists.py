@@ -107,7 +107,7 @@ def test_database_that_is_away_is_a_503(build_services: Any, build_api: Any) -> 
     services: Services = build_services()
     api: Api = build_api(services)
     assert ask(api).status_code == 200
-    with services.store._engine.begin() as db:
+    with services.store._database.begin() as db:
         db.execute(text("ALTER TABLE tasks RENAME TO hidden"))
     answer = ask(api)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
