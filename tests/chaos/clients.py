@@ -162,11 +162,14 @@ class Client(threading.Thread):
                 return
             time.sleep(0.05 if answer is not None else 0.3)
 
-    def download(self, log: TaskHistory) -> None:
-        for url in (log.ends[-1].prediction or {}).get("outputs", ()):
-            answer = self._call("GET", httpx.URL(url).raw_path.decode())
+    def download(self, log: TaskHistory) -> bool:
+        """Whether there was an answer to each."""
+        urls = (log.ends[-1].prediction or {}).get("outputs", ())
+        answers = [self._call("GET", httpx.URL(url).raw_path.decode()) for url in urls]
+        for url, answer in zip(urls, answers, strict=True):
             if answer is not None:
                 log.downloads.append(Download(url, answer.status_code, answer.content))
+        return None not in answers
 
     def look_once_more(self) -> None:
         """After it all: the end must still be the same, and the outputs be there."""
@@ -175,7 +178,7 @@ class Client(threading.Thread):
             fetched = {each.url for each in log.downloads if each.http_status == 200}
             ended = log.ends[-1].prediction if log.ends else None
             if ended and log.deleted_at is None and not fetched >= set(ended["outputs"]):
-                self.download(log)
+                self._insist(lambda log=log: self.download(log))
 
     def _insist(self, action: Callable[[], bool]) -> None:
         for _ in range(20):
