@@ -62,8 +62,8 @@ def measure(backend: str, dtype: str, device: str, runs: int) -> dict[str, Any]:
     began = time.perf_counter()
     import_module("redux_pipelines.loading.components")
     from redux_pipelines.contract.types import GenerationRequest
-    from redux_pipelines.devices import keep_freed_memory
     from redux_pipelines.loading.load import load_pipeline
+    from redux_pipelines.memory.malloc import keep_freed_memory
 
     imported = time.perf_counter()
     pipeline = load_pipeline(model="mini", backend=backend, dtype=dtype, device=device)

@@ -5,7 +5,6 @@ of CUDA and its libraries. A GPU computes what the host has queued, a CPU at onc
 and makes no tensors.
 """
 
-import ctypes
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -15,9 +14,6 @@ import torch
 
 from redux_pipelines.errors import DeviceError, DeviceMemoryError
 from redux_pipelines.jobs import Job
-
-KEPT_BYTES = 2**30
-"""Of freed host memory that malloc may keep."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BFLOAT16_SINCE = (8, 0)  # compute capability
@@ -29,7 +25,6 @@ _FINAL = (
     "CUBLAS_STATUS_",
     "CUDNN_STATUS_",
 )
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def resolve_device(device: str) -> torch.device:
@@ -152,18 +147,3 @@ class Clock:
         for job in jobs:
             job.spend(stage, now - self._last)
         self._last = now
-
-
-def keep_freed_memory() -> bool:
-    """Let malloc keep up to ``KEPT_BYTES`` of what is freed, and serve pieces of that size from it.
-
-    By default glibc returns large pieces to the system at once, and a step of a model on a CPU,
-    which takes the same tens of MiB again and again, gets them back page by page. False where
-    malloc is not glibc's: then nothing is changed. For programs of our own to call: it concerns the
-    whole process, so a library may not do it to its host.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    options = (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD)
-    return all([mallopt(option, KEPT_BYTES) for option in options])

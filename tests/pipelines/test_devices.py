@@ -1,8 +1,5 @@
 """A device's failures and what is left of them, its slow dtypes, and the memory it frees."""
 
-import ctypes
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -115,43 +112,3 @@ def test_a_cpu_is_asked_for_what_it_has():
         assert not devices.has_fast_bfloat16(CPU)
     elif capability == "AVX512":
         assert devices.has_fast_bfloat16(CPU)
-
-
-# --- host memory ----------------------------------------------------------------------------------
-
-HAS_GLIBC = getattr(ctypes.CDLL(None), "mallopt", None) is not None
-TAKE_AGAIN = """
-import ctypes, resource, sys
-from redux_pipelines.devices import keep_freed_memory
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-SIZE = 64 << 20
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        piece = libc.malloc(SIZE)
-        ctypes.memset(piece, 1, SIZE)
-        libc.free(piece)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-untouched = faults()
-assert keep_freed_memory()
-faults()
-print(untouched, faults())
-"""
-
-
-@pytest.mark.skipif(not HAS_GLIBC, reason="malloc is not glibc's")
-def test_freed_memory_is_taken_again_without_the_system():
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{TAKE_AGAIN}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    untouched, kept = map(int, done.stdout.split())
-    assert untouched > 100 > kept  # huge pages are 2 MiB: 32 faults a piece, at least
-
-
-def test_other_mallocs_are_left_alone(monkeypatch):
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: object())
-    assert not devices.keep_freed_memory()

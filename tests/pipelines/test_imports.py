@@ -9,7 +9,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnxruntime")
 MODULES = (
     *("contract.types", "contract.validation", "contract.batching", "jobs", "errors", "fake"),
     *("images.rgb", "images.files", "images.safety", "loading.load", "denoising.quality"),
-    *("memory.plan", "memory.activations", "memory.model_sizes", "memory.cards"),
+    *("memory.plan", "memory.activations", "memory.model_sizes", "memory.cards", "memory.malloc"),
 )
 
 

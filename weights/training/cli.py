@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from redux_pipelines.devices import keep_freed_memory
+from redux_pipelines.memory.malloc import keep_freed_memory
 from training.progress import TrainingClock
 from training.settings import FULL, SMOKE, Sizes
 from training.workplace import DEFAULT_ROOT, Workplace

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from redux_pipelines.contract.types import Pipeline
-from redux_pipelines.devices import keep_freed_memory
 from redux_pipelines.loading.load import load_pipeline
+from redux_pipelines.memory.malloc import keep_freed_memory
 from redux_weights.embedded import Checkpoint, find_mini
 from training import cli, fetch
 from training.dataset import HELD_OUT_PHOTOS, Icons, load_icons

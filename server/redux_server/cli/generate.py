@@ -170,8 +170,8 @@ def _generate(
 
 def load(settings: ModelSettings) -> Pipeline:
     """The pipeline of ``settings``. Raises ``UsageError`` for what this machine lacks."""
-    from redux_pipelines.devices import keep_freed_memory
     from redux_pipelines.loading.load import load_pipeline
+    from redux_pipelines.memory.malloc import keep_freed_memory
 
     try:
         pipeline = load_pipeline(**settings.pipeline_options())

@@ -31,9 +31,9 @@ _log = structlog.get_logger("redux_server.worker.model")
 
 def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
     """The pipeline and the safety checker that ``settings`` ask for, warmed up."""
-    from redux_pipelines.devices import keep_freed_memory
     from redux_pipelines.images.safety import OpenNsfwChecker
     from redux_pipelines.loading.load import load_pipeline
+    from redux_pipelines.memory.malloc import keep_freed_memory
 
     started = time.perf_counter()
     pipeline = load_pipeline(**{**settings.pipeline_options(), "device": device})

@@ -1,5 +1,7 @@
 """The model of a worker: what the pipeline is asked for, what is compiled before the first task."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,14 @@ def test_a_worker_that_is_not_asked_to_compiles_nothing(
     load_worker(ServerSettings(data_dir=home), monkeypatch)
     assert pipeline.plans == []
     assert "compiled" not in model.describe_model(pipeline, ServerSettings(data_dir=home))
+
+
+def test_a_model_without_a_network_starts_without_torch():
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from redux_server.settings import ServerSettings\n"
+        "from redux_server.worker.model import load_model\n"
+        "load_model(ServerSettings(model='fake'), 'cpu')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
