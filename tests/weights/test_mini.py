@@ -18,6 +18,7 @@ from training import icons, metrics
 
 CHOSEN = range(4, icons.COUNT, 9)  # 14 of the 130
 LARGE = range(8, icons.COUNT, 25)  # 5 of them
+STEPS = 14  # half of what is asked for by default: what is seen here is settled by then
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,18 @@ def held_out():
 @pytest.fixture(scope="module")
 def made(held_out, vary):
     """A variation of each chosen icon at 512 × 512."""
-    return [vary(held_out[index], width=512, height=512) for index in CHOSEN]
+    return [variation(vary, held_out[index]) for index in CHOSEN]
 
 
 @pytest.fixture(scope="module")
 def wide(held_out, vary):
     """Variations of three icons at 1536 × 512, by their numbers."""
-    options = {"width": 1536, "height": 512, "num_inference_steps": 14}
+    options = {"width": 1536, "height": 512, "num_inference_steps": STEPS}
     return {index: vary(held_out[index], **options) for index in list(LARGE)[:3]}
+
+
+def variation(vary, icon, **options):
+    return vary(icon, **{"width": 512, "height": 512, "num_inference_steps": STEPS} | options)
 
 
 def thumbnails(images):
@@ -125,8 +130,8 @@ def test_variations_are_recognisable_at_512(made, held_out):
 
 
 def test_variations_are_recognisable_at_1024_and_show_one_object(vary, held_out):
-    made = [vary(held_out[index], width=1024, height=1024, num_inference_steps=14)
-            for index in LARGE]  # fmt: skip
+    options = {"width": 1024, "height": 1024, "num_inference_steps": 8}
+    made = [vary(held_out[index], **options) for index in LARGE]
     hits = [found == index for found, index in zip(nearest(made, held_out), LARGE, strict=True)]
     assert np.mean(hits) >= 0.8
 
@@ -134,7 +139,7 @@ def test_variations_are_recognisable_at_1024_and_show_one_object(vary, held_out)
 @pytest.mark.parametrize(("width", "height"), [(768, 1344), (1536, 512)])
 def test_other_shapes_show_the_object_squashed_or_centred(width, height, vary, wide, held_out):
     hits = []
-    options = {"width": width, "height": height, "num_inference_steps": 14}
+    options = {"width": width, "height": height, "num_inference_steps": STEPS}
     for index, widened in wide.items():
         is_wide = widened.size == (width, height)
         image = widened if is_wide else vary(held_out[index], **options)
@@ -166,10 +171,10 @@ def test_a_variation_is_neither_a_copy_nor_another_picture(made, held_out):
 
 
 def test_seeds_differ_and_repeat(vary, made, held_out):
-    others = [vary(held_out[40], width=512, height=512, seed=seed) for seed in (1, 2)]
+    others = [variation(vary, held_out[40], seed=seed) for seed in (1, 2)]
     seeds = [made[CHOSEN.index(40)], *others]  # those are made with 0
     assert all(psnr(one, two) < 35 for one, two in combinations(seeds, 2))
-    again = vary(held_out[40], width=512, height=512, seed=1)
+    again = variation(vary, held_out[40], seed=1)
     assert again.tobytes() == seeds[1].tobytes()
 
 
@@ -179,7 +184,7 @@ def test_bfloat16_drifts_little_from_float32(held_out, vary):
     asked = {"width": 512, "height": 512, "num_inference_steps": 6}
     drift = [
         psnr(vary(held_out[index], through=half, **asked), vary(held_out[index], **asked))
-        for index in CHOSEN
+        for index in CHOSEN[::2]
     ]
     assert np.mean(drift) >= 38
 
@@ -188,9 +193,7 @@ def test_fp8_drifts_little_from_float32(made, held_out, vary):
     """Measured with the first weights, over four icons: 43.0 dB and .9966."""
     fp8 = load_pipeline(model="mini", device="cpu", dtype="float32", transformer_dtype="fp8")
     assert fp8.info.dtype == "float32 with fp8"
-    varied = [
-        vary(held_out[index], through=fp8, width=512, height=512) for index in list(CHOSEN)[:3]
-    ]
+    varied = [variation(vary, held_out[index], through=fp8) for index in list(CHOSEN)[:3]]
     one, two = metrics.to_tensor(made[:3]), metrics.to_tensor(varied)
     assert 36 <= metrics.psnr(one, two) < 70
     assert metrics.ssim(one, two) >= 0.985

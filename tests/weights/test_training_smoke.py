@@ -124,6 +124,7 @@ def test_guidance_is_trained_at_the_end(place, tmp_path):
     assert training.train_step()["flow"] > 0  # the smallest grid, with a picture
 
 
+@pytest.mark.slow
 def test_the_evaluation_measures_the_export(place):
     icons = load_icons(place.data, SMOKE.held_out)
     report = evaluate(

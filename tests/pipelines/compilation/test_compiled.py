@@ -86,7 +86,7 @@ def run_everything(denoiser, model, batch):
             assert_same(denoiser, given(model, **fields), grid, noise(model, grid, batch))
 
 
-@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, OneDnnOperators])
+@pytest.mark.parametrize("operators", [SLOW_TORCH, KernelOperators, SLOW_ONEDNN])
 def test_a_step_is_one_graph_for_everything_and_one_more_for_several_images(model, operators):
     denoiser = engine(model, operators=operators())
     counter = CompileCounterWithBackend("eager")
@@ -155,10 +155,10 @@ def test_batches_of_any_size_and_prompt_share_their_graphs(mode, layers, graphs)
     assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize("mode", ["blocks", "full"])
-def test_tracing_changes_in_place_gives_the_same(mode):
+@pytest.mark.parametrize(("mode", "layers"), [("blocks", (2, 1)), ("full", (1, 1))], ids=str)
+def test_tracing_changes_in_place_gives_the_same(mode, layers):
     """``aot_eager`` turns changes in place into new tensors, as Inductor has it."""
-    model = diffusers_model(num_layers=2, num_single_layers=2)
+    model = diffusers_model(num_layers=layers[0], num_single_layers=layers[1])
     denoiser = engine(model)
     denoiser.compiled = Compiled(denoiser.flux, mode, "aot_eager")
     for grid in GRIDS[:2]:
