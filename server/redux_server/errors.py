@@ -98,6 +98,14 @@ def no_database() -> Unavailable:
     return Unavailable("The database does not answer.", headers={"Retry-After": "2"})
 
 
+def no_json(example: str) -> BadRequest:
+    """What is said of a body that is not JSON."""
+    return BadRequest(
+        f"The body is not valid JSON; send an object such as {example} "
+        "with Content-Type: application/json."
+    )
+
+
 def error_body(status: int, message: str, name: str) -> dict[str, Any]:
     """The body every client can read: some look at ``message``, some at ``error``."""
     return {"code": status, "message": message, "error": message, "error_code": name, "data": None}

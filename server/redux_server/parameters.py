@@ -47,6 +47,8 @@ from redux_pipelines.contract.types import (
 
 MAX_SEED = 9_999_999_999
 MAX_PROMPT = 10_000
+MAX_URL = 8192
+"""Of a picture or a webhook; nothing looks into a longer one."""
 MODELS: Final = (
     "wavespeed-ai/flux-pro-redux",
     "wavespeed-ai/flux-redux-pro",

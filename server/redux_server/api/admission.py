@@ -19,7 +19,6 @@ from redux_server.errors import (
     TooManyRequests,
     Unavailable,
 )
-from redux_server.storage.disk import refuse_without_room
 from redux_server.tasks.task import KeyConflict, KeyFull, NoRoom
 
 MAX_IDEMPOTENCY_KEY = 255
@@ -58,9 +57,7 @@ def refuse_excess(rate: RateLimit, key_id: str, *, may: str) -> None:
 
 def check_disk(services: Services) -> None:
     """Refuse everything while the disk is nearly full."""
-    refuse_without_room(
-        services.disk, refused="No task is accepted now", therefore="nothing was started"
-    )
+    services.bodies.check_room()
 
 
 async def check_place(

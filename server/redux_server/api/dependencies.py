@@ -3,13 +3,17 @@
 And the errors that several of them raise. Knows no single path.
 """
 
+import json
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from redux_server.api.services import Services
-from redux_server.errors import BadRequest, NotFound, Unavailable
+from redux_server.errors import NotFound, TooLarge, Unavailable, no_json
 from redux_server.tasks.task import TASK_ID, Task
+
+MAX_JSON_BYTES = 64 * 2**10
+"""Of a body that has no pictures in it: what the event loop parses in a moment."""
 
 
 # A plain function here would cost every request a trip through a thread pool.
@@ -48,15 +52,20 @@ def no_pictures() -> Unavailable:
 
 
 async def read_json(request: Request, example: str) -> Any:
-    """The body, decoded; ``example`` is shown to whoever sends none.
+    """A small body, decoded; ``example`` is shown to whoever sends none.
 
     Raises:
         BadRequest: it is not JSON.
+        TooLarge: it has more than ``MAX_JSON_BYTES``.
     """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_JSON_BYTES:
+            raise TooLarge(
+                f"The request is larger than the {MAX_JSON_BYTES >> 10} KiB allowed here."
+            )
     try:
-        return await request.json()
+        return json.loads(body)
     except (ValueError, RecursionError):
-        raise BadRequest(
-            f"The body is not valid JSON; send an object such as {example} "
-            "with Content-Type: application/json."
-        ) from None
+        raise no_json(example) from None

@@ -10,6 +10,7 @@ from functools import partial
 from sqlalchemy import Engine
 
 from redux_server.api.auth import KeyRing
+from redux_server.api.bodies import Bodies
 from redux_server.api.coalescer import Coalescer
 from redux_server.api.following import (
     MAX_HELD,
@@ -66,6 +67,7 @@ class Services:
     disk: DiskSpace
     ballast: Ballast
     uploads: Uploads
+    bodies: Bodies
     dispatch: Dispatch
     draining: Draining = field(default_factory=Draining)
 
@@ -113,5 +115,6 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         disk=disk,
         ballast=open_ballast(settings),
         uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),
+        bodies=Bodies(settings.data_dir, disk),
         dispatch=build_dispatch(settings, database, store, presence),
     )

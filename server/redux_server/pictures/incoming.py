@@ -58,23 +58,12 @@ class Incoming:
 
     @asynccontextmanager
     async def whole(self) -> AsyncIterator[memoryview]:
-        """All that was written, within this context. Raises as ``write`` does.
-
-        The file is mapped, not read: what the allocator was given for large files it would keep,
-        for each thread that ever had one.
-        """
+        """All that was written, within this context. Raises as ``write`` does."""
         if not self._is_sniffed:
             self._sniff()
         await self._flush()
-        with refused_by_store():
-            mapped = mmap.mmap(self._file.fileno(), self.size_bytes, access=mmap.ACCESS_READ)
-        data = memoryview(mapped)
-        try:
+        with mapped(self._file, self.size_bytes) as data:
             yield data
-        finally:
-            with suppress(BufferError):  # a request that was given up may hold it a little longer
-                data.release()
-                mapped.close()
 
     def _sniff(self) -> None:
         self._is_sniffed = True
@@ -90,12 +79,7 @@ class Incoming:
         data, self._buffer = bytes(self._buffer), bytearray()
         self._check_room()
         with refused_by_store():
-            await asyncio.to_thread(self._append, data)
-
-    def _append(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+            await asyncio.to_thread(append, self._file, data)
 
 
 @contextmanager
@@ -105,6 +89,31 @@ def nameless_file(folder: Path) -> Iterator[IO[bytes]]:
         file = TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
     with file:
         yield file
+
+
+def append(file: IO[bytes], data: bytes) -> None:
+    """Write all of ``data``: a file without a buffer may take a part."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+@contextmanager
+def mapped(file: IO[bytes], size_bytes: int) -> Iterator[memoryview]:
+    """The first ``size_bytes`` of ``file``.
+
+    Mapped, not read: what the allocator was given for large files it would keep, for each thread
+    that ever had one.
+    """
+    with refused_by_store():
+        mapping = mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_READ)
+    data = memoryview(mapping)
+    try:
+        yield data
+    finally:
+        with suppress(BufferError):  # a request that was given up may hold it a little longer
+            data.release()
+            mapping.close()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -16,14 +17,19 @@ import structlog
 
 from redux_server import metrics
 from redux_server.errors import BadRequest, Unavailable
-from redux_server.parameters import PredictionRequest
+from redux_server.parameters import ALLOWED, MAX_URL, PredictionRequest
 from redux_server.pictures import inline
+from redux_server.pictures.incoming import mapped, nameless_file, refused_by_store
+from redux_server.pictures.long_texts import LONG_BYTES, LongTexts
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
 
-MAX_URL = 8192
+_PICTURES = ("image", "images", "mask")
 _PORTS = {"http": 80, "https": 443}
 _log = structlog.get_logger("redux_server.pictures.submitted")
+
+
+_Bytes = bytes | memoryview
 
 
 class _Given(NamedTuple):
@@ -34,29 +40,52 @@ class _Given(NamedTuple):
     stored_as: str
 
 
+def check_long_texts(body: Any, texts: LongTexts) -> None:
+    """Refuse a long text that is no picture. In what is no parameter nobody looks.
+
+    Raises:
+        BadRequest: the text says which parameter.
+    """
+    for name, value in body.items() if isinstance(body, dict) else ():
+        is_long = isinstance(value, str) and texts.is_in(value)
+        if is_long and name in ALLOWED and name not in _PICTURES:
+            raise BadRequest(
+                f"{name} must be {ALLOWED[name]}; got a text of more than {LONG_BYTES >> 10} KiB."
+            )
+
+
 def has_inline_pictures(wanted: PredictionRequest) -> bool:
     """Whether ``store_pictures`` would have something to store, or to complain of."""
     return not all(_is_url(sent) for _, sent in sent_pictures(wanted))
 
 
 async def store_pictures(
-    wanted: PredictionRequest, task_id: str, blobs: BlobStore
+    wanted: PredictionRequest,
+    task_id: str,
+    blobs: BlobStore,
+    *,
+    long_texts: LongTexts,
+    folder: Path,
 ) -> dict[str, Any]:
     """What to note as the task's pictures: their URLs, or where inline ones were put.
+
+    ``long_texts`` are those of the request; what they are decoded to lies in ``folder`` meanwhile.
 
     Raises:
         BadRequest: one is neither a URL nor a picture.
         Unavailable: they cannot be stored; none is.
     """
     given = list(_given(wanted))
-    decoded: dict[str, bytes] = {}
-    for each in given:
-        if _is_url(each.sent):
-            _check_url(each)
-        else:
-            data = await asyncio.to_thread(inline.decode, each.sent, each.name)
-            decoded[each.stored_as] = data
-    await _store(decoded, task_id, blobs)
+    decoded: dict[str, _Bytes] = {}
+    with contextlib.ExitStack() as files:
+        for each in given:
+            if _is_url(each.sent):
+                _check_url(each)
+            else:
+                decoded[each.stored_as] = await asyncio.to_thread(
+                    _decode, each, long_texts, folder, files
+                )
+        await _store(decoded, task_id, blobs)
     noted = [
         f"blob:{task_id}/{each.stored_as}" if each.stored_as in decoded else each.sent
         for each in given
@@ -90,7 +119,19 @@ def _given(wanted: PredictionRequest) -> Iterator[_Given]:
         yield _Given("mask", wanted.mask, "mask")
 
 
-async def _store(decoded: dict[str, bytes], task_id: str, blobs: BlobStore) -> None:
+def _decode(given: _Given, texts: LongTexts, folder: Path, files: contextlib.ExitStack) -> _Bytes:
+    payload = inline.payload_of(given.sent, given.name)
+    if payload not in texts:
+        return inline.decode(payload, given.name)
+    file = files.enter_context(nameless_file(folder))
+    with refused_by_store():
+        size_bytes = inline.decode_into(
+            file, texts.chunks(payload), given.name, texts.size_bytes(payload)
+        )
+    return files.enter_context(mapped(file, size_bytes))
+
+
+async def _store(decoded: dict[str, _Bytes], task_id: str, blobs: BlobStore) -> None:
     for name, data in decoded.items():
         try:
             await asyncio.to_thread(blobs.put, f"{task_id}/{name}", data)
@@ -116,14 +157,18 @@ def _is_url(sent: str) -> bool:
 
 
 def _check_url(given: _Given) -> None:
-    url = given.sent
+    if not _is_usable(given.sent):
+        raise BadRequest(f"{given.name} must be a complete http(s) URL; got {given.sent[:80]!r}.")
+
+
+def _is_usable(url: str) -> bool:
+    if len(url) > MAX_URL or any(character.isspace() for character in url):
+        return False
     try:
         parts = urlsplit(url)
-        usable = bool(parts.hostname) and len(url) <= MAX_URL and (parts.port or 1) > 0
+        return bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
-        usable = False
-    if not usable or any(character.isspace() for character in url):
-        raise BadRequest(f"{given.name} must be a complete http(s) URL; got {url[:80]!r}.")
+        return False
 
 
 # --- URLs of this server --------------------------------------------------------------------------
@@ -140,6 +185,8 @@ def check_own_url(url: str, signer: Signer, bases: Iterable[str], *, name: str =
     Raises:
         BadRequest: the text says what to do.
     """
+    if len(url) > MAX_URL:
+        return  # no URL
     if signer.key_of(url) is not None:
         if signer.is_over(url):
             raise BadRequest(

@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from redux_server.database import tables
 from redux_server.database.connection import reader
 from redux_server.errors import Gone, NotFound
+from redux_server.parameters import MAX_URL
 
 _IS_SIGNING = tables.secrets.c.name == "file-urls"
 _PATH = re.compile(r"/files/(?P<sig>[0-9a-f]{32})/(?P<exp>[0-9]{1,12})/(?P<key>[\w./-]{1,256})\Z")
@@ -39,6 +40,8 @@ class Signer:
 
         A proxy may have put something before our path.
         """
+        if len(url) > MAX_URL:
+            return None
         try:
             match = _PATH.search(urlsplit(url).path)
         except ValueError:

@@ -5,7 +5,7 @@ something new.
 """
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -23,7 +23,8 @@ from redux_server.api.admission import (
     refusal,
 )
 from redux_server.api.answers import full_answer, held_answer
-from redux_server.api.dependencies import ServicesDep, find_mine, read_json, services_of
+from redux_server.api.bodies import Body
+from redux_server.api.dependencies import ServicesDep, find_mine, services_of
 from redux_server.api.limits import Reservation
 from redux_server.api.openapi import (
     IDEMPOTENCY_KEY,
@@ -37,7 +38,9 @@ from redux_server.api.services import Services
 from redux_server.database.connection import DATABASE_AWAY
 from redux_server.errors import BadRequest, NotFound, Unavailable
 from redux_server.parameters import MODELS, PredictionRequest, complaint, parse_request
+from redux_server.pictures.long_texts import LongTexts
 from redux_server.pictures.submitted import (
+    check_long_texts,
     check_own_url,
     forget_pictures,
     has_inline_pictures,
@@ -72,41 +75,51 @@ async def submit(request: Request, services: ServicesDep) -> Response:
     repeat_key = idempotency_key(request)
     with services.reservations.hold(request.state.key_id) as reservation:
         await check_place(request, repeat_key, reservation, services)
-        wanted, webhook = await _read_body(request)
-        new = await _new_task(request, wanted, webhook, repeat_key, services)
-        acceptance = await _accept(new, wanted, reservation, services)
+        async with services.bodies.receive(request, request.state.key_id) as body:
+            asked = await _read_body(request, body, services)
+            new = await _new_task(request, asked, repeat_key, services)
+            acceptance = await _accept(new, asked, reservation, services)
     headers = None
     if isinstance(acceptance, Replayed):
         headers = {"Idempotent-Replayed": "true"}
     else:
         services.dispatch.wake()
-    if wanted.enable_sync_mode:
+    if asked.wanted.enable_sync_mode:
         return await held_answer(acceptance.task, request, services, headers)
     return await full_answer(acceptance.task, request, services, headers)
 
 
-async def _read_body(request: Request) -> tuple[PredictionRequest, str]:
-    """The parameters, and the URL to tell of the end (or ``""``)."""
-    body = await read_json(request, '{"image": "https://example.com/photo.jpg"}')
+class _Asked(NamedTuple):
+    """What a body asks for: parameters, whom to tell of the end (or ``""``), texts on the disk."""
+
+    wanted: PredictionRequest
+    webhook: str
+    texts: LongTexts
+
+
+async def _read_body(request: Request, body: Body, services: Services) -> _Asked:
+    document, texts = await services.bodies.read(body, '{"image": "https://example.com/photo.jpg"}')
+    check_long_texts(document, texts)
     try:
-        wanted = parse_request(body)
+        wanted = parse_request(document)
     except ValidationError as error:
         raise BadRequest(complaint(error.errors(include_url=False))) from None
     in_query = request.query_params.getlist("webhook")
     webhook = one_webhook([*in_query, wanted.webhook, wanted.webhook_url])
     if webhook and wanted.enable_base64_output:
         raise BadRequest(NO_BASE64)
-    return wanted, webhook
+    return _Asked(wanted, webhook, texts)
 
 
 async def _new_task(
-    request: Request, wanted: PredictionRequest, webhook: str, repeat_key: str, services: Services
+    request: Request, asked: _Asked, repeat_key: str, services: Services
 ) -> NewTask:
     """The task that is asked for.
 
     Raises:
         BadRequest: no worker of this server could do it, or fetch its pictures.
     """
+    wanted, webhook, _ = asked
     bases = (str(request.base_url), services.settings.public_url)
     for name, sent in sent_pictures(wanted):
         check_own_url(sent, services.signer, bases, name=name)
@@ -125,7 +138,7 @@ async def _new_task(
 
 
 async def _accept(
-    new: NewTask, wanted: PredictionRequest, reservation: Reservation, services: Services
+    new: NewTask, asked: _Asked, reservation: Reservation, services: Services
 ) -> Created | Replayed:
     """Store the task and its pictures; nothing is left of one that was not created.
 
@@ -133,9 +146,9 @@ async def _accept(
         ApiError: it was not created.
     """
     acceptance: Acceptance | None = None
-    if has_inline_pictures(wanted):  # others cost as much to store as to look for a place for
+    if has_inline_pictures(asked.wanted):  # others cost as much to store as to look for a place for
         acceptance = await _foresee(new, reservation, services)
-    acceptance = acceptance or await _store(new, wanted, services)
+    acceptance = acceptance or await _store(new, asked, services)
     if isinstance(acceptance, Created):
         metrics.ACCEPTED.inc()
     if isinstance(acceptance, Created | Replayed):
@@ -154,9 +167,17 @@ async def _foresee(new: NewTask, reservation: Reservation, services: Services) -
     return known or refused
 
 
-async def _store(new: NewTask, wanted: PredictionRequest, services: Services) -> Acceptance:
+async def _store(new: NewTask, asked: _Asked, services: Services) -> Acceptance:
     """Store the pictures, then the task; delete the pictures again if it is not created."""
-    new.input.update(await store_pictures(wanted, new.id, services.blobs))
+    async with services.bodies.turn_for(asked.texts):
+        pictures = await store_pictures(
+            asked.wanted,
+            new.id,
+            services.blobs,
+            long_texts=asked.texts,
+            folder=services.bodies.folder,
+        )
+    new.input.update(pictures)
     try:
         acceptance = await services.accept(new)
     except DATABASE_AWAY as error:
