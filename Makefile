@@ -16,8 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve demo test test-all test-pythons test-clients chaos soak check lint \
-        format types imports dockerfile bench bench-server bench-files bench-engine bench-attention \
+.PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
+        soak check lint format types imports dockerfile bench bench-server bench-files bench-engine bench-attention \
         bench-products bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini \
         eval-approximations eval-controls docs docs-build docs-reference docker clean
 
@@ -67,21 +67,25 @@ define make_venv
 endef
 
 # $(call install,REQUIREMENT,NAME): quiet but for the large downloads; the whole story is in install.log.
+# The versions are those of constraints.txt, but for what INSTEAD, another such file, has of its own.
+INSTEAD ?=
 define install
 	@set -e; $(make_venv); \
+	awk -F '[=;]' 'NR == FNR {known[$$1]; print; next} !($$1 in known)' \
+	  $(INSTEAD) constraints.txt > $(VENV)/constraints.txt; \
 	echo 'Installing $(2). The first time takes minutes: the CUDA build of torch is 3 GB ...'; \
-	set -o pipefail; $(BIN)/pip install --no-input -c constraints.txt -e '$(1)' 2>&1 \
+	set -o pipefail; $(BIN)/pip install --no-input -c $(VENV)/constraints.txt -e '$(1)' 2>&1 \
 	  | tee $(VENV)/install.log \
 	  | awk '/^ *Downloading .*([0-9][0-9] MB|GB)\)/ {n = split($$2, part, "/"); print "  " part[n], $$3, $$4} \
 	         /^Installing collected/ {print "  unpacking ..."} {fflush()}' \
 	  || { tail -n 20 $(VENV)/install.log; echo 'Installing failed; all of it is in $(VENV)/install.log'; exit 1; }
 endef
 
-$(RUNTIME): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt $(INSTEAD)
 	$(call install,.,the server)
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt
+$(DEV): pyproject.toml constraints.txt $(INSTEAD)
 	$(call install,.[dev$(comma)cluster],the server and the development tools)
 	@touch $@ $(RUNTIME)
 
@@ -122,6 +126,11 @@ test-pythons:  ## run the quick tests with every tested Python that is found (5 
 	done; \
 	echo "passed:$${passed:- none}; failed:$${failed:- none}; not found:$${missing:- none}"; \
 	[ -z "$$failed" ] && [ -n "$$passed" ]
+
+# On a machine without a GPU, too, though this torch is the CUDA build.
+test-oldest:  ## run the pipelines' and kernels' quick tests with the oldest torch that is allowed (6 GB of disk)
+	@$(MAKE) test VENV=.venv-oldest INSTEAD=constraints-oldest.txt \
+	  PYTHON="$(lastword $(TESTED)) $(PYTHON)" ARGS='tests/pipelines tests/kernels $(ARGS)'
 
 test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (1.5 GB), and write docs/internals/compatibility.md
 	@$(BIN)/python -m pytest -m clients tests/clients tests/contract --compatibility-report docs/internals/compatibility.md $(ARGS)
@@ -209,5 +218,5 @@ bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, 
 	@$(BIN)/python -W ignore pipelines/benchmarks/bench_mini.py $(ARGS)
 
 clean:  ## delete .venv*, installed clients, caches and build results (never data/ or demo-output/)
-	rm -rf $(VENV) .venv-3.* .clients dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-3.* .venv-oldest .clients dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -199,8 +199,8 @@ def test_bundled_pictures_are_small_and_their_licences_are_told(
     assert licence in told
 
 
-def pins() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(name: str = "constraints.txt") -> dict[str, Requirement]:
+    lines = (ROOT / name).read_text().splitlines()
     found = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
     return {canonicalize_name(each.name): each for each in found}
 
@@ -216,8 +216,23 @@ def test_constraints_pin_every_direct_dependency_to_an_allowed_version() -> None
         assert wanted.specifier.contains(version), f"{pin} is outside {wanted}"
 
 
-def test_constraints_are_exact_and_name_no_build_and_no_place() -> None:
-    for pin in pins().values():
+def test_the_oldest_torch_and_triton_that_are_allowed_are_those_tested() -> None:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    direct = [*PROJECT["project"]["dependencies"], *(each for extra in extras for each in extra)]
+    allowed = {wanted.name: wanted.specifier for wanted in map(Requirement, direct)}
+    oldest = pins("constraints-oldest.txt")
+    assert oldest.keys() <= pins().keys()
+    versions = {name: next(iter(pin.specifier)).version for name, pin in oldest.items()}
+    for name in ("torch", "triton"):
+        (least,) = [each.version for each in allowed[name] if each.operator == ">="]
+        assert versions[name] == f"{least}.0"
+    for name in versions.keys() & allowed.keys():
+        assert allowed[name].contains(versions[name]), name
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
+def test_constraints_are_exact_and_name_no_build_and_no_place(name: str) -> None:
+    for pin in pins(name).values():
         (spec,) = pin.specifier
         assert spec.operator == "==" and "*" not in spec.version, pin
         assert "+" not in spec.version, f"{pin}: a local version exists on one index only"
@@ -284,7 +299,7 @@ def pythons(tmp_path: Path) -> Path:
     """A folder with nothing but the Makefile and what it installs from; stubs go to its bin/."""
     if shutil.which("make") is None:
         pytest.skip("no make")
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "bin").mkdir()
     return tmp_path
@@ -329,6 +344,21 @@ def test_every_tested_python_that_is_found_runs_the_quick_tests(
     }
     assert done.stdout.splitlines()[-1] == summary[result]
     assert (done.returncode == 0) is (result == "passed")
+
+
+def test_the_oldest_torch_is_tested_in_an_environment_of_its_own(pythons: Path) -> None:
+    add_python(pythons, 97)
+    add_python(pythons, 98)
+    done = make(pythons, "test-oldest", "TESTED=python3.98 python3.97")
+    assert "tests of .venv-oldest/bin/python" in done.stdout
+    assert "with Python 3.97.0" in done.stdout
+    written = (pythons / ".venv-oldest/constraints.txt").read_text().splitlines()
+    exact = [line for line in written if line and not line.startswith("#")]
+    expected = {**pins(), **pins("constraints-oldest.txt")}
+    assert {
+        canonicalize_name(Requirement(line).name): Requirement(line) for line in exact
+    } == expected
+    assert len(exact) == len(expected)
 
 
 def test_no_tested_python_at_all_is_a_failure(pythons: Path) -> None:

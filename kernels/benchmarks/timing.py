@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,22 +51,30 @@ def main(description: str, cases: Cases) -> None:
     environment = _environment(device)
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
     print(f"{'':44}{'eager':>18}{'compiled':>18}{'kernel':>18}")
-    results = []
+    report: dict[str, Any] = {"environment": environment, "results": []}
+    _save(report, arguments.json)
     for rows in arguments.rows:
         for case in cases(rows, device):
             if reason := verdicts[case.operator]:
                 print(f"{case.label:44} not run: {reason}")
-            else:
-                results.append(_measure(case))
-    if arguments.json:
-        text = json.dumps({"environment": environment, "results": results}, indent=2)
-        arguments.json.write_text(text + "\n")
+                continue
+            report["results"].append(_measure(case))
+            _save(report, arguments.json)
+
+
+def _save(report: dict[str, Any], out: Path | None) -> None:
+    """Write ``report``, all of it or nothing; after each case, for a run that is cut off."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(f"{out.name}.part")
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.replace(out)
 
 
 def _arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="tokens (%(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=Path, help="a file to write each result to as well")
     return parser.parse_args()
 
 

@@ -4,12 +4,11 @@
 
 One call as a block makes it: 24 heads of 128, folded text, 729 Redux rows at half strength, the
 image's rows, filled up to the implementation's multiple. Prints JSON, also written to
-bench-results/attention.json, with the reason of each that was refused. Calls alternate, so that
-what else the machine does falls on all; a figure is the median.
+bench-results/attention.json after each number of rows, with the reason of each that was refused.
+Calls alternate, so that what else the machine does falls on all; a figure is the median.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import environment
+from machine import environment, save
 from torch import Tensor
 
 from redux_pipelines.attention.choice import IMPLEMENTATIONS, candidates_for, refusal
 from redux_pipelines.attention.groups import Groups, Implementation, KeyGroup
-from redux_pipelines.devices import resolve_device, resolve_dtype
+from redux_pipelines.devices import as_current, resolve_device, resolve_dtype
 
 HEADS, HEAD_DIM = 24, 128
 REDUX_ROWS = 729
@@ -34,6 +33,12 @@ def main() -> None:
     """Measure, print and save."""
     arguments = _arguments()
     device = resolve_device(arguments.device)
+    with as_current(device):
+        print(_measured(arguments, device))
+
+
+def _measured(arguments: argparse.Namespace, device: torch.device) -> str:
+    """The report."""
     dtype = resolve_dtype(arguments.dtype, device)
     candidates = candidates_for(arguments.attention)
     is_asked = arguments.attention != "auto"
@@ -41,18 +46,17 @@ def main() -> None:
         each.name: refusal(each, device, dtype, HEAD_DIM, asked_for=is_asked) for each in candidates
     }
     usable = [each for each in IMPLEMENTATIONS if refusals.get(each.name, "not asked") is None]
+    milliseconds: dict[int, Any] = {}
     report = {
         "environment": environment(str(device), dtype=str(dtype), threads=torch.get_num_threads()),
         "refused": {name: reason for name, reason in refusals.items() if reason},
-        "milliseconds": {
-            rows: _measure(usable, rows, device, dtype, arguments.repeats)
-            for rows in arguments.rows
-        },
+        "milliseconds": milliseconds,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n")
+    text = save(report, arguments.out)
+    for rows in arguments.rows:
+        milliseconds[rows] = _measure(usable, rows, device, dtype, arguments.repeats)
+        text = save(report, arguments.out)
+    return text
 
 
 def _arguments() -> argparse.Namespace:

@@ -3,7 +3,8 @@
     make bench-engine ARGS="--cases narrow --threads 1"
     make bench-engine ARGS="--compile full --targets"
 
-Prints JSON, also written to bench-results/engine.json, or to bench-results/engine-compiled.json.
+Prints JSON, also written to bench-results/engine.json, or to bench-results/engine-compiled.json,
+after each case.
 Runs alternate, so that what else the machine does falls on both; a ratio is the median over pairs
 of neighbouring runs. ``wall`` is time passed, ``cpu`` is processor time of this process, which a
 busy machine disturbs less. Both backends get the same prepared request; what the engine does once
@@ -13,11 +14,10 @@ anew for each, as is fastest for it; the first step, which compiles, is ``first_
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from engine_targets import EAGER, judge, table, target
-from machine import environment
+from machine import environment, save
 
 from redux_pipelines.attention import choice
 from redux_pipelines.compilation.compiled import Compiled
@@ -33,6 +33,7 @@ from redux_pipelines.conditioning.tokens import Conditioning, Tokens
 from redux_pipelines.denoising.denoiser import PreparedDenoiser
 from redux_pipelines.denoising.diffusers_backend import DiffusersDenoiser
 from redux_pipelines.denoising.engine import EngineDenoiser
+from redux_pipelines.devices import as_current, resolve_device
 from redux_pipelines.loading.flux_weights import load_flux
 from redux_pipelines.network import operator_choice
 from redux_pipelines.network.flux import FluxParams
@@ -85,41 +86,41 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     options = parser.parse_args()
-    is_compiled = options.compile != "off"
     torch.set_num_threads(options.threads)
-    cases = _cases(options)
-    judged = judge(cases, options.device)
-    report = {
-        "environment": environment(
-            options.device,
-            threads=options.threads,
-            dtype=options.dtype,
-            repeats=options.repeats,
-            compile=options.compile,
-        ),
-        "cases": cases,
-        "targets": judged,
-    }
-    name = "engine-compiled.json" if is_compiled else "engine.json"
-    out = options.out or Path("bench-results") / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2)
-    out.write_text(text + "\n")
+    device = resolve_device(options.device)
+    with as_current(device):
+        text, judged = _measured(options, device)
     print(table(judged) if options.targets else text)
     sys.exit(options.targets and not all(each["holds"] for each in judged))
 
 
-def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
-    results = []
+def _measured(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[str, list[dict[str, Any]]]:
+    """The report, and which targets hold."""
+    name = "engine.json" if options.compile == "off" else "engine-compiled.json"
+    out = options.out or Path("bench-results") / name
+    given = {key: getattr(options, key) for key in ("threads", "dtype", "repeats", "compile")}
+    report: dict[str, Any] = {"environment": environment(str(device), **given)}
+    cases: list[dict[str, Any]] = []
+    text = save({**report, "cases": cases}, out)
+    judged: list[dict[str, Any]] = []
+    for case in _cases(options, device):
+        cases.append(case)
+        judged = judge(cases, device.type)
+        text = save({**report, "cases": cases, "targets": judged}, out)
+    return text, judged
+
+
+def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     for name in options.cases:
-        model, engine = _networks(name, torch.device(options.device), options.dtype)
+        model, engine = _networks(name, device, options.dtype)
         if options.compile != "off":
             _compile(model, engine, options.compile)
         for size in options.sizes:
             for prompt in options.prompts:
                 if (name, size, prompt) in EAGER:
-                    results.append(_case(model, engine, (name, size, prompt), options.repeats))
-    return results
+                    yield _case(model, engine, (name, size, prompt), options.repeats)
 
 
 def _networks(name: str, device: torch.device, dtype: str) -> tuple[Any, EngineDenoiser]:
@@ -153,8 +154,9 @@ def _case(
     given = _conditioning(model, prompt)
     img = torch.randn(1, grid.tokens, model.config.in_channels).to(model.device, model.dtype)
     theirs = DiffusersDenoiser(model).prepare(given, SCHEDULE, grid)
-    first = _timed(lambda: engine.prepare(given, SCHEDULE, grid))
-    again = _timed(lambda: engine.prepare(given, SCHEDULE, grid))
+    first, again = (
+        _timed(lambda: engine.prepare(given, SCHEDULE, grid), model.device) for _ in range(2)
+    )
     ours = engine.prepare(given, SCHEDULE, grid)
     their_step, their_first_s = _first_step(theirs, img)
     own_img = img.clone()  # marked as of any size, which diffusers' is not to be
@@ -162,7 +164,10 @@ def _case(
     if engine.compiled is not None and not engine.compiled.is_active:
         sys.exit(f"ours is not compiled, so nothing was measured: {engine.compiled.failure}")
     pairs = [
-        (_timed(lambda: theirs.predict(img, 3)), _timed(lambda: ours.predict(own_img, 3)))
+        (
+            _timed(lambda: theirs.predict(img, 3), model.device),
+            _timed(lambda: ours.predict(own_img, 3), model.device),
+        )
         for _ in range(repeats)
     ]
     return {
@@ -197,13 +202,17 @@ def _first_step(prepared: PreparedDenoiser, img: torch.Tensor) -> tuple[torch.Te
     return step, round(time.perf_counter() - started, 1)
 
 
-def _timed(call: Callable[[], object]) -> Timing:
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
+def _timed(call: Callable[[], object], device: torch.device) -> Timing:
+    _wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
     call()
-    synchronize()
+    _wait_for(device)
     return Timing(1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _median(values: list[float], digits: int = 1) -> float:

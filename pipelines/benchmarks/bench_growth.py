@@ -2,16 +2,16 @@
 
     make bench-growth ARGS="--model mini"
 
-Runs both backends in turns and writes bench-results/growth.json and growth.png. Time is the median
-of the runs of a point; memory is the peak above what the loaded model takes: of the process
-(VmHWM, reset before each run) on a CPU, of torch's allocator on a GPU.
+Runs both backends in turns and writes bench-results/growth.json, after each point, and growth.png.
+Time is the median of the runs of a point; memory is the peak above what the loaded model takes: of
+the process (VmHWM, reset before each run) on a CPU, of torch's allocator on a GPU.
 """
 
 import argparse
 import ctypes
-import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
-from machine import environment
+from machine import environment, save
 from PIL import Image
 
 from redux_pipelines.contract.types import GenerationRequest, Pipeline
@@ -55,25 +55,26 @@ def main() -> None:
         "--out", type=Path, default=Path("bench-results"), help="a folder (default: %(default)s)"
     )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     torch.set_num_threads(options.threads)
     pipelines = {
         name: load_pipeline(model=options.model, backend=name, device=options.device)
         for name in BACKENDS
     }
-    points = [point for axis in AXES for point in _measure(pipelines, axis, options.repeats)]
     details = {"threads": options.threads, "model": options.model, "repeats": options.repeats}
-    report = {
-        "environment": environment(options.device, **details),
-        "points": [asdict(point) for point in points],
-    }
-    (options.out / "growth.json").write_text(json.dumps(report, indent=2) + "\n")
+    device = pipelines[BACKENDS[0]].info.device
+    points: list[Point] = []
+    report: dict[str, Any] = {"environment": environment(device, **details), "points": []}
+    text = save(report, options.out / "growth.json")
+    for axis in AXES:
+        for point in _measure(pipelines, axis, options.repeats):
+            points.append(point)
+            report["points"].append(asdict(point))
+            text = save(report, options.out / "growth.json")
     draw(points, options.out / "growth.png")
-    print(json.dumps(report, indent=2))
+    print(text)
 
 
-def _measure(pipelines: dict[str, Pipeline], axis: str, repeats: int) -> list[Point]:
-    points = []
+def _measure(pipelines: dict[str, Pipeline], axis: str, repeats: int) -> Iterator[Point]:
     for fields in AXES[axis]:
         request = GenerationRequest(Image.new("RGB", (256, 256), "orange"), **_whole(fields))
         runs = [
@@ -85,8 +86,7 @@ def _measure(pipelines: dict[str, Pipeline], axis: str, repeats: int) -> list[Po
             own = [run for backend, run in runs if backend == name]
             seconds, peaks = zip(*own, strict=True)
             x = request.width * request.height / 1e6 if axis == "pixels" else fields[axis]
-            points.append(Point(name, axis, x, statistics.median(seconds), max(peaks)))
-    return points
+            yield Point(name, axis, x, statistics.median(seconds), max(peaks))
 
 
 def _whole(fields: dict[str, int]) -> dict[str, Any]:
@@ -95,25 +95,26 @@ def _whole(fields: dict[str, int]) -> dict[str, Any]:
 
 
 def _run(pipeline: Pipeline, request: GenerationRequest) -> tuple[float, float]:
-    before, started = _reset_peak(), time.perf_counter()
+    device = torch.device(pipeline.info.device)
+    before, started = _reset_peak(device), time.perf_counter()
     for _ in pipeline.generate(request):
         pass
-    return time.perf_counter() - started, _peak_mb() - before
+    return time.perf_counter() - started, _peak_mb(device) - before
 
 
-def _reset_peak() -> float:
+def _reset_peak(device: torch.device) -> float:
     """Forget the peak so far; returns what is taken now, in MB."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 1e6
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # else pages of earlier runs hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")
     return _status_mb("VmRSS")
 
 
-def _peak_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+def _peak_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     return _status_mb("VmHWM")
 
 

@@ -3,7 +3,8 @@
     make bench-mini
 
 Every backend and dtype runs in a process of its own, so that peak memory is its own. Prints JSON,
-also written to bench-results/mini.json. Times are medians; the machine should be idle.
+also written to bench-results/mini.json after each of them. Times are medians; the machine should
+be idle.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from machine import environment
+from machine import environment, save
 from PIL import Image
 
 SIZES = ((512, 512), (1024, 1024), (1536, 1024))
@@ -41,12 +42,11 @@ def main() -> None:
         "targets": TARGETS,
         "runs": {},
     }
+    text = save(report, options.out)
     for backend in options.backends:
         for dtype in options.dtypes:
             report["runs"][f"{backend} {dtype}"] = _in_a_process(backend, dtype, options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2)
-    options.out.write_text(text + "\n")
+            text = save(report, options.out)
     print(text)
 
 

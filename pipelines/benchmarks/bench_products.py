@@ -2,22 +2,22 @@
 
     make bench-products ARGS="--threads 1 --hidden 3072 --rows 1753"
 
-Prints JSON, also written to bench-results/products.json. The two alternate, so that what else the
-machine does falls on both; a ratio is the median over pairs of neighbouring calls, oneDNN's over
-torch's. ``cpu_capability`` is what torch's own loops use.
+Prints JSON, also written to bench-results/products.json after each product. The two alternate, so
+that what else the machine does falls on both; a ratio is the median over pairs of neighbouring
+calls, oneDNN's over torch's. ``cpu_capability`` is what torch's own loops use.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import environment
+from machine import environment, save
 from torch import Tensor
 
 from redux_pipelines import onednn
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-results/products.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    cases: list[dict[str, Any]] = []
     report = {
         "environment": environment(
             threads=options.threads,
@@ -48,17 +49,14 @@ def main() -> None:
             torch_multiplies_with="MKL" if torch.backends.mkl.is_available() else "other BLAS",
         ),
         "refused": onednn.refusal(torch.device("cpu"), torch.float32),
-        "cases": [
-            _measured(name, rows, hidden, pair, options.repeats)
-            for hidden in options.hidden
-            for rows in options.rows
-            for name, pair in _pairs(rows, hidden)
-        ],
+        "cases": cases,
     }
-    text = json.dumps(report, indent=2)
+    text = save(report, options.out)
+    for hidden, rows in product(options.hidden, options.rows):
+        for name, pair in _pairs(rows, hidden):
+            cases.append(_measured(name, rows, hidden, pair, options.repeats))
+            text = save(report, options.out)
     print(text)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
 
 
 def _pairs(rows: int, hidden: int) -> Iterator[tuple[str, tuple[Call, Call]]]:

@@ -5,15 +5,19 @@ of CUDA and its libraries. A GPU computes what the host has queued, a CPU at onc
 and makes no tensors.
 """
 
+import re
 import time
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 
 from redux_pipelines.errors import DeviceError, DeviceMemoryError
 from redux_pipelines.jobs import Job
+
+Event = TypeVar("Event")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BFLOAT16_SINCE = (8, 0)  # compute capability
@@ -28,14 +32,54 @@ _FINAL = (
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """The device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; a GPU always has its number.
+
+    ``cuda``, and ``auto`` where there is a GPU, is the calling thread's current one. Raises
+    ``ValueError`` for another word and for a GPU that torch does not see.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not (device in ("cpu", "cuda") or device.startswith("cuda:")):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:[0-9]+)?", device):
         raise ValueError(f"device={device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
-    if device != "cpu" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch sees no CUDA device: use device='cpu'")
-    return torch.device(device)
+    count, (_, _, number) = torch.cuda.device_count(), device.partition(":")
+    index = int(number) if number else torch.cuda.current_device()
+    if index >= count:
+        raise ValueError(
+            f"device={device!r}, but torch sees {count} CUDA device(s), numbered from 0: choose "
+            "one of them"
+        )
+    return torch.device("cuda", index)
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the calling thread's current one; afterwards it is again the one before.
+
+    All of our work on a device is done within. Tensors know their device, but much else does not:
+    a graph capture, a library that launches its own kernels, or page-locked memory goes to the
+    current GPU. Held across a ``yield`` it would leak to the caller: see ``each_as_current``.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def each_as_current(
+    device: torch.device, events: Generator[Event, None, None]
+) -> Generator[Event, None, None]:
+    """``events``, each made, and closed, ``as_current``; between two the caller's device is."""
+    try:
+        while True:
+            with as_current(device):
+                try:
+                    event = next(events)
+                except StopIteration:
+                    return
+            yield event
+    finally:
+        with as_current(device):
+            events.close()
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -20,6 +20,7 @@ from redux_pipelines.contract.types import (
     CompileReport,
     GenerationRequest,
     ModelInfo,
+    PreprocessedPicture,
     Progress,
     Quality,
     Result,
@@ -71,6 +72,10 @@ class FakePipeline:
     def compile(self, plan: CompilePlan) -> CompileReport:
         """It has nothing to compile."""
         return CompileReport("off", 0, ("the fake model has nothing to compile",), {})
+
+    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
+        """The request as it is: nothing of it takes long."""
+        return request
 
     def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
         """Check the request at once; then yield a ``Progress`` per step and one ``Result``."""
@@ -126,14 +131,14 @@ class FakePipeline:
 
 def _seen(request: GenerationRequest) -> bytes:
     """What is looked at: the first picture's mean colour, and what else there is to know."""
-    masked = to_rgb(request.image)
+    masked = _rgb(request.image)
     if request.mask is not None:
         mask = to_rgb(request.mask).convert("L").resize(masked.size)
         masked = Image.composite(masked, Image.new("RGB", masked.size), mask)
     steered = weights_of(request), request.redux_pooling, request.fit
     if steered == ((1.0,), MAX_POOLING, "squash"):
         return _mean_colour(masked)
-    means = [_mean_colour(masked), *(_mean_colour(to_rgb(each)) for each in request.images)]
+    means = [_mean_colour(masked), *(_mean_colour(_rgb(each)) for each in request.images)]
     return b"".join(means) + repr(steered).encode()
 
 
@@ -141,6 +146,10 @@ def _picture(request: GenerationRequest, seed: int, seen: bytes) -> Image.Image 
     if SPOILED in request.prompt:
         return OutputError(f"told to make no picture of prompts that contain {SPOILED!r}")
     return _plain(request, seed, seen)
+
+
+def _rgb(picture: Image.Image | PreprocessedPicture) -> Image.Image:
+    return to_rgb(picture.pixels if isinstance(picture, PreprocessedPicture) else picture)
 
 
 def _mean_colour(rgb: Image.Image) -> bytes:

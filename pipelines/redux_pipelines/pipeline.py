@@ -111,7 +111,8 @@ class ReduxPipeline:
             for width, height in plan.sizes
         )
         batches = (1,) if self._max_batch_size == 1 else (1, 2)
-        return warm_up(self._components.denoiser, plan, sizes, batches)
+        with devices.as_current(self._components.device):
+            return warm_up(self._components.denoiser, plan, sizes, batches)
 
     def cache_stats(self) -> dict[str, CacheStats]:
         """Those of the prompts, of the pictures, and of what the denoiser keeps."""
@@ -120,6 +121,20 @@ class ReduxPipeline:
         stats["prompts"] = components.text_encoders.cache.stats
         stats["pictures"] = components.image_encoder.cache.stats
         return stats
+
+    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with its pictures as the image encoder sees them, which may take a while.
+
+        For the same images, bit for bit. From any thread. Raises ``RequestError`` and
+        ``ImageError``.
+        """
+        check_request(request)
+        preprocess = self._components.image_encoder.preprocess
+        return replace(
+            request,
+            image=preprocess(request.image, request.fit, request.mask),
+            images=tuple(preprocess(each, request.fit) for each in request.images),
+        )
 
     def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
         """Check the request at once; then yield a ``Progress`` per step and one ``Result``.
@@ -150,7 +165,8 @@ class ReduxPipeline:
         _check_tier(self._components.denoiser, quality)
         for request in requests:
             self._check_memory(request)
-        return self._run(requests, quality)
+        events = self._run(requests, quality)
+        return devices.each_as_current(self._components.device, events)
 
     def _check_memory(self, request: GenerationRequest) -> None:
         """Raise ``RequestError`` for what the plan of a GPU's memory has no room for."""

@@ -31,6 +31,7 @@ from typing import Any
 from http_load import percentile, request, run_load
 from PIL import Image
 
+from redux_server import __version__
 from redux_server.api.auth import KeyRing
 from redux_server.database.migration import open_database
 from redux_server.tasks.store import TaskStore
@@ -224,7 +225,7 @@ def _rss_mb(pid: int) -> float:
 
 def _environment() -> dict[str, Any]:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    packages = ("flux-redux-server", "fastapi", "uvicorn", "sqlalchemy", "uvloop", "httptools")
+    packages = ("fastapi", "uvicorn", "sqlalchemy", "uvloop", "httptools")
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": os.cpu_count(),
@@ -232,7 +233,7 @@ def _environment() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
-        "packages": {name: version(name) for name in packages},
+        "packages": {"flux-redux-server": __version__, **{p: version(p) for p in packages}},
     }
 
 

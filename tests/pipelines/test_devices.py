@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+from pipelines.pretended_gpus import PretendedGpus
 from redux_pipelines import devices
 from redux_pipelines.devices import slow_reason
 from redux_pipelines.errors import DeviceError, DeviceMemoryError
@@ -77,6 +78,87 @@ def test_what_the_failed_work_held_is_freed():
         work()
     assert caught.value.__traceback__ is not None
     assert held[0]() is None, "an error that is kept must not keep tensors"
+
+
+# --- which device ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    return PretendedGpus(2).install(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [("cpu", "cpu"), ("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")],
+)
+def test_a_gpu_is_known_by_its_number(gpus, named, meant):
+    gpus.current = 1  # the host program's choice
+    assert str(devices.resolve_device(named)) == meant
+
+
+def test_without_a_gpu_auto_is_the_cpu(gpus):
+    gpus.count = 0
+    assert str(devices.resolve_device("auto")) == "cpu"
+
+
+@pytest.mark.parametrize("named", ["cuda:x", "cuda:", "gpu", "cuda:-1", "CPU"])
+def test_other_words_are_no_devices(gpus, named):
+    with pytest.raises(ValueError, match="is not one of 'auto', 'cpu', 'cuda', 'cuda:N'"):
+        devices.resolve_device(named)
+
+
+def test_a_gpu_beyond_the_last_is_refused(gpus):
+    with pytest.raises(ValueError, match=r"device='cuda:2', but torch sees 2 CUDA device\(s\)"):
+        devices.resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("named", "within"), [("auto", 0), ("cpu", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
+)
+def test_work_has_its_device_as_the_current_one_and_gives_it_back(gpus, named, within):
+    device = devices.resolve_device(named)
+    with devices.as_current(device):
+        assert gpus.current == within
+    assert gpus.current == 0
+
+
+def _numbered(gpus, seen):
+    try:
+        for number in range(3):
+            seen.append(gpus.current)
+            yield number
+    finally:
+        seen.append(gpus.current)
+
+
+def test_a_generator_has_its_device_only_while_it_works(gpus):
+    seen = []
+    events = devices.each_as_current(torch.device("cuda:1"), _numbered(gpus, seen))
+    for _ in events:
+        assert gpus.current == 0, "it must not leak to whoever takes the events"
+    assert seen == [1, 1, 1, 1]
+
+
+def test_a_generator_that_is_closed_tidies_up_on_its_device(gpus):
+    seen = []
+    events = devices.each_as_current(torch.device("cuda:1"), _numbered(gpus, seen))
+    assert next(events) == 0
+    events.close()
+    assert seen == [1, 1]
+    assert gpus.current == 0
+
+
+def test_a_generator_that_fails_gives_the_device_back(gpus):
+    def fail():
+        yield 0
+        raise RuntimeError("no more")
+
+    events = devices.each_as_current(torch.device("cuda:1"), fail())
+    assert next(events) == 0
+    with pytest.raises(RuntimeError, match="no more"):
+        next(events)
+    assert gpus.current == 0
 
 
 # --- dtypes ---------------------------------------------------------------------------------------

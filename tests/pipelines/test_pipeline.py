@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.pretended_gpus import PretendedGpus
 from redux_pipelines import pipeline as pipeline_module
-from redux_pipelines.contract.types import Progress, Result
+from redux_pipelines.contract.types import CompilePlan, Progress, Result
 from redux_pipelines.denoising.quality import TIERS, CachePolicy, Tier
 from redux_pipelines.errors import DeviceError, DeviceMemoryError, OutputError, RequestError
 from redux_pipelines.fake import FakePipeline
@@ -658,6 +659,59 @@ def test_further_images_of_a_spoiled_request_are_not_made(pipeline, request_for)
     assert len(spy.sizes) == 2
 
 
+def test_a_preprocessed_request_gives_bitwise_the_same_images(pipeline, request_for, finish):
+    request = request_for(images=PICTURES, fit="letterbox", mask=Image.new("L", (40, 50), 255))
+    encoder, images = pipeline._components.image_encoder, []
+    for each in (request, pipeline.preprocess(request)):
+        encoder.cache.clear()
+        images.append(finish(pipeline.generate(each)).images[0].tobytes())
+    assert images[0] == images[1]
+
+
+# --- which device is current ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_second_gpu(pipeline, monkeypatch):
+    """A pipeline for cuda:1 of two, which cannot compute, and these two."""
+    gpus = PretendedGpus(2).install(monkeypatch)
+    components = replace(pipeline._components, device=torch.device("cuda:1"))
+    monkeypatch.setattr(ReduxPipeline, "_check_memory", lambda *_: None)
+    return ReduxPipeline(components, name="second"), gpus
+
+
+def test_images_are_made_with_their_device_current(on_second_gpu, request_for, monkeypatch):
+    second, gpus = on_second_gpu
+    seen = []
+
+    def run(self, requests, quality):
+        try:
+            for step in range(2):
+                seen.append(gpus.current)
+                yield 0, Progress(step, 2)
+        finally:
+            seen.append(gpus.current)
+
+    monkeypatch.setattr(ReduxPipeline, "_run", run)
+    for take in (lambda events: list(events), lambda events: (next(events), events.close())):
+        take(second.generate(request_for()))
+        assert seen[0] == 1
+        assert set(seen) == {1}
+        assert gpus.current == 0
+        seen.clear()
+
+
+def test_it_is_compiled_with_its_device_current(on_second_gpu, monkeypatch):
+    second, gpus = on_second_gpu
+    seen = []
+    monkeypatch.setattr(
+        "redux_pipelines.pipeline.warm_up", lambda *_, **__: seen.append(gpus.current)
+    )
+    second.compile(CompilePlan("full"))
+    assert seen == [1]
+    assert gpus.current == 0
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -667,7 +721,7 @@ def test_bfloat16_on_a_gpu_looks_like_float32_on_a_cpu(tiny, pipeline, load, req
     request = request_for(num_inference_steps=4)
     reference = np.asarray(finish(pipeline.generate(request)).images[0]).astype(float)
     fast = load(tiny, device="cuda", dtype="auto")
-    assert (fast.info.device, fast.info.dtype) == ("cuda", "bfloat16")
+    assert (fast.info.device, fast.info.dtype) == ("cuda:0", "bfloat16")
     image = np.asarray(finish(fast.generate(request)).images[0]).astype(float)
     mean_square = ((image - reference) ** 2).mean()
     assert 10 * np.log10(255**2 / mean_square) > 20

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from fp8_products import needs_fp8
 from redux_pipelines.loading.load import load_pipeline
 from training import approximations
 from training.approximations import TABLES, Cost
@@ -31,6 +32,7 @@ def test_a_tier_is_compared_with_the_exact_picture(exact):
     assert balanced.icons == 2
 
 
+@needs_fp8
 def test_layers_that_are_kept_leave_fp8_and_come_nearer_to_exact():
     costs = dict(approximations.measure_fp8(2, 1))
     shares = {label: cost.share for label, cost in costs.items()}

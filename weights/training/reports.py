@@ -6,12 +6,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("flux-redux-server", "torch", "diffusers", "transformers")
+from redux_server import __version__
+
+_PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def environment() -> dict[str, str]:
     """Kind of processor, and versions."""
-    return {"cpu": platform.machine(), **{name: version(name) for name in _PACKAGES}}
+    versions = {"flux-redux-server": __version__, **{name: version(name) for name in _PACKAGES}}
+    return {"cpu": platform.machine(), **versions}
 
 
 def rounded(value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from redux_pipelines.contract.types import Fit
+from redux_pipelines.contract.types import Fit, PreprocessedPicture
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.images.rgb import to_rgb
 from redux_pipelines.lru import LRU, digest, tensor_bytes
@@ -58,10 +58,21 @@ class Preprocessing:
     def apply(self, image: Image.Image, fit: Fit = "squash") -> Tensor:
         """Pixels ``(1, 3, height, width)``, float32."""
         rgb = to_rgb(image)
-        framed = frame(rgb, Frame(rgb.size, (self.width, self.height), fit))
-        pixels = (np.asarray(framed).astype(np.float64) * self.rescale_factor).astype(np.float32)
-        normal = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return torch.from_numpy(normal.transpose(2, 0, 1)[None].copy())
+        return self.normalise(frame(rgb, self.frame_of(rgb, fit)))
+
+    def frame_of(self, rgb: Image.Image, fit: Fit) -> "Frame":
+        """The frame that ``rgb`` goes into."""
+        return Frame(rgb.size, (self.width, self.height), fit)
+
+    def normalise(self, framed: Image.Image) -> Tensor:
+        """The pixels of a picture in its frame, as ``apply`` gives them."""
+        levels = (np.arange(256).astype(np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(each, np.float32) for each in (self.mean, self.std))
+        normal = (levels[:, None] - mean) / std  # of each level in each channel: there are few
+        planes = np.asarray(framed).transpose(2, 0, 1)
+        return torch.from_numpy(
+            np.stack([normal[:, i][plane] for i, plane in enumerate(planes)])[None]
+        )
 
 
 class ImageEncoder:
@@ -89,24 +100,40 @@ class ImageEncoder:
         patch = self._patch
         return self._preprocessing.height // patch, self._preprocessing.width // patch
 
+    def preprocess(
+        self,
+        picture: Image.Image | PreprocessedPicture,
+        fit: Fit = "squash",
+        mask: Image.Image | None = None,
+    ) -> PreprocessedPicture:
+        """What of a picture is encoded, and counts. From any thread.
+
+        One that was preprocessed is returned as it is.
+        """
+        if isinstance(picture, PreprocessedPicture):
+            return picture
+        rgb = to_rgb(picture)
+        into = self._preprocessing.frame_of(rgb, fit)
+        is_whole = mask is None and fit != "letterbox"
+        shares = None if is_whole else self._shares(into, mask)
+        return PreprocessedPicture(frame(rgb, into), shares)
+
     @torch.inference_mode()
-    def encode(self, image: Image.Image, fit: Fit = "squash") -> Tensor:
+    def encode(self, picture: Image.Image | PreprocessedPicture, fit: Fit = "squash") -> Tensor:
         """Redux tokens ``(N, D)`` of one picture, D the transformer's text width.
 
         The same for the same preprocessed pixels, and not to be changed.
         """
-        pixels = self._preprocessing.apply(image, fit)
+        pixels = self._preprocessing.normalise(self.preprocess(picture, fit).pixels)
         return self.cache.get(digest(pixels), lambda: self._embed(pixels))
 
-    def coverage(self, image: Image.Image, fit: Fit, mask: Image.Image | None) -> Tensor:
-        """How much of each token's square is picture, and white in ``mask``: 0…1 on the grid."""
+    def _shares(self, into: "Frame", mask: Image.Image | None) -> Image.Image:
+        """How much of each token's square is picture, and white in ``mask``."""
         rows, columns = self.grid
-        size = (self._preprocessing.width, self._preprocessing.height)
-        covered = coverage(Frame(to_rgb(image).size, size, fit), mask)
+        covered = coverage(into, mask)
         # what is left of the encoder's square beside its patches is seen by no token
         patches = covered.crop((0, 0, columns * self._patch, rows * self._patch))
-        shares = patches.resize((columns, rows), Image.Resampling.BOX)
-        return torch.from_numpy(np.asarray(shares, np.float64) / 255)
+        return patches.resize((columns, rows), Image.Resampling.BOX)
 
     @property
     def _patch(self) -> int:

@@ -7,6 +7,7 @@ the picture's part in attention. Knows no text and no transformer.
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,11 +33,13 @@ def redux_tokens(encoder: ImageEncoder, request: GenerationRequest) -> tuple[Tok
         if weight == 0.0:
             continue
         mask = request.mask if index == 0 else None
+        seen = encoder.preprocess(picture, request.fit, mask)
         kept = None
-        if mask is not None or request.fit == "letterbox":
-            kept = encoder.coverage(picture, request.fit, mask) >= LEAST_COVERAGE
+        if seen.coverage is not None:
+            shares = torch.from_numpy(np.asarray(seen.coverage, np.float64) / 255)
+            kept = shares >= LEAST_COVERAGE
             _check(kept)
-        values = encoder.encode(picture, request.fit)
+        values = encoder.encode(seen)
         for pooled, mass in pool(values, encoder.grid, request.redux_pooling, kept):
             sets.append(Tokens(pooled, log_weight=math.log(weight * mass)))
     return tuple(sets)

@@ -44,6 +44,18 @@ WARM_UP_SIZES = ((512, 512), (1024, 1024), (1344, 768), (1536, 1536))
 
 
 @dataclass(frozen=True, slots=True)
+class PreprocessedPicture:
+    """A picture as a pipeline's encoder sees it, by that pipeline's ``preprocess``.
+
+    ``pixels`` are RGB, of the encoder's size. ``coverage`` has a grey level per token, row by row:
+    how much of it is picture, and white in the mask; None where all of it is.
+    """
+
+    pixels: "Image.Image"
+    coverage: "Image.Image | None" = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request for variations of ``image``, and of ``images`` at the same time.
 
@@ -54,10 +66,11 @@ class GenerationRequest:
 
     ``image_weights`` has a number per picture, that of ``image`` first; none is 1 for each. Of
     each picture's grid of tokens ``redux_pooling`` a side are left. Where ``mask``, stretched over
-    ``image``, is black, that does not count.
+    ``image``, is black, that does not count. Of pictures that are preprocessed, ``fit`` and
+    ``mask`` were applied already.
     """
 
-    image: "Image.Image"
+    image: "Image.Image | PreprocessedPicture"
     prompt: str = ""
     width: int = 1024
     height: int = 1024
@@ -67,7 +80,7 @@ class GenerationRequest:
     num_images: int = 1
     empty_prompt: EmptyPrompt = "zeros"
     quality: Quality | None = None
-    images: "tuple[Image.Image, ...]" = ()
+    images: "tuple[Image.Image | PreprocessedPicture, ...]" = ()
     image_weights: tuple[float, ...] = ()
     redux_strength: float = 1.0
     redux_pooling: int = MAX_POOLING
@@ -75,7 +88,7 @@ class GenerationRequest:
     mask: "Image.Image | None" = None
 
     @property
-    def pictures(self) -> "tuple[Image.Image, ...]":
+    def pictures(self) -> "tuple[Image.Image | PreprocessedPicture, ...]":
         """All that is varied."""
         return (self.image, *self.images)
 
@@ -215,6 +228,15 @@ class Pipeline(Protocol):
         """Carry out ``plan``; what fails or gives other numbers is left as it was.
 
         To be called before the first request, by the thread that generates.
+        """
+        ...
+
+    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
+        """A request for the same images, bit for bit, with as much as possible done already.
+
+        May be called from any thread, so that the one that generates need not do it: for large
+        pictures that is a tenth of a second. Raises ``RequestError`` as ``generate`` does, and
+        ``ImageError`` for a picture that cannot be decoded.
         """
         ...
 

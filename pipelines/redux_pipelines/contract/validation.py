@@ -22,15 +22,17 @@ from redux_pipelines.contract.types import (
     MIN_SIDE,
     QUALITIES,
     GenerationRequest,
+    PreprocessedPicture,
 )
 from redux_pipelines.errors import RequestError
 
 MAX_SEED = 2**63 - 1
+_PICTURES = (Image.Image, PreprocessedPicture)
 
 
 def check_request(request: GenerationRequest) -> None:
     """Raise ``RequestError`` naming the first field that cannot be served and what it may be."""
-    if not isinstance(request.image, Image.Image):
+    if not isinstance(request.image, _PICTURES):
         raise RequestError(f"image is {_given(request.image)}: it must be a PIL image")
     if not isinstance(request.prompt, str):
         raise RequestError(f"prompt is {_given(request.prompt)}: it must be a string")
@@ -51,7 +53,7 @@ def check_request(request: GenerationRequest) -> None:
 
 def _check_pictures(request: GenerationRequest) -> None:
     for picture in request.images:
-        if not isinstance(picture, Image.Image):
+        if not isinstance(picture, _PICTURES):
             raise RequestError(f"images hold {_given(picture)}: they must be PIL images")
     count, weights = len(request.pictures), request.image_weights
     if count > MAX_PICTURES:

@@ -113,10 +113,6 @@ class EngineDenoiser:
             first, txt=txt, modulation=modulation, context=replace(first.context, txt=txt)
         )
 
-    def evict_modulation(self) -> None:
-        """Move the modulation layers to host memory; only a new table brings them back, in turn."""
-        self._flux.modulation.evict()
-
     def _rope(self, grid: Grid, txt_rows: int) -> Rope:
         weight = self._flux.txt_in.weight
         kind = torch.promote_types(weight.dtype, torch.float32)

@@ -4,13 +4,15 @@ Fails closed: hardware that has no e4m3, a product that raises, and one whose nu
 each a reason for not using it. Knows no model but its width.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from redux_kernels.dispatch import SM_89
 from redux_kernels.reference import quantize_rows
-from redux_pipelines.fp8.linear import Fp8Linear
+from redux_pipelines.fp8.linear import E4M3, Fp8Linear
 
 FLUX_WIDTH = 3072
 
@@ -44,7 +46,7 @@ def refusal(device: torch.device, dtype: torch.dtype, width: int = FLUX_WIDTH) -
 def hardware_refusal(device: torch.device) -> str | None:
     """Why ``device`` has no e4m3 arithmetic for us, or None."""
     if device.type == "cpu":
-        return None
+        return _cpu_refusal()
     if device.type != "cuda":
         return f"fp8 runs on CUDA devices and CPUs, not on {device.type!r}"
     if getattr(torch.version, "hip", None) is not None:
@@ -54,6 +56,22 @@ def hardware_refusal(device: torch.device) -> str | None:
         return (
             f"fp8 needs compute capability 8.9 (Ada, Hopper or newer), "
             f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+        )
+    return None
+
+
+@cache
+def _cpu_refusal() -> str | None:
+    """On a CPU torch 2.11 multiplies whole matrices with one scale each, not rows with theirs."""
+    rows, scales = torch.ones(16, 16).to(E4M3), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(
+            rows, rows.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16
+        )
+    except RuntimeError:
+        return (
+            "on a CPU fp8 needs products whose rows have scales of their own, which torch "
+            f"{torch.__version__} lacks there: use torch 2.13 or newer"
         )
     return None
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fp8.linear import E4M3, Fp8Linear
 from redux_pipelines.fp8.weights import SCALE
+from redux_pipelines.memory.host import HostMemory, aligned
 from redux_pipelines.network.flux import Flux, FluxParams
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _NAMED_AT_MOST = 5
+_MODULATION = "modulation.layers."
 _FP8_LAYERS = ("qkv", "proj", "mlp_in", "mlp_out", "linear1", "linear2")
 
 
@@ -78,13 +80,18 @@ def load_flux(
         _use_fp8(flux, tensors)
     sources = key_map(flux)
     _check_keys(tensors, [key for keys in sources.values() for key in keys])
+    evicted = {name for name in sources if evict_modulation and name.startswith(_MODULATION)}
+    sizes = (dtype.itemsize * flux.get_parameter(name).numel() for name in evicted)
+    memory = HostMemory(sum(map(aligned, sizes)), pinned=device.type == "cuda")
     for name, parameter in list(flux.named_parameters()):
-        is_evicted = evict_modulation and name.startswith("modulation.layers.")
-        on_host = is_evicted or _block_index(name, params) in streamed_blocks
-        where = torch.device("cpu") if on_host else device
-        pinned = is_evicted and device.type == "cuda"  # blocks are packed and pinned later
         kind = parameter.dtype if _is_fixed(name, parameter) else dtype
-        room = torch.empty(parameter.shape, dtype=kind, device=where, pin_memory=pinned)
+        if name in evicted:
+            piece = memory.take(kind.itemsize * parameter.numel())
+            room = piece.tensor(kind, parameter.shape)
+        else:  # blocks that stream are packed later, into page-locked memory
+            is_streamed = _block_index(name, params) in streamed_blocks
+            where = torch.device("cpu") if is_streamed else device
+            room = torch.empty(parameter.shape, dtype=kind, device=where)
         _fill(room, sources[name], tensors)
         _set(flux, name, room)
     return flux.eval()

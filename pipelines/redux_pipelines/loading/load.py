@@ -170,12 +170,14 @@ def _assemble(
     problems = find_missing(base, redux)
     if problems:
         raise WeightsError("the checkpoint is incomplete:\n" + "\n".join(problems))
+    from redux_pipelines.devices import as_current, resolve_device
     from redux_pipelines.loading.components import load_components
     from redux_pipelines.pipeline import ReduxPipeline
 
-    components = load_components(base, redux, how)
-    if preload_text:
-        components.text_encoders.load()
+    with as_current(resolve_device(how.device)):
+        components = load_components(base, redux, how)
+        if preload_text:
+            components.text_encoders.load()
     pipeline = ReduxPipeline(
         components,
         name=name,

@@ -132,7 +132,9 @@ def modulation_bytes(size: TransformerSize, steps: int, element_bytes: int) -> i
 def text_bytes(t5: EncoderSize, element_bytes: int) -> int:
     """T5: its position biases and as much again beside the gated MLP, or how these biases are made.
 
-    They are one number per head and pair of tokens; that of a pair is looked up with integers.
+    They are one number per head and pair of tokens; that of a pair is looked up with integers. They
+    are there twice because transformers 5.23 copies them for attention (``sdpa_attention``, which
+    gives it contiguous ones); 5.17 does not, and needs less.
     """
     biases = t5.heads * t5.tokens**2 * element_bytes
     mlp = t5.tokens * (4 * t5.inner + 2 * t5.width) * element_bytes

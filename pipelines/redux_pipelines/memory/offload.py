@@ -8,7 +8,7 @@ moved by others meanwhile. Knows no network and does not decide what goes where 
 does).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -16,42 +16,70 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ALIGNMENT = 256
-"""Bytes; as the addresses that CUDA's allocator gives."""
+from redux_pipelines.memory.host import HostMemory, Piece, aligned, size_of
 
 _LANES = 2
 
 
 class Packed:
-    """The weights of a module, or some of them, in one piece of host memory.
+    """The weights of a module, or some of them, in host memory; they are moved there at once.
 
-    Page-locked where ``device`` is a GPU. Once packed, the weights are views of that piece.
+    On a device they lie in one piece, the largest first; in host memory where there is room.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        self._tensors = tuple(tensors)
-        sizes = [_aligned(each.numel() * each.element_size()) for each in tensors]
-        self._starts = [0, *accumulate(sizes)]
-        size, pinned = self._starts[-1], device.type == "cuda"
-        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        for tensor, view in zip(self._tensors, self._views(self.host), strict=True):
-            view.copy_(tensor.detach())
-        self.bind(self.host)
+    def __init__(self, tensors: Iterable[Tensor], memory: HostMemory) -> None:
+        self._tensors = tuple(sorted(tensors, key=size_of, reverse=True))
+        self._starts = [0, *accumulate(aligned(size_of(each)) for each in self._tensors)]
+        pieces = []
+        self._homes: list[Tensor] = []
+        for tensor in self._tensors:
+            pieces.append(memory.take(size_of(tensor)))
+            home = pieces[-1].tensor(tensor.dtype, tensor.shape)
+            tensor.data = home.copy_(tensor.detach())  # frees where it was
+            self._homes.append(home)
+        self._runs = _runs(self._starts, pieces)
 
     @property
     def size_bytes(self) -> int:
-        """Of the piece, gaps between tensors included."""
+        """On a device, gaps between tensors included."""
         return self._starts[-1]
 
-    def bind(self, memory: Tensor) -> None:
-        """Let the weights be views of ``memory``, bytes laid out as ``host``."""
-        for tensor, view in zip(self._tensors, self._views(memory), strict=True):
-            tensor.data = view
+    def copy_to(self, memory: Tensor) -> None:
+        """Start to copy the weights from host memory to ``memory``, bytes on a device."""
+        for start, run in self._runs:
+            memory[start : start + len(run)].copy_(run, non_blocking=True)
 
-    def _views(self, memory: Tensor) -> Iterator[Tensor]:
+    def bind(self, memory: Tensor) -> None:
+        """Let the weights be views of ``memory``, which they were or will be copied to."""
         for start, tensor in zip(self._starts, self._tensors, strict=False):
-            end = start + tensor.numel() * tensor.element_size()
-            yield memory[start:end].view(tensor.dtype).view(tensor.shape)
+            piece = Piece(memory, start, start + aligned(size_of(tensor)))
+            tensor.data = piece.tensor(tensor.dtype, tensor.shape)
+
+    def unbind(self) -> None:
+        """Let the weights be those in host memory."""
+        for tensor, home in zip(self._tensors, self._homes, strict=True):
+            tensor.data = home
+
+
+def _runs(starts: Iterable[int], pieces: Iterable[Piece]) -> list[tuple[int, Tensor]]:
+    """Bytes of host memory to be copied at once, and where on the device they go.
+
+    Pieces that lie side by side in both places are one.
+    """
+    runs: list[tuple[int, Piece]] = []
+    for start, piece in zip(starts, pieces, strict=False):
+        first, last = runs[-1] if runs else (start, None)
+        if last is not None and last.slab is piece.slab and last.end == piece.start:
+            runs[-1] = first, last._replace(end=piece.end)
+        else:
+            runs.append((start, piece))
+    return [(start, piece.slab[piece.start : piece.end]) for start, piece in runs]
+
+
+def _room_for(tensors: Iterable[Tensor], device: torch.device) -> HostMemory:
+    """Host memory for ``tensors``, to be read by ``device``."""
+    expected_bytes = sum(aligned(size_of(each)) for each in tensors)
+    return HostMemory(expected_bytes, pinned=device.type == "cuda")
 
 
 class BlockStream:
@@ -59,15 +87,23 @@ class BlockStream:
 
     ``streamed`` are the indices of those. Blocks may be used in any order and any may be left out;
     prefetching expects ascending order, over and over. A streamed block always uses the same one
-    of the two buffers. Two blocks that stream are never copied again.
+    of the two buffers. Two blocks that stream are never copied again. ``memory`` is where they go
+    to; by default they have one of their own.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], streamed: Collection[int], device: torch.device
+        self,
+        blocks: Sequence[nn.Module],
+        streamed: Collection[int],
+        device: torch.device,
+        memory: HostMemory | None = None,
     ) -> None:
         self._order = sorted(streamed)
         self._positions = {index: position for position, index in enumerate(self._order)}
-        self._packed = [Packed(tensors_of(blocks[index]), device) for index in self._order]
+        if memory is None:
+            inside = (tensors_of(blocks[index]) for index in self._order)
+            memory = _room_for((each for tensors in inside for each in tensors), device)
+        self._packed = [Packed(tensors_of(blocks[index]), memory) for index in self._order]
         self._device = device
         self._lanes: list[_Lane] = []
 
@@ -97,7 +133,7 @@ class BlockStream:
             lane.finish()
         self._lanes.clear()
         for each in self._packed:
-            each.bind(each.host)
+            each.unbind()
 
     def ready(self, index: int) -> None:
         """To be called right before block ``index`` is used; the next one starts to come.
@@ -115,7 +151,7 @@ class BlockStream:
 
     def _fetch(self, position: int) -> "_Lane":
         lane = self._lanes[position % _LANES]
-        lane.fetch(position, self._packed[position].host)
+        lane.fetch(position, self._packed[position])
         return lane
 
 
@@ -129,15 +165,15 @@ class _Lane:
         self._holds: int | None = None
         self._arrived: Any = None
 
-    def fetch(self, position: int, host: Tensor) -> None:
-        """Start to copy ``host`` here, after all that the device was given to do so far."""
+    def fetch(self, position: int, packed: Packed) -> None:
+        """Start to copy ``packed`` here, after all that the device was given to do so far."""
         if self._holds == position:
             return
         self._holds = position
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _on(self._stream):
-            self.memory[: host.numel()].copy_(host, non_blocking=True)
+            packed.copy_to(self.memory)
             if self._stream is not None:
                 self._arrived = self._stream.record_event()
 
@@ -163,21 +199,24 @@ class OnDemand:
         self, module: nn.Module, device: torch.device, layers: Sequence[nn.Module] = ()
     ) -> None:
         self._device = device
-        self._stream = BlockStream(layers, range(len(layers)), device)
+        memory = _room_for(tensors_of(module), device)
         inside = {id(each) for layer in layers for each in tensors_of(layer)}
-        self._rest = Packed([e for e in tensors_of(module) if id(e) not in inside], device)
+        self._rest = Packed([e for e in tensors_of(module) if id(e) not in inside], memory)
+        self._stream = BlockStream(layers, range(len(layers)), device, memory)
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._readies(index))
 
     def __enter__(self) -> None:
         """Bring what is not a layer."""
-        self._rest.bind(self._rest.host.to(self._device, non_blocking=True))
+        memory = torch.empty(self._rest.size_bytes, dtype=torch.uint8, device=self._device)
+        self._rest.copy_to(memory)
+        self._rest.bind(memory)
         self._stream.open()
 
     def __exit__(self, *_: object) -> None:
         """Give the device's memory back."""
         self._stream.close()
-        self._rest.bind(self._rest.host)
+        self._rest.unbind()
 
     def _readies(self, index: int) -> Any:
         def hook(_module: nn.Module, _arguments: Any) -> None:
@@ -193,7 +232,3 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 def _on(stream: Any) -> AbstractContextManager[Any]:
     return nullcontext() if stream is None else torch.cuda.stream(stream)
-
-
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -29,6 +29,9 @@ CACHE_BYTES = (64 + 64 + 256 + 64) * 2**20
 """Prompts, pictures, modulations and rotations, all full; the limits are theirs."""
 BUFFERS = 2
 """Of streamed blocks: one is computed with, the next is on its way."""
+HOST_SHARE = 1.04
+"""Of weights in host memory what they take there: slabs have room left at their ends, of FLUX.1's
+weights at most that much (``memory.host``)."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LARGEST = Demand(MAX_SIDE, MAX_SIDE)
 
@@ -108,8 +111,9 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Weights in (mostly pinned) host memory."""
-        return sum(part.size_bytes for part in self.parts if part.placement is not Placement.GPU)
+        """Of the (page-locked) host memory that weights take, at most."""
+        weights = (p.size_bytes for p in self.parts if p.placement is not Placement.GPU)
+        return int(HOST_SHARE * sum(weights))
 
     @property
     def peak_bytes(self) -> int:

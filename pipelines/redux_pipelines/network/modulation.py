@@ -70,24 +70,12 @@ class ModulationWeights(nn.Module):
         rows = [_rows(layer, conditioning, scale_offset) for layer in self.layers]
         return torch.cat(rows, dim=1)
 
-    def evict(self) -> None:
-        """Move the modulation layers, not the embedders, to host memory: pinned if from a GPU."""
-        for parameter in self.layers.parameters():
-            parameter.data = host_copy(parameter.data)
-
     def _embed(self, times: Tensor, guidance: Tensor, vec: Tensor) -> Tensor:
         embedded = self.time_in(timestep_embedding(times).to(vec.dtype))
         if self.guidance_in is not None:
             embedded = embedded + self.guidance_in(timestep_embedding(guidance).to(vec.dtype))
         out: Tensor = embedded + self.vector_in(vec[None])
         return out
-
-
-def host_copy(tensor: Tensor) -> Tensor:
-    """``tensor`` in host memory; page-locked if it comes from a GPU, so that it goes back fast."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
 
 def _rows(layer: Any, conditioning: Tensor, scale_offset: float) -> Tensor:

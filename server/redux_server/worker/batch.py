@@ -119,7 +119,8 @@ class BatchRunner:
         try:
             with leased.logged(), leased.timed("fetch"):
                 pictures = load_pictures(self._images.load, given)
-            return generation_request(given, pictures)
+                # here, for on its own thread the device would wait for it
+                return self._pipeline.preprocess(generation_request(given, pictures))
         except StorageError as error:  # of the input picture
             self._blobs.note_failure(1)
             return Postponed(f"its picture could not be read: {error}")

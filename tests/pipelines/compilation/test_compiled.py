@@ -1,5 +1,6 @@
 """Compiled, the transformer is what it was: one graph for all sizes, prompts and strengths."""
 
+import importlib
 import logging
 import math
 import shutil
@@ -312,6 +313,19 @@ def test_the_opaque_operator_keeps_its_promises(model, fields):
     torch.library.opcheck(_attend_into, (q, k, v, _table(context.groups), "biased", into))
     assert context.attention(q, k, v, context.groups, into) is into
     assert torch.equal(into, out)
+
+
+@inductor
+@pytest.mark.parametrize("name", ["compile_fx", "fx_passes.fuse_attention"])
+def test_advice_to_round_float32_on_a_gpu_fails_no_test(monkeypatch, name):
+    """A GPU's only: without one it is made to believe in one."""
+    module = importlib.import_module(f"torch._inductor.{name}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32", "so our float32 is exact"
+    module._warn_tf32_disabled.__wrapped__()
+    with pytest.warns(UserWarning, match="TensorFloat32 tensor cores for float32 matrix"):
+        module._warn_tf32_disabled.__wrapped__()
 
 
 @inductor

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from pipelines import networks
 from redux_pipelines.conditioning.redux_tokens import pool, redux_tokens
@@ -305,3 +305,40 @@ def test_a_compiler_never_sees_a_text_of_one_row(model):
     img = networks.noise(model, GRID)
     ours = networks.predict(networks.engine(model), given, GRID, img)
     assert networks.error(ours, networks.oracle(model, given, GRID, img)) <= 1e-6
+
+
+# --- preprocessed pictures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mask", [None, ImageOps.pad(WHITE, (90, 70), color=0)], ids=["whole", "masked"]
+)
+@pytest.mark.parametrize("fit", ["squash", "letterbox", "center"])
+@pytest.mark.parametrize("images", [(), (OTHER, OTHER.rotate(90, expand=True))], ids=["1", "3"])
+def test_preprocessed_pictures_give_bitwise_the_same_tokens(
+    pipeline, encoder, request_for, fit, mask, images
+):
+    request = request_for(image=OTHER.resize((300, 200)), images=images, fit=fit, mask=mask)
+    ready, sets = pipeline.preprocess(request), []
+    assert ready.fit == fit
+    assert (ready.mask is None) == (mask is None)
+    for each in ready.pictures:
+        assert each.pixels.size == (64, 64)
+        assert each.coverage is None or each.coverage.size == (4, 4)
+    for each in (request, ready):
+        encoder.cache.clear()
+        sets.append(redux_tokens(encoder, each))
+    assert [each.log_weight for each in sets[0]] == [each.log_weight for each in sets[1]]
+    assert all(torch.equal(a.values, b.values) for a, b in zip(*sets, strict=True))
+    assert pipeline.preprocess(ready) == ready, "once is enough"
+
+
+def test_what_a_preprocessed_mask_leaves_nothing_of_is_refused(pipeline, encoder, request_for):
+    ready = pipeline.preprocess(request_for(mask=BLACK))
+    with pytest.raises(RequestError):
+        redux_tokens(encoder, ready)
+
+
+def test_a_request_that_cannot_be_served_is_not_preprocessed(pipeline, request_for):
+    with pytest.raises(RequestError, match="fit is 'wide'"):
+        pipeline.preprocess(request_for(fit="wide"))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fp8_products import needs_fp8
 from redux_kernels import reference
 from redux_pipelines.fp8.linear import E4M3, Fp8Linear, project
 
@@ -36,6 +37,7 @@ def error(got, want):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 48), (1, 67, 48), (3, 33, 48), (5, 48), (2, 3, 4, 48)], ids=str
 )
+@needs_fp8
 def test_product_is_that_of_the_dequantised_numbers(shape, dtype, bound):
     fp8, x = layer(dtype=dtype), draw(*shape, dtype=dtype)
     got = fp8(x)
@@ -44,6 +46,7 @@ def test_product_is_that_of_the_dequantised_numbers(shape, dtype, bound):
     assert error(got, exact(fp8, x)) <= bound
 
 
+@needs_fp8
 def test_rows_may_lie_apart():
     fp8, wide = layer(), draw(2, 9, 100)
     x = wide[:, 2:7, 20:68]
@@ -52,6 +55,7 @@ def test_rows_may_lie_apart():
 
 
 @pytest.mark.parametrize("beside", [None, 16])
+@needs_fp8
 def test_rows_from_a_fused_kernel_are_taken_as_they_are(beside):
     mlp = draw(2, 7, 48 - (beside or 0))
     other = None if beside is None else draw(2, 7, beside, seed=5)
@@ -63,6 +67,7 @@ def test_rows_from_a_fused_kernel_are_taken_as_they_are(beside):
     assert error(got, exact(fp8, h)) <= 1e-6
 
 
+@needs_fp8
 def test_rows_of_a_fused_norm_are_taken_as_they_are():
     x, scale, shift = draw(2, 7, 48), draw(2, 48, seed=3), draw(2, 48, seed=4)
     fp8, h = layer(), reference.adaln(x, scale, shift)
@@ -71,6 +76,7 @@ def test_rows_of_a_fused_norm_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize("rows", [slice(0, 80), slice(16, 48), slice(64, 80)], ids=str)
+@needs_fp8
 def test_some_rows_of_the_weight_give_those_columns(rows):
     fp8, x = layer(), draw(2, 5, 48)
     assert error(fp8(x, rows), exact(fp8, x)[..., rows]) <= 1e-6
@@ -97,11 +103,13 @@ def test_a_weight_is_off_by_half_a_step_at_most():
     assert (off <= STEP * weight.abs() + fp8.weight_scale * 2**-10 * 1.001).all()
 
 
+@needs_fp8
 def test_rows_of_zeros_stay_zeros():
     fp8 = Fp8Linear.of(torch.zeros(16, 32), draw(16))
     assert torch.equal(fp8(torch.zeros(3, 32)), fp8.bias.expand(3, 16))
 
 
+@needs_fp8
 def test_an_outlier_costs_its_own_row_only():
     weight, x = draw(64, 96), draw(1, 10, 96)
     outlying = x.clone()
@@ -117,6 +125,7 @@ def test_an_outlier_costs_its_own_row_only():
     )
 
 
+@needs_fp8
 def test_an_outlier_channel_of_the_weight_costs_its_own_output_only():
     weight, x = draw(64, 96), draw(1, 10, 96)
     outlying = weight.clone()
@@ -128,6 +137,7 @@ def test_an_outlier_channel_of_the_weight_costs_its_own_output_only():
 
 
 @pytest.mark.parametrize("outliers", [False, True])
+@needs_fp8
 def test_error_of_an_mlp_is_within_its_budget(outliers):
     """Measured: .046, with outliers .048."""
     x, up, down = draw(128, 256), draw(1024, 256) / 16, draw(256, 1024) / 32
@@ -148,6 +158,7 @@ def test_a_layer_made_empty_learns_nothing():
     assert not any(each.requires_grad for each in fp8.parameters())
 
 
+@needs_fp8
 def test_a_graph_is_captured_whole():
     fp8, x = layer(), draw(2, 5, 48)
     compiled = torch.compile(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fp8_products import needs_fp8
 from redux_pipelines.fp8 import self_test
 from redux_pipelines.fp8.linear import Fp8Linear
 from redux_pipelines.loading.load import load_pipeline
@@ -22,8 +23,19 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@needs_fp8
 def test_a_cpu_passes(dtype):
     assert self_test.refusal(CPU, dtype, WIDTH) is None
+
+
+def test_a_torch_without_products_of_rows_is_refused_on_a_cpu(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("scale_a.numel() == 1 INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fail)
+    monkeypatch.setattr(self_test, "_cpu_refusal", self_test._cpu_refusal.__wrapped__)
+    with pytest.raises(ValueError, match=r"lacks there: use torch 2\.13 or newer"):
+        load_pipeline(model="tiny", device="cpu", transformer_dtype="fp8")
 
 
 def test_the_self_test_leaves_torchs_generator_alone():
@@ -87,6 +99,7 @@ def _break(monkeypatch, change):
     ],
     ids=["scaled", "shifted", "nan", "inf", "one scale for all rows"],
 )
+@needs_fp8
 def test_wrong_numbers_are_noticed(monkeypatch, change, text):
     _break(monkeypatch, change)
     reason = self_test.refusal(CPU, torch.float32, WIDTH)
@@ -94,6 +107,7 @@ def test_wrong_numbers_are_noticed(monkeypatch, change, text):
     assert text in reason
 
 
+@needs_fp8
 def test_weights_quantised_too_coarsely_are_noticed(monkeypatch):
     def coarse(h):
         q, scale = self_test.quantize_rows(h)
@@ -109,6 +123,7 @@ def _without_the_product(monkeypatch):
     return self_test.refusal(CPU, torch.float32, WIDTH)
 
 
+@needs_fp8
 def test_a_product_that_raises_is_a_reason(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED " + 1000 * "x")

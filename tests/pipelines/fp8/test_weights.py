@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fp8_products import needs_fp8
 from pipelines.networks import CPU, SMALL, conditioning, error, noise, predict
 from redux_kernels.reference import quantize_rows
 from redux_pipelines.attention.choice import choose
@@ -126,6 +127,7 @@ def test_widened_weights_are_the_nearest_to_the_products(tensors):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
+@needs_fp8
 def test_a_forward_is_near_float32(model, tensors, batch):
     """Measured: .034; with weights alone in e4m3 .026."""
     grid, given = Grid(4, 6), conditioning(model, copies=40)
@@ -134,6 +136,7 @@ def test_a_forward_is_near_float32(model, tensors, batch):
     assert 0.005 < error(predict(denoiser(quantized(tensors)), given, grid, img), exact) <= 0.055
 
 
+@needs_fp8
 def test_weights_alone_cost_less_than_weights_and_inputs(model, tensors):
     grid, given = Grid(4, 6), conditioning(model, copies=40)
     img, view = noise(model, grid), quantized(tensors)

@@ -14,6 +14,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fp8_products import needs_fp8
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fp8.linear import E4M3
 from redux_pipelines.fp8.weights import Quantized
@@ -153,6 +154,7 @@ def test_licences_go_along_and_single_file_checkpoints_do_not(tiny, tmp_path):
     assert not (tmp_path / "out" / "flux1-dev.safetensors").exists()
 
 
+@needs_fp8
 def test_it_serves_as_a_base_and_equals_quantising_while_loading(
     tiny, made, load, request_for, finish, difference
 ):

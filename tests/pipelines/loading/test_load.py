@@ -5,16 +5,21 @@ import shutil
 import subprocess
 import sys
 
-import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
+from pipelines.pretended_gpus import PretendedGpus
 from redux_pipelines.errors import AttentionError, WeightsError
 from redux_pipelines.fake import FakePipeline
 from redux_pipelines.loading import load as load_module
 from redux_pipelines.loading.load import load_pipeline, locate
+
+try:
+    import httpx2 as httpx  # which huggingface_hub uses since 2.0
+except ModuleNotFoundError:
+    import httpx
 
 
 def test_fake_is_the_fake():
@@ -145,6 +150,24 @@ def test_a_missing_gpu_is_said(monkeypatch):
         load_pipeline(model="tiny", device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("named", "within"), [("auto", 0), ("cpu", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
+)
+def test_a_model_is_loaded_with_its_device_current(tiny, monkeypatch, named, within):
+    gpus = PretendedGpus(2).install(monkeypatch)
+    seen = []
+
+    def stop(*_):
+        seen.append(gpus.current)
+        raise WeightsError("far enough")
+
+    monkeypatch.setattr("redux_pipelines.loading.components.load_components", stop)
+    with pytest.raises(WeightsError, match="far enough"):
+        load_pipeline(base=tiny.base, redux=tiny.redux, device=named)
+    assert seen == [within]
+    assert gpus.current == 0
+
+
 def test_missing_files_are_all_named(tiny, tmp_path):
     base = shutil.copytree(tiny.base, tmp_path / "base")
     (base / "vae" / "config.json").unlink()
@@ -182,7 +205,7 @@ def test_a_place_that_is_nothing_is_said(source):
 
 
 def _response(status):
-    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co"))
+    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
 
 
 @pytest.mark.parametrize(

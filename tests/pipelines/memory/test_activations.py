@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import SiglipVisionConfig, SiglipVisionModel, T5Config, T5EncoderModel
 
+from fp8_products import needs_fp8
 from live_bytes import LiveBytes
 from pipelines.full_size import VAE
 from pipelines.networks import (
@@ -86,6 +89,7 @@ def test_peak_of_a_forward_pass(dtype, layers):
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (1, 2)], ids=str)
+@needs_fp8
 def test_peak_of_a_forward_pass_in_fp8(layers):
     """With plain torch; the fused kernels of a GPU quantise without copies in float32."""
     model = diffusers_model(
@@ -135,9 +139,17 @@ def test_peak_of_t5(dtype, width, inner, heads, tokens):
         feed_forward_proj="gated-gelu",
     )
     model = T5EncoderModel(config).eval().to(dtype)
-    peak = _measured(lambda: model(torch.zeros(1, tokens, dtype=torch.long)))
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    peak = _measured(lambda: model(ids))
     size = EncoderSize(parameters=0, width=width, inner=inner, heads=heads, tokens=tokens)
-    assert activations.text_bytes(size, dtype.itemsize) == pytest.approx(peak, rel=0.1)
+    formula = activations.text_bytes(size, dtype.itemsize)
+    attend = F.scaled_dot_product_attention
+    with patch.object(F, "scaled_dot_product_attention", wraps=attend) as spy, torch.no_grad():
+        model(ids)
+    if spy.call_args.kwargs["attn_mask"].is_contiguous():
+        assert formula == pytest.approx(peak, rel=0.1)
+    else:  # transformers before 5.23 gives attention the biases as they lie, and needs no copy
+        assert 0.9 * peak <= formula <= 1.7 * peak
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

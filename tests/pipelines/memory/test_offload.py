@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from fp8_products import needs_fp8
 from pipelines.networks import (
     CPU,
     SCHEDULE,
@@ -21,6 +22,7 @@ from redux_pipelines.fp8.weights import Quantized
 from redux_pipelines.loading.components import stream_blocks
 from redux_pipelines.loading.flux_weights import fp8_layers, load_flux
 from redux_pipelines.memory import offload
+from redux_pipelines.memory.host import HostMemory
 from redux_pipelines.memory.offload import BlockStream, OnDemand, Packed, tensors_of
 from redux_pipelines.memory.plan import spread
 from redux_pipelines.network.flux import FluxParams
@@ -47,10 +49,10 @@ def copies(monkeypatch):
     seen = []
     fetch = offload._Lane.fetch
 
-    def spy(lane, place, host):
+    def spy(lane, place, packed):
         if lane._holds != place:
             seen.append(place)
-        fetch(lane, place, host)
+        fetch(lane, place, packed)
 
     monkeypatch.setattr(offload._Lane, "fetch", spy)
     return seen
@@ -67,6 +69,7 @@ def test_streamed_blocks_give_bitwise_the_same(count, dtype):
         assert torch.equal(predict(streaming, given, grid, img, step), expected)
 
 
+@needs_fp8
 def test_streamed_blocks_in_fp8_give_bitwise_the_same():
     model = diffusers_model(torch.bfloat16)
     params = FluxParams.of(model.config)
@@ -208,6 +211,31 @@ def test_addresses_on_the_device_never_change():
     assert [each.data_ptr() for each in blocks.parameters()] == before
 
 
+def _storages(tensors):
+    return {each.untyped_storage()._cdata for each in tensors}
+
+
+def test_weights_scattered_over_host_memory_come_in_one_piece():
+    """Small ones go where an earlier slab has room, so that a module lies in several places."""
+    torch.manual_seed(0)
+    sizes = (1024, 300, 256, 40, 8)
+    weights = [torch.randint(255, (size,), dtype=torch.uint8) for size in sizes]
+    before = [each.clone() for each in weights]
+    memory = HostMemory(0, pinned=False)  # expects nothing, so that every slab is a small one
+    earlier = memory.take(5 * 256)  # of a slab of 8 × 256
+    packed = Packed(weights, memory)
+    homes = [each.untyped_storage()._cdata for each in weights]
+    assert len(set(homes)) == 4
+    assert homes[1] == homes[2] == earlier.slab.untyped_storage()._cdata
+    assert [len(run) for _, run in packed._runs] == [1024, 3 * 256, 256, 256]
+    buffer = torch.zeros(packed.size_bytes, dtype=torch.uint8)
+    packed.copy_to(buffer)
+    packed.bind(buffer)
+    assert all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
+    packed.unbind()
+    assert [each.untyped_storage()._cdata for each in weights] == homes
+
+
 class _Odd(nn.Module):
     """Weights of several dtypes and shapes, and one used twice."""
 
@@ -223,11 +251,14 @@ class _Odd(nn.Module):
 def test_weights_of_any_kind_are_packed():
     module = _Odd()
     before = {name: each.clone() for name, each in module.state_dict().items()}
-    packed = Packed(tensors_of(module), CPU)
+    packed = Packed(tensors_of(module), HostMemory(4 * 256, pinned=False))
     assert len(tensors_of(module)) == 4
     assert packed.size_bytes == 4 * 256
-    storages = {each.untyped_storage()._cdata for each in tensors_of(module)}
-    assert storages == {packed.host.untyped_storage()._cdata}
+    assert len(_storages(tensors_of(module))) == 1
+    buffer = torch.zeros(packed.size_bytes, dtype=torch.uint8)
+    packed.copy_to(buffer)
+    packed.bind(buffer)
+    assert _storages(tensors_of(module)) == _storages([buffer])
     for name, each in module.state_dict().items():
         assert each.dtype == before[name].dtype
         assert each.shape == before[name].shape
@@ -263,12 +294,12 @@ def test_an_encoder_on_demand_gives_bitwise_the_same():
 def test_an_encoder_on_demand_leaves_nothing_behind():
     encoder = T5EncoderModel(T5).eval().requires_grad_(False)
     on_demand = OnDemand(encoder, CPU, encoder.encoder.block)
-    hosts = {packed.host.untyped_storage()._cdata for packed in on_demand._stream._packed}
-    hosts.add(on_demand._rest.host.untyped_storage()._cdata)
+    hosts = _storages(encoder.parameters())
     with on_demand:
         assert on_demand._stream.buffer_bytes > 0
+        assert not hosts & _storages(encoder.parameters())
     assert on_demand._stream.buffer_bytes == 0
-    assert {each.untyped_storage()._cdata for each in encoder.parameters()} == hosts
+    assert _storages(encoder.parameters()) == hosts
 
 
 def test_an_error_within_gives_the_memory_back_too():
@@ -306,7 +337,7 @@ def test_streamed_weights_are_pinned_and_an_encoder_leaves_the_gpu():
     ids = torch.arange(20)[None]
     expected = encoder(ids).last_hidden_state
     on_demand = OnDemand(encoder, cuda, encoder.encoder.block)
-    assert all(packed.host.is_pinned() for packed in on_demand._stream._packed)
+    assert all(each.is_pinned() for each in encoder.parameters())
     before = torch.cuda.memory_allocated()
     with torch.inference_mode(), on_demand:
         out = encoder(ids.to(cuda)).last_hidden_state.cpu()

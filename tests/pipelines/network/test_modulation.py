@@ -5,7 +5,7 @@ import torch
 
 from pipelines import networks
 from pipelines.networks import CPU, SCHEDULE, conditioning, diffusers_model, engine, predict
-from redux_pipelines.network.modulation import DOUBLE_ROWS, SINGLE_ROWS, host_copy
+from redux_pipelines.network.modulation import DOUBLE_ROWS, SINGLE_ROWS
 from redux_pipelines.sampling import Grid, Schedule
 
 
@@ -69,13 +69,11 @@ def test_guidance_makes_no_second_table_for_a_model_without_it():
     assert low is high
 
 
-@pytest.mark.parametrize("when", ["loaded so", "later"])
-def test_evicted_weights_give_identical_results(when):
+def test_evicted_weights_give_identical_results():
     model, grid = diffusers_model(), Grid(3, 4)
     given, img = conditioning(model), networks.noise(model, grid)
     expected = predict(engine(model), given, grid, img)
-    evicted = engine(model, evict_modulation=when == "loaded so")
-    evicted.evict_modulation()
+    evicted = engine(model, evict_modulation=True)
     assert torch.equal(predict(evicted, given, grid, img), expected)
 
 
@@ -88,28 +86,26 @@ def test_a_warm_table_needs_no_modulation_weights():
     assert torch.equal(predict(denoiser, given, grid, img), expected)
 
 
-def test_host_memory_is_where_a_cpu_has_its_weights_anyway():
-    weight = torch.ones(3)
-    assert host_copy(weight) is weight
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_evicted_weights_leave_the_gpu_and_give_the_same_table():
+def test_evicted_weights_are_not_on_the_gpu_and_give_the_same_table():
     from redux_pipelines.loading.flux_weights import load_flux
     from redux_pipelines.network.flux import FluxParams
 
     model, cuda = diffusers_model(), torch.device("cuda")
-    flux = load_flux(
-        FluxParams.of(model.config), model.state_dict(), device=cuda, dtype=torch.float32
-    )
     times, guidance = (torch.tensor(each, device=cuda) for each in ([900.0, 10.0], [3500.0]))
-    with torch.inference_mode():
-        vec = torch.ones(20, device=cuda)
-        before = flux.modulation.table(times, guidance, vec)
-        flux.modulation.evict()
-        after = flux.modulation.table(times, guidance, vec)
-    assert torch.equal(before, after)
+    tables = []
+    for is_evicted in (False, True):
+        flux = load_flux(
+            FluxParams.of(model.config),
+            model.state_dict(),
+            device=cuda,
+            dtype=torch.float32,
+            evict_modulation=is_evicted,
+        )
+        with torch.inference_mode():
+            tables.append(flux.modulation.table(times, guidance, torch.ones(20, device=cuda)))
+    assert torch.equal(*tables)
     weight = flux.modulation.layers[0].weight
     assert weight.device == CPU
     assert weight.is_pinned()

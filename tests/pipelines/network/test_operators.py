@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from fp8_products import needs_fp8
 from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, error, noise
 from redux_kernels.reference import quantize_rows
 from redux_pipelines.fp8 import linear as linear_module
@@ -41,9 +42,16 @@ def close(one, other):
     torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
 
 
+KINDS = pytest.mark.parametrize(
+    ("fp8", "check"),
+    [(False, close), pytest.param(True, near, marks=needs_fp8)],
+    ids=["plain", "fp8"],
+)
+
+
 @pytest.mark.parametrize("pending", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@KINDS
 @torch.no_grad()
 def test_normed_linear(pending, batch, fp8, check):
     layer = linear(WIDTH, 2 * WIDTH, fp8=fp8)
@@ -59,7 +67,7 @@ def test_normed_linear(pending, batch, fp8, check):
         check(h, project(layer, norm, rows))
 
 
-@pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@KINDS
 @torch.no_grad()
 def test_linear_of_rows_that_lie_apart(fp8, check):
     layer, x = linear(WIDTH, 2 * WIDTH, fp8=fp8), draw(2, ROWS + 3, WIDTH)[:, 3:]
@@ -82,6 +90,7 @@ def in_fp8(flux):
 
 
 @torch.no_grad()
+@needs_fp8
 def test_in_fp8_the_kernels_leave_no_rows_to_plain_torch(monkeypatch):
     """Whatever a block's linear layers are given comes quantised from an operator of ours."""
     left = []
@@ -125,7 +134,7 @@ def test_place_heads(with_values):
     assert not qk[:, :5].any()
 
 
-@pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@KINDS
 @torch.no_grad()
 def test_normed_mlp(fp8, check):
     up, down = linear(WIDTH, 4 * WIDTH, fp8=fp8), linear(4 * WIDTH, fp8=fp8)
@@ -138,7 +147,7 @@ def test_normed_mlp(fp8, check):
         check(y, expected)
 
 
-@pytest.mark.parametrize(("fp8", "check"), [(False, close), (True, near)], ids=["plain", "fp8"])
+@KINDS
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_single_in_and_out_join_attention_and_mlp(fp8, check, batch):

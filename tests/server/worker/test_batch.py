@@ -22,6 +22,7 @@ from redux_pipelines.contract.types import (
 )
 from redux_pipelines.errors import DeviceError, DeviceMemoryError, OutputError, RequestError
 from redux_pipelines.fake import FakePipeline
+from redux_pipelines.loading.load import load_pipeline
 from redux_server.net.guard import FetchError
 from redux_server.pictures.decode import DecodeError
 from redux_server.tasks.task import Status
@@ -474,6 +475,43 @@ def test_checker_that_breaks_fails_the_task_and_shows_nothing(bench: Bench) -> N
         bench.blobs.get(f"{task.id}/1/0.png")
 
 
+# --- large pictures -------------------------------------------------------------------------------
+
+
+class Large:
+    """Loads a picture of six megapixels; of ten where it is a mask."""
+
+    def load(self, reference: str) -> Image.Image:
+        size = (4000, 2500) if "mask" in reference else (3000, 2000)
+        return Image.linear_gradient("L").resize(size).convert("RGB")
+
+
+@pytest.mark.parametrize("fit", ["squash", "letterbox", "center"])
+def test_the_device_never_waits_for_a_large_picture(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fit: str
+) -> None:
+    """Of what is done to pixels on its thread, all is of the encoder's small square."""
+    pipeline, pixels = load_pipeline(model="tiny", device="cpu"), {True: [0], False: [0]}
+
+    def watch(name: str) -> None:
+        real = getattr(Image.Image, name)
+
+        def watched(image: Image.Image, *given: Any, **more: Any) -> Any:
+            on_device = threading.current_thread().name.startswith("device")
+            pixels[on_device].append(image.width * image.height)
+            return real(image, *given, **more)
+
+        monkeypatch.setattr(Image.Image, name, watched)
+
+    for name in ("resize", "convert", "crop", "copy"):
+        watch(name)
+    asked = {"images": ["https://example.com/b.png"], "mask": "https://example.com/mask.png"}
+    task = bench.done(pipeline=pipeline, images=Large(), parameters={"fit": fit, **asked})
+    assert task.status is Status.COMPLETED
+    assert max(pixels[False]) == 4000 * 2500
+    assert max(pixels[True]) <= 512 * 576, "of the image that is made, before it is cropped"
+
+
 # --- failures -------------------------------------------------------------------------------------
 
 
@@ -487,6 +525,9 @@ class BrokenPipeline:
 
     def cache_stats(self) -> dict[str, CacheStats]:
         return {}
+
+    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
+        return request
 
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> Iterator[BatchEvent]:
         for event in self.events:

@@ -36,12 +36,12 @@ def check_gpu(settings: ServerSettings) -> Iterator[Finding]:
     import torch
 
     wanted = devices(settings.device)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _count()
     for i in range(count):
         yield Finding(Level.OK, f"cuda:{i}", _describe_gpu(i))
     if count:
         yield Finding(Level.OK, "driver", _driver_version())
-    lacking = [name for name in wanted if name != "cpu" and _index(name) >= count]
+    lacking = [name for name in wanted if not _is_there(name)]
     if lacking:
         yield Finding(
             Level.MISSING,
@@ -85,6 +85,16 @@ def _slow_dtype(dtype: str, wanted: list[str]) -> Iterator[Finding]:
             yield Finding(Level.NOTE, "dtype", reason)
 
 
+def _count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _is_there(device: str) -> bool:
+    return device == "cpu" or _index(device) < _count()
+
+
 def _index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
@@ -103,10 +113,8 @@ def check_memory(settings: ServerSettings) -> Iterator[Finding]:
 
     from redux_pipelines.memory.cards import card_of
 
-    if not torch.cuda.is_available():
-        return
     for name in devices(settings.device):
-        if name != "cpu":
+        if name != "cpu" and _is_there(name):
             yield from _judge_memory(settings, card_of(torch.device(name)), f"{name} memory")
 
 
@@ -186,11 +194,16 @@ def check_attention(settings: ServerSettings) -> Iterator[Finding]:
         return
     import torch
 
+    from redux_pipelines.devices import as_current
+
     wanted = devices(settings.device)
     dtype = getattr(torch, _dtype_name(settings, wanted))
     for name in wanted:
-        if name == "cpu" or torch.cuda.is_available():
-            yield from _check_device(settings, torch.device(name), dtype)
+        if _is_there(name):
+            device = torch.device(name)
+            with as_current(device):
+                found = list(_check_device(settings, device, dtype))
+            yield from found
 
 
 def _check_device(
@@ -251,25 +264,23 @@ def _head_dim(settings: ServerSettings) -> int:
 
 def check_fp8(settings: ServerSettings) -> Iterator[Finding]:
     """What the start-up self-test of fp8 says on each device; of a CPU only if fp8 is asked for."""
-    import torch
-
     is_wanted = settings.transformer_dtype == "fp8"
     if is_wanted and settings.backend != "engine":
         text = f"needs --backend engine, and it is {settings.backend}"
         yield Finding(Level.MISSING, _FP8, text)
         return
     for name in devices(settings.device):
-        is_there = name == "cpu" or torch.cuda.is_available()
-        if is_there and (is_wanted or name != "cpu"):
+        if _is_there(name) and (is_wanted or name != "cpu"):
             yield _judge_fp8(name, settings.dtype, is_wanted=is_wanted)
 
 
 def _judge_fp8(name: str, dtype: str, *, is_wanted: bool) -> Finding:
-    from redux_pipelines.devices import resolve_device, resolve_dtype
+    from redux_pipelines.devices import as_current, resolve_device, resolve_dtype
     from redux_pipelines.fp8 import self_test
 
     device = resolve_device(name)
-    reason = self_test.refusal(device, resolve_dtype(dtype, device))
+    with as_current(device):
+        reason = self_test.refusal(device, resolve_dtype(dtype, device))
     if reason is not None:
         text = f"not on {name}: {reason}"
         if is_wanted:

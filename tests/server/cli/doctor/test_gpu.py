@@ -1,12 +1,15 @@
 """What ``doctor`` says of GPUs: what is there, what fits, which attention, whether fp8."""
 
 from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fp8_products import needs_fp8
+from pipelines.pretended_gpus import PretendedGpus
 from redux_pipelines.attention import choice, flash_libraries
 from redux_pipelines.attention.choice import NAMES
 from redux_pipelines.attention.groups import Implementation
@@ -49,7 +52,7 @@ def test_gpus_are_described(settings: ServerSettings, monkeypatch: pytest.Monkey
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One GPU with 22 GB to use."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    PretendedGpus(1).install(monkeypatch)
     monkeypatch.setattr(cards, "card_of", lambda device: Card(f"GPU {device}", 22 * 10**9))
 
 
@@ -211,6 +214,22 @@ def test_the_setting_knows_every_attention_in_its_order() -> None:
     assert ", ".join(NAMES) in help_
 
 
+def test_attention_is_tested_with_its_device_current(
+    mini: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus, seen = PretendedGpus(2).install(monkeypatch), []
+
+    def check(*_: object) -> Iterator[Finding]:
+        for _ in range(2):
+            seen.append(gpus.current)
+            yield Finding(Level.OK, "attention", "")
+
+    monkeypatch.setattr(gpu, "_check_device", check)
+    for _ in gpu.check_attention(replace(mini, device="cuda:1,cpu,cuda:0,cuda:2")):
+        assert gpus.current == 0
+    assert seen == [1, 1, 0, 0, 0, 0], "of cuda:1, of the CPU and of cuda:0; there is no cuda:2"
+
+
 # --- fp8 ------------------------------------------------------------------------------------------
 
 
@@ -218,7 +237,7 @@ def test_the_setting_knows_every_attention_in_its_order() -> None:
 def test_why_a_gpu_cannot_run_fp8_is_said(
     settings: ServerSettings, monkeypatch: pytest.MonkeyPatch, wanted: str, level: Level
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    PretendedGpus(1).install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     given = replace(settings, device="cuda:0", transformer_dtype=wanted)
@@ -231,12 +250,24 @@ def test_why_a_gpu_cannot_run_fp8_is_said(
 def test_fp8_that_passed_its_self_test_is_said(
     settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    PretendedGpus(1).install(monkeypatch)
     monkeypatch.setattr("redux_pipelines.fp8.self_test.refusal", lambda *_: None)
     found = only(gpu.check_fp8(replace(settings, device="cuda:0")))
     assert (found.level, found.text[:32]) == (Level.OK, "the self-test passed on cuda:0; ")
 
 
+def test_fp8_is_tested_with_its_device_current(
+    settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus, seen = PretendedGpus(2).install(monkeypatch), []
+    monkeypatch.setattr(
+        "redux_pipelines.fp8.self_test.refusal", lambda *_: seen.append(gpus.current)
+    )
+    list(gpu.check_fp8(replace(settings, device="cuda:1,cuda:0,cuda:2")))
+    assert seen == [1, 0]
+
+
+@needs_fp8
 def test_fp8_on_a_cpu_is_a_matter_of_asking_for_it(settings: ServerSettings) -> None:
     assert list(gpu.check_fp8(settings)) == []
     found = only(gpu.check_fp8(replace(settings, transformer_dtype="fp8")))
