@@ -1,14 +1,18 @@
 """The start-up test: each kernel against its float32 reference, on the device that will run it.
 
 What passes may run there; what does not keeps its reference, with the reason (``dispatch``). The
-test also compiles the kernels for the model's sizes before the first request needs them.
+test also compiles the kernels for the model's sizes before the first request needs them. Each is
+run twice, with other numbers, into memory that holds none of them: a kernel that does nothing, that
+gives again what it gave before or that does not read an argument must not pass.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +32,6 @@ from redux_kernels import (
     reference,
 )
 
-EPS = 1e-6
 ROWS = 67  # a tail in every tile
 GROUPS = 8
 REASON_LENGTH = 300
@@ -43,6 +46,21 @@ class Comparison(NamedTuple):
     rtol: float
 
 
+class Numbers(NamedTuple):
+    """What a kernel is given beside tensors: no two rounds have one in common."""
+
+    eps: float
+    offset: int
+    columns_before: int
+    copies: float
+    bias: float
+    groups_halved: bool
+
+
+ROUNDS = (Numbers(1e-6, 5, 1, 512.0, 0.5, False), Numbers(0.5, 9, 0, 3.0, -1.0, True))
+ROOM = ROWS + 16  # rows of what is written to from an offset on
+
+
 class Draw(NamedTuple):
     """Makes a test's tensors: the same ones every time, without touching torch's generators."""
 
@@ -51,7 +69,14 @@ class Draw(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     generator: torch.Generator
-    groups: int = GROUPS
+    channel_groups: int = GROUPS
+    numbers: Numbers = ROUNDS[0]
+
+    @property
+    def groups(self) -> int:
+        """Of GroupNorms, in this round."""
+        halved = self.numbers.groups_halved and self.channel_groups % 2 == 0
+        return self.channel_groups // 2 if halved else self.channel_groups
 
     @property
     def width(self) -> int:
@@ -74,96 +99,134 @@ class Draw(NamedTuple):
         """(1, heads, rows, d) whose rows come before its heads in memory."""
         return self(1, ROWS, self.heads, self.head_dim).transpose(1, 2)
 
+    def written_to(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Twice the same rows to write into, the second in float32: what is left alone shows."""
+        got = self(*shape)
+        return got, got.float()
+
     def rounded(self, got: Tensor, want: Tensor) -> Comparison:
         """For numbers that are rounded once."""
         return Comparison(got, want, 2e-5, max(torch.finfo(self.dtype).eps, 2e-5))
 
 
-def _quantized(q: Tensor, row_scale: Tensor, want: Tensor) -> Comparison:
-    """Half a step of e4m3, with a little room for the float32 numbers before it."""
-    return Comparison(q.float() * row_scale, want, float(row_scale.max()) * 2**-9, 1.01 * 2**-4)
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """Fill what kernels allocate: else it might still hold the numbers that are expected of them.
+
+    torch fills new memory with NaN while its deterministic mode is on; launches are all that runs
+    in here, and nothing else of that mode concerns them.
+    """
+    fill: Any = torch.utils.deterministic
+    mode, is_filled = torch.get_deterministic_debug_mode(), fill.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    fill.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        fill.fill_uninitialized_memory = is_filled
+        torch.set_deterministic_debug_mode(mode)
+
+
+def _quantized(q: Tensor, row_scale: Tensor, want: Tensor) -> Iterator[Comparison]:
+    """The rows' scales, and half a step of e4m3, with a little room for what comes before it.
+
+    How large that step is must not be for the kernel to say.
+    """
+    _, want_scale = reference.quantize_rows(want)
+    yield Comparison(row_scale, want_scale, 0.0, 1e-3)
+    atol = float(want_scale.max()) * 2**-9
+    yield Comparison(q.float() * row_scale, want, atol, 1.01 * 2**-4)
 
 
 def _test_adaln(draw: Draw) -> Iterator[Comparison]:
-    x, (scale, shift) = draw.rows(draw.width), draw.vectors(2)
-    h, _ = adaln.launch(x, scale, shift, EPS, quantize=False)
-    yield draw.rounded(h, reference.adaln(x.float(), scale, shift, EPS))
+    x, (scale, shift), eps = draw.rows(draw.width), draw.vectors(2), draw.numbers.eps
+    with new_memory_is_nan():
+        h, _ = adaln.launch(x, scale, shift, eps, quantize=False)
+    yield draw.rounded(h, reference.adaln(x.float(), scale, shift, eps))
 
 
 def _test_adaln_quantize(draw: Draw) -> Iterator[Comparison]:
-    x, (scale, shift) = draw.rows(draw.width), draw.vectors(2)
-    q, row_scale = adaln.launch(x, scale, shift, EPS, quantize=True)
-    yield _quantized(q, row_scale, reference.adaln(x.float(), scale, shift, EPS))
+    x, (scale, shift), eps = draw.rows(draw.width), draw.vectors(2), draw.numbers.eps
+    with new_memory_is_nan():
+        q, row_scale = adaln.launch(x, scale, shift, eps, quantize=True)
+    yield from _quantized(q, row_scale, reference.adaln(x.float(), scale, shift, eps))
 
 
 def _test_gate_residual_adaln(draw: Draw) -> Iterator[Comparison]:
     x, y, (gate, scale, shift) = draw.rows(draw.width), draw.rows(draw.width), draw.vectors(3)
-    total, h, _ = gate_residual_adaln.launch(x, y, gate, scale, shift, EPS, quantize=False)
+    eps = draw.numbers.eps
+    with new_memory_is_nan():
+        total, h, _ = gate_residual_adaln.launch(x, y, gate, scale, shift, eps, quantize=False)
     yield draw.rounded(total, reference.gate_residual(x.float(), y, gate))
-    yield draw.rounded(h, reference.adaln(total.float(), scale, shift, EPS))
+    yield draw.rounded(h, reference.adaln(total.float(), scale, shift, eps))
 
 
 def _test_gate_residual_adaln_quantize(draw: Draw) -> Iterator[Comparison]:
     x, y, (gate, scale, shift) = draw.rows(draw.width), draw.rows(draw.width), draw.vectors(3)
-    total, q, row_scale = gate_residual_adaln.launch(x, y, gate, scale, shift, EPS, quantize=True)
+    eps = draw.numbers.eps
+    with new_memory_is_nan():
+        total, q, row_scale = gate_residual_adaln.launch(
+            x, y, gate, scale, shift, eps, quantize=True
+        )
     yield draw.rounded(total, reference.gate_residual(x.float(), y, gate))
-    yield _quantized(q, row_scale, reference.adaln(total.float(), scale, shift, EPS))
+    yield from _quantized(q, row_scale, reference.adaln(total.float(), scale, shift, eps))
 
 
 def _test_qk_norm_rope(draw: Draw) -> Iterator[Comparison]:
-    qkv, offset = draw.rows(3 * draw.width), 5
+    qkv, offset, eps = draw.rows(3 * draw.width), draw.numbers.offset, draw.numbers.eps
     q_weight, k_weight = draw(2, draw.head_dim)
     angles = draw(ROWS, draw.head_dim // 2).float()
     cos, sin = angles.cos(), angles.sin()
-    got = torch.zeros_like(draw(3, 1, draw.heads, ROWS + 2 * offset, draw.head_dim))
-    want = torch.zeros_like(got, dtype=torch.float32)
+    got, want = draw.written_to(3, 1, draw.heads, ROOM, draw.head_dim)
     q, k, v = got
-    qk_norm_rope.launch(qkv, q_weight, k_weight, cos, sin, q, k, v, offset, EPS)
+    qk_norm_rope.launch(qkv, q_weight, k_weight, cos, sin, q, k, v, offset, eps)
     q, k, v = want
-    reference.qk_norm_rope(qkv.float(), q_weight, k_weight, cos, sin, q, k, v, offset, EPS)
+    reference.qk_norm_rope(qkv.float(), q_weight, k_weight, cos, sin, q, k, v, offset, eps)
     yield draw.rounded(got, want)
 
 
 def _test_gelu_into(draw: Draw) -> Iterator[Comparison]:
-    mlp = draw.rows(4 * draw.width)
-    out = torch.zeros_like(draw(1, ROWS, 5 * draw.width))
-    want = torch.zeros_like(out, dtype=torch.float32)
-    gelu_into.launch(mlp, out, draw.width)
-    reference.gelu_into(mlp.float(), want, draw.width)
+    mlp, column = draw.rows(4 * draw.width), draw.width * draw.numbers.columns_before
+    out, want = draw.written_to(1, ROWS, 5 * draw.width)
+    gelu_into.launch(mlp, out, column)
+    reference.gelu_into(mlp.float(), want, column)
     yield draw.rounded(out, want)
 
 
 def _test_gelu_quantize(draw: Draw) -> Iterator[Comparison]:
     mlp, beside = draw.rows(4 * draw.width), draw.rows(draw.width)
-    h = reference.gelu(mlp)
-    yield _quantized(*gelu_quantize.launch(mlp, None), h)
-    h = torch.cat((beside.float(), h), dim=-1)
-    yield _quantized(*gelu_quantize.launch(mlp, beside), h)
+    for part in (None, beside):
+        with new_memory_is_nan():
+            q, row_scale = gelu_quantize.launch(mlp, part)
+        h = reference.gelu(mlp)
+        want = h if part is None else torch.cat((part.float(), h), dim=-1)
+        yield from _quantized(q, row_scale, want)
 
 
 def _test_quantize_rows(draw: Draw) -> Iterator[Comparison]:
     x = draw.rows(draw.width)
-    yield _quantized(*quantize_rows.launch(x), x.float())
+    with new_memory_is_nan():
+        q, row_scale = quantize_rows.launch(x)
+    yield from _quantized(q, row_scale, x.float())
 
 
 def _test_merge_folded_key(draw: Draw) -> Iterator[Comparison]:
-    q, out = draw.attention(), draw.attention()
+    q, out, copies = draw.attention(), draw.attention(), draw.numbers.copies
     k, v = draw(2, 1, draw.heads, draw.head_dim)
-    lse = draw(1, draw.heads, ROWS).float() + 6
-    got = torch.zeros_like(draw(1, draw.heads, ROWS, draw.head_dim))
-    want = torch.zeros_like(got, dtype=torch.float32)
-    merge_folded_key.launch(q, k, v, out, lse, 512.0, got)
-    reference.merge_folded_key(q, k, v, out.float(), lse, 512.0, want)
+    lse = draw(1, draw.heads, ROWS).float() + math.log(copies)
+    got, want = draw.written_to(1, draw.heads, ROWS, draw.head_dim)
+    merge_folded_key.launch(q, k, v, out, lse, copies, got)
+    reference.merge_folded_key(q, k, v, out.float(), lse, copies, want)
     yield draw.rounded(got, want)
 
 
 def _test_merge_lse(draw: Draw) -> Iterator[Comparison]:
     a, b = draw.attention(), draw.attention()
     lse_a, lse_b = draw(2, 1, draw.heads, ROWS).float()
-    got = torch.zeros_like(draw(1, draw.heads, ROWS, draw.head_dim))
-    want = torch.zeros_like(got, dtype=torch.float32)
-    bias = torch.full((1,), 0.5, device=draw.device)
-    lse = merge_lse.launch(a, lse_a, b, lse_b, bias, got)
+    got, want = draw.written_to(1, draw.heads, ROWS, draw.head_dim)
+    bias = torch.full((1,), draw.numbers.bias, device=draw.device)
+    with new_memory_is_nan():
+        lse = merge_lse.launch(a, lse_a, b, lse_b, bias, got)
     want_lse = reference.merge_lse(a.float(), lse_a, b.float(), lse_b, bias, want)
     yield draw.rounded(got, want)
     yield Comparison(lse, want_lse, 1e-5, 1e-5)
@@ -175,8 +238,8 @@ def _test_biased_attention(draw: Draw) -> Iterator[Comparison]:
     q, k, v = draw(1, keys, 3, draw.heads, draw.head_dim).transpose(1, 3).unbind(2)
     q = q[:, :, -ROWS:]
     bias = torch.zeros(keys, device=draw.device)
-    bias[:ROWS], bias[ROWS], bias[-9:] = -math.inf, math.log(512), -1.0
-    got = attention.empty_out(q)
+    bias[:ROWS], bias[ROWS], bias[-9:] = -math.inf, math.log(draw.numbers.copies), -1.0
+    got = draw.attention()
     attention.launch(q, k, v, bias, got)
     rounding = 2e-5 if draw.dtype == torch.float32 else 2 * torch.finfo(draw.dtype).eps
     yield Comparison(got, reference.biased_attention(q, k, v, bias), rounding, rounding)
@@ -185,16 +248,19 @@ def _test_biased_attention(draw: Draw) -> Iterator[Comparison]:
 def _test_group_norm_statistics(draw: Draw) -> Iterator[Comparison]:
     x = draw(2, ROWS, draw.head_dim) + 3
     want_mean, want_var = reference.group_norm_statistics(x, draw.groups)
-    mean, var = group_norm_silu.launch_statistics(x, draw.groups)
+    with new_memory_is_nan():
+        mean, var = group_norm_silu.launch_statistics(x, draw.groups)
     yield Comparison(mean, want_mean, 1e-4, 1e-5)
     yield Comparison(var, want_var, 1e-4, 1e-4)
 
 
 def _test_group_norm_silu(draw: Draw) -> Iterator[Comparison]:
     x, (weight, bias) = draw(2, ROWS, draw.head_dim), draw(2, draw.head_dim)
-    mean, var = draw(2, draw.groups).float(), draw(2, draw.groups).float().exp()
-    got = group_norm_silu.launch(x, mean, var, weight, bias, EPS)
-    yield draw.rounded(got, reference.group_norm_silu(x.float(), mean, var, weight, bias, EPS))
+    mean, var = draw(2, 2, draw.channel_groups).float()
+    var, eps = var.exp(), draw.numbers.eps
+    with new_memory_is_nan():
+        got = group_norm_silu.launch(x, mean, var, weight, bias, eps)
+    yield draw.rounded(got, reference.group_norm_silu(x.float(), mean, var, weight, bias, eps))
 
 
 TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
@@ -218,8 +284,9 @@ def _verdict(operator: str, draw: Draw) -> str | None:
     """Why the kernel must not run, or None. Whatever goes wrong is a reason."""
     if reason := dispatch.hardware_refusal(operator, draw.device):
         return reason
+    rounds = (draw._replace(numbers=numbers) for numbers in ROUNDS)
     try:
-        for got, want, atol, rtol in TESTS[operator](draw):
+        for got, want, atol, rtol in chain.from_iterable(map(TESTS[operator], rounds)):
             error = (got.float() - want).abs()
             if not bool((error <= atol + rtol * want.abs()).all()):  # NaN is not <= anything
                 return (

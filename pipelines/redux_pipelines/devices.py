@@ -168,10 +168,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def fence_on(device: torch.device) -> torch.cuda.Event | None:
-    """An event that is done once all queued so far is; None on a CPU, where nothing is queued."""
+    """An event that is done once all queued so far is; None on a CPU, where nothing is queued.
+
+    Who waits for it sleeps: by default CUDA spins, which takes a core from those who decode and
+    encode pictures meanwhile.
+    """
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 

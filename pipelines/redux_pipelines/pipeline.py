@@ -20,6 +20,7 @@ from redux_pipelines.conditioning.text import TextEncoders
 from redux_pipelines.conditioning.tokens import Conditioning
 from redux_pipelines.contract.batching import check_together, has_text
 from redux_pipelines.contract.types import (
+    MIN_SIDE,
     BatchEvent,
     CacheStats,
     CompilePlan,
@@ -106,13 +107,14 @@ class ReduxPipeline:
 
     def compile(self, plan: CompilePlan) -> CompileReport:
         """Warm up the transformer. Raises ``ValueError`` for another backend than the engine."""
-        sizes = tuple(
+        *grids, least = (
             sampling.grid_for(width, height, self._info.size_multiple)
-            for width, height in plan.sizes
+            for width, height in (*plan.sizes, (MIN_SIDE, MIN_SIDE))
         )
         batches = (1,) if self._max_batch_size == 1 else (1, 2)
+        denoiser, limits = self._components.denoiser, self._components.plan.graphs
         with devices.as_current(self._components.device):
-            return warm_up(self._components.denoiser, plan, sizes, batches)
+            return warm_up(denoiser, plan, grids, batches, limits=limits, least=least)
 
     def cache_stats(self) -> dict[str, CacheStats]:
         """Those of the prompts, of the pictures, and of what the denoiser keeps."""

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redux_pipelines.contract.types import QUALITIES, LoadOptions
+from redux_pipelines.contract.types import QUALITIES, CudaGraphs, LoadOptions
 
 PREFIX = "FLUX_REDUX_"
 _ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton", "efficient")
@@ -32,7 +32,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("host", "port", "data_dir", "api_keys_file", "max_queue"),
     ),
     "Model": ("revision", "backend", "dtype", "transformer_dtype", "attention"),
-    "Speed and memory": ("max_batch_size", "batch_timeout", "memory", "compile", "cuda_graphs"),
+    "Speed and memory": (
+        *("max_batch_size", "batch_timeout", "memory", "compile", "cuda_graphs", "warm_sizes"),
+    ),
     "Safety checker": ("safety_threshold", "force_safety_checker"),
     "HTTP API": ("public_url", "cors_origins", "sync_timeout_s"),
     "Limits": ("max_open_per_key", "rate_limit", "max_upload", "min_free_disk"),
@@ -146,11 +148,19 @@ class ModelSettings:
         "compiler; kept in $XDG_CACHE_HOME/flux-redux/compile for the next start",
         choices=("off", "blocks", "full"),
     )
-    cuda_graphs: int = option(
-        0,
-        "shapes (size and prompt) whose steps are kept as CUDA graphs; 0 is none",
-        minimum=0,
-        maximum=64,
+    cuda_graphs: str = option(
+        "auto",
+        "for how many shapes (size and prompt) steps are kept as CUDA graphs: 0 (none) to 64, or "
+        "auto (in a worker on a GPU up to 8, of up to 768x768 pixels, in fp8 1024x1024, if the "
+        "memory plan has room)",
+        pattern=r"auto|\d|[1-5]\d|6[0-4]",
+    )
+    warm_sizes: str = option(
+        "",
+        "sizes such as 512x512,1024x1024 that a worker makes a picture of before it is ready, and "
+        "that --compile is tried with (default: 1024x1024 on a GPU, 512x512 on a CPU)",
+        pattern=r"\d+[x*]\d+(,\d+[x*]\d+)*",
+        older_name="sizes",
     )
     safety_threshold: float = option(
         0.8, "score from which an image is withheld", minimum=0.01, maximum=1
@@ -160,7 +170,13 @@ class ModelSettings:
         """The arguments of ``redux_pipelines.loading.load.load_pipeline``."""
         how = {item.name: getattr(self, item.name) for item in fields(LoadOptions)}
         names = ("model", "base", "redux", "revision")
+        how["cuda_graphs"] = self.graphs
         return {**{name: getattr(self, name) or None for name in names}, **how}
+
+    @property
+    def graphs(self) -> CudaGraphs:
+        """``cuda_graphs`` as the pipelines take it."""
+        return "auto" if self.cuda_graphs == "auto" else int(self.cuda_graphs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kernels.right_launches import KERNELS
 from redux_kernels import adaln, dispatch, merge_lse, reference
-from redux_kernels.self_test import self_test
+from redux_kernels.self_test import TESTS, new_memory_is_nan, self_test
+from stand_ins import NOT_COMPUTING, fixing
 
 CPU = torch.device("cpu")
 MINI = {"heads": 4, "head_dim": 64}
@@ -78,6 +80,58 @@ def test_kernel_that_cannot_start_is_refused_with_its_error(believed, monkeypatc
 
     monkeypatch.setattr(merge_lse, "launch", launch)
     assert self_test("cpu", **MINI)["merge_lse"] == "RuntimeError: out of registers"
+
+
+ARGUMENTS = [
+    (operator, argument)
+    for operator, kernel in KERNELS.items()
+    for argument in kernel.launch.arguments
+    if argument not in kernel.launch.written
+]
+
+
+def verdict(operator, launch, monkeypatch, dtype=torch.bfloat16):
+    kernel = KERNELS[operator]
+    monkeypatch.setattr(kernel.module, kernel.name, launch)
+    return self_test("cpu", **MINI, dtype=dtype, operators=(operator,))[operator]
+
+
+@pytest.mark.parametrize("operator", TESTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_the_reference_computes_passes(operator, dtype, believed, monkeypatch):
+    assert verdict(operator, KERNELS[operator].launch.compute, monkeypatch, dtype) is None
+
+
+@pytest.mark.parametrize("operator", TESTS)
+@pytest.mark.parametrize("change", NOT_COMPUTING.values(), ids=NOT_COMPUTING)
+def test_a_kernel_that_does_not_compute_is_refused(operator, change, believed, monkeypatch):
+    assert verdict(operator, change(KERNELS[operator].launch), monkeypatch) is not None
+
+
+@pytest.mark.parametrize(("operator", "argument"), ARGUMENTS)
+def test_a_kernel_that_ignores_an_argument_is_refused(operator, argument, believed, monkeypatch):
+    """It computes with the first one that it was given."""
+    assert verdict(operator, fixing(argument, KERNELS[operator].launch), monkeypatch) is not None
+
+
+@pytest.mark.parametrize("wrong", [1e30, float("inf"), float("nan")])
+def test_scales_of_rows_do_not_say_how_wrong_rows_may_be(wrong, believed, monkeypatch):
+    """Rows of zeros are within half a step of e4m3 of anything, if that step is large."""
+
+    def launch(x):
+        q, row_scale = reference.quantize_rows(x)
+        return torch.zeros_like(q), torch.full_like(row_scale, wrong)
+
+    assert verdict("quantize_rows", launch, monkeypatch) is not None
+
+
+def test_torchs_deterministic_mode_is_as_before():
+    fill = torch.utils.deterministic
+    with pytest.raises(RuntimeError, match="out of registers"), new_memory_is_nan():
+        assert torch.empty(3).isnan().all()
+        raise RuntimeError("out of registers")
+    assert torch.get_deterministic_debug_mode() == 0
+    assert fill.fill_uninitialized_memory
 
 
 def test_global_generator_is_left_alone():

@@ -194,3 +194,20 @@ def test_a_cpu_is_asked_for_what_it_has():
         assert not devices.has_fast_bfloat16(CPU)
     elif capability == "AVX512":
         assert devices.has_fast_bfloat16(CPU)
+
+
+def test_to_wait_for_a_gpu_takes_no_processor_time(monkeypatch):
+    made = []
+
+    class Event:
+        def __init__(self, *, blocking=False):
+            made.append(blocking)
+
+        def record(self, stream):
+            assert stream == "current"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    assert isinstance(devices.fence_on(torch.device("cuda", 1)), Event)
+    assert made == [True]
+    assert devices.fence_on(torch.device("cpu")) is None

@@ -39,6 +39,7 @@ OTHERS = {
     "batch_timeout": "250",
     "compile": "full",
     "cuda_graphs": "3",
+    "warm_sizes": "512x512,1024*768",
     "memory": "offload",
     "host": "::1",
     "port": "0",

@@ -2,13 +2,17 @@
 
 A graph holds the addresses and the numbers it was captured with. So a step's tensors are copied
 into buffers of their own before each replay, and whatever else differs between requests, the groups
-of keys with their biases, is part of the key. Where a capture fails, the step runs as it did.
-Never run on a GPU yet: the tests on a CPU replay with a stand-in. Knows no requests.
+of keys with their biases, is part of the key. No graph is believed before it has given the step's
+bits for other numbers than it was captured with. Where a capture fails, the step runs as it did.
+Not run on a GPU yet: the tests on a CPU replay with a stand-in. Knows no requests.
 """
 
+import gc
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -42,7 +46,7 @@ class Replay(Protocol):
 
 
 Capture = Callable[[Callable[[], Tensor]], Replay]
-"""Captures a computation without arguments. Raises ``RuntimeError`` where that is impossible."""
+"""Captures a computation without arguments. What it raises means that this is impossible."""
 
 
 class _Inputs(NamedTuple):
@@ -62,18 +66,24 @@ class _Entry:
 
 
 class GraphedStep:
-    """``step`` with at most ``max_graphs`` of its shapes captured.
+    """``step`` with at most ``max_graphs`` of its shapes captured, none of more than ``max_rows``.
 
-    Results are the same bits that ``step`` gives. A shape whose capture failed is not tried again
-    until it was forgotten.
+    Rows are those of text and image, of all images of a batch together. Results are the same bits
+    that ``step`` gives. The first step of a shape runs as it is, and is what its graph is held
+    against: that costs two more steps and two replays, once. A shape that cannot be captured is not
+    tried again until it was forgotten. One wrong graph is the end of all: ``failure`` says why.
     """
 
-    def __init__(self, step: Step, capture: Capture, max_graphs: int) -> None:
+    def __init__(
+        self, step: Step, capture: Capture, max_graphs: int, *, max_rows: float = math.inf
+    ) -> None:
         if max_graphs < 1:
             raise ValueError(f"max_graphs={max_graphs} must be at least 1")
+        self.failure: str | None = None
         self._step = step
         self._capture = capture
-        self._max_graphs = max_graphs
+        self.max_graphs = max_graphs
+        self._max_rows = max_rows
         self._entries: OrderedDict[Hashable, _Entry | None] = OrderedDict()
 
     @property
@@ -81,45 +91,101 @@ class GraphedStep:
         """Graphs held now."""
         return sum(entry is not None for entry in self._entries.values())
 
+    def takes(self, img: Tensor, txt: Tensor) -> bool:
+        """Whether a step of ``img (B, L, C)`` and ``txt (…, T, H)`` is one that is captured."""
+        rows = len(img) * (img.shape[1] + txt.shape[-2])
+        return self.failure is None and rows <= self._max_rows
+
     def __call__(self, img: Tensor, txt: Tensor, mod: Tensor, context: BlockContext) -> Tensor:
         """Replay the graph of this shape, or run the step; the result is a tensor of its own."""
+        if not self.takes(img, txt):
+            return self._step(img, txt, mod, context)
         inputs = _Inputs(img, mod, txt, *context.rope)
-        entry = self._find(_key(inputs, context), inputs, context)
+        key = _key(inputs, context)
+        if key not in self._entries:
+            return self._first(key, inputs, context)
+        self._entries.move_to_end(key)
+        entry = self._entries[key]
         if entry is None:
             return self._step(img, txt, mod, context)
-        for buffer, given in zip(entry.inputs, inputs, strict=True):
-            buffer.copy_(given)
-        entry.captured.replay()
-        return entry.captured.output.clone()  # the next replay writes over it
+        return _replayed(entry, inputs).clone()  # the next replay writes over it
 
     def clear(self) -> None:
         """Forget every graph and free its memory."""
         while self._entries:
             self._forget()
 
-    def _find(self, key: Hashable, inputs: _Inputs, context: BlockContext) -> _Entry | None:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        while len(self._entries) >= self._max_graphs:
+    def _first(self, key: Hashable, inputs: _Inputs, context: BlockContext) -> Tensor:
+        """The step as it is; its graph is kept if there can be one, and if that is right."""
+        out = self._run(inputs, context)
+        while len(self._entries) >= self.max_graphs:
             self._forget()
         entry = self._entries[key] = self._try_capture(inputs, context)
-        return entry
+        if entry is not None:
+            self._prove(key, entry, inputs, out, context)
+        return out
+
+    def _prove(
+        self, key: Hashable, entry: _Entry, inputs: _Inputs, out: Tensor, context: BlockContext
+    ) -> None:
+        try:
+            is_right = self._is_right(entry, inputs, out, context)
+        except Exception as error:  # the step itself has its result
+            logger.warning("a CUDA graph cannot be tried: %s: %s", type(error).__name__, error)
+            self._entries[key] = None
+            entry.captured.reset()
+            return
+        if not is_right:
+            self.failure = "a replayed step gives other numbers"
+            logger.warning("no CUDA graphs any more: %s", self.failure)
+            self.clear()
+
+    def _run(self, inputs: _Inputs, context: BlockContext) -> Tensor:
+        own = replace(context, txt=inputs.txt, rope=Rope(inputs.cos, inputs.sin))
+        return self._step(inputs.img, inputs.txt, inputs.mod, own)
 
     def _try_capture(self, inputs: _Inputs, context: BlockContext) -> _Entry | None:
         buffers = _Inputs(*(each.clone() for each in inputs))
-        own = replace(context, txt=buffers.txt, rope=Rope(buffers.cos, buffers.sin))
+        _fill(buffers, _others(inputs))
         try:
-            captured = self._capture(lambda: self._step(buffers.img, buffers.txt, buffers.mod, own))
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            logger.warning("no CUDA graph for %d rows: %s", context.rope.cos.shape[0], error)
+            return _Entry(buffers, self._capture(lambda: self._run(buffers, context)))
+        except Exception as error:  # whatever it is, the step runs without
+            rows = context.rope.cos.shape[0]
+            logger.warning("no CUDA graph for %d rows: %s: %s", rows, type(error).__name__, error)
             return None
-        return _Entry(buffers, captured)
+
+    def _is_right(self, entry: _Entry, inputs: _Inputs, out: Tensor, context: BlockContext) -> bool:
+        """Whether replays give ``out`` for ``inputs``, and then what belongs to other inputs.
+
+        The graph was captured with the latter: one that computes nothing, or not from all that it
+        is given, or the same at every replay, differs in one of the two.
+        """
+        others = _others(inputs)
+        rounds = ((inputs, out), (others, self._run(others, context)))
+        return all(torch.equal(_replayed(entry, each), want) for each, want in rounds)
 
     def _forget(self) -> None:
         _, entry = self._entries.popitem(last=False)
         if entry is not None:
             entry.captured.reset()
+
+
+def _fill(buffers: _Inputs, inputs: _Inputs) -> None:
+    for buffer, given in zip(buffers, inputs, strict=True):
+        buffer.copy_(given)
+
+
+def _replayed(entry: _Entry, inputs: _Inputs) -> Tensor:
+    """The graph's own output. It is NaN before: what a graph does not write is seen."""
+    _fill(entry.inputs, inputs)
+    entry.captured.output.fill_(math.nan)
+    entry.captured.replay()
+    return entry.captured.output
+
+
+def _others(inputs: _Inputs) -> _Inputs:
+    """Inputs that differ from ``inputs`` in every tensor, and are no larger: nothing overflows."""
+    return _Inputs(*(each.roll(1, -1).mul_(0.5).add_(0.125) for each in inputs))
 
 
 def _key(inputs: _Inputs, context: BlockContext) -> Hashable:
@@ -131,32 +197,100 @@ def _key(inputs: _Inputs, context: BlockContext) -> Hashable:
 class CudaCapture:
     """A ``Capture`` by the GPU's driver; its graphs share their memory for what is in between.
 
-    That is sound because results are copied out before another graph is replayed.
+    That is sound because results are copied out before another graph is replayed. A capture that
+    fails leaves the current stream, the allocator and the graphs made before as they were. Written
+    from torch 2.13's ``CUDAGraph.cpp`` and ``CUDACachingAllocator.cpp``, not run on a GPU yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = torch.cuda.graph_pool_handle()
+        self._live = 0
+        self._broken: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Callable[[], Tensor]) -> "_CudaReplay":
         """Run once for what libraries set up when first called, then capture."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             run()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(self._stream)
+        if not self._live:  # a pool whose last graph is gone takes no other
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # the graph's memory is not the allocator's
+        with _no_garbage_collection(), torch.cuda.stream(self._stream):
+            return self._capture(run)
+
+    def _capture(self, run: Callable[[], Tensor]) -> "_CudaReplay":
+        """With our stream as the current one. Other threads may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             output = run()
-        return _CudaReplay(graph, output)
+            graph.capture_end()
+        except BaseException:
+            self._abandon(graph)
+            raise
+        self._live += 1
+        return _CudaReplay(graph, output, self._released)
+
+    def _released(self) -> None:
+        self._live -= 1
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed anywhere, and what the allocator does for it.
+
+        ``capture_end`` of an invalid capture raises before it tells the allocator, which would then
+        refuse the next capture into this pool, defer frees, and go on to ask ``graph`` which
+        streams are captured: so it is told here, and ``graph`` is kept.
+        """
+        with suppress(RuntimeError):
+            graph.capture_end()
+        if _has_ended(graph):
+            with suppress(RuntimeError):
+                graph.reset()
+        else:
+            self._broken.append(graph)
+            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with suppress(RuntimeError):
+                    end(self._stream.device_index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError):
+            self._stream.synchronize()
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether ``capture_end`` came to where the graph owns its memory."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection could free, in the middle of a capture, what must not be freed in one."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
 class _CudaReplay:
     graph: torch.cuda.CUDAGraph
     output: Tensor
+    released: Callable[[], None]
 
     def replay(self) -> None:
         self.graph.replay()
 
     def reset(self) -> None:
         self.graph.reset()
+        self.released()

@@ -39,8 +39,10 @@ MAX_POOLING = 27
 """Redux tokens along a side of FLUX.1-Redux's grid: pooling to as many, or to more, is none."""
 CompileMode = Literal["off", "blocks", "full"]
 """What torch.compile compiles of the transformer: nothing, its kinds of blocks, or a whole step."""
-WARM_UP_SIZES = ((512, 512), (1024, 1024), (1344, 768), (1536, 1536))
-"""Widths and heights tried at a start: the least, the default, a wide one, the largest."""
+CudaGraphs = int | Literal["auto"]
+"""Shapes whose steps are kept as CUDA graphs; ``auto``: where they gain something and have room."""
+Sizes = tuple[tuple[int, int], ...]
+"""Widths and heights in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ class LoadOptions:
     are denoised together. ``quality`` is the tier of requests that name none: ``exact``,
     ``balanced`` or ``fast``; the last two reuse steps' work, need the engine, and were tuned on
     ``mini`` only. ``memory`` is where weights live: ``auto`` (the fastest of the others that fits
-    the GPU), ``resident``, ``evict`` or ``offload``, see ``memory.plan``.
+    the GPU), ``resident``, ``evict`` or ``offload``, see ``memory.plan``. ``cuda_graphs``: the
+    shapes that the plan is to have room for, as CUDA graphs; ``Pipeline.compile`` makes them.
     """
 
     backend: str = "engine"
@@ -163,20 +166,23 @@ class LoadOptions:
     quality: str = "exact"
     max_batch_size: int = 1
     memory: str = "auto"
+    cuda_graphs: CudaGraphs = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CompilePlan:
     """How to make a transformer faster before the first request.
 
-    ``mode``: what torch.compile compiles. ``sizes``: widths and heights to try it with.
-    ``cuda_graphs``: shapes to keep as CUDA graphs, 0 for none. ``cache_dir``: where compiled code
-    is kept between starts, None for nowhere. ``version``: ours, whose code it is.
+    ``mode``: what torch.compile compiles. ``sizes``: widths and heights to try it with; compiled
+    code is tried with the smallest of all, too. ``cuda_graphs``: shapes to keep as CUDA graphs, of
+    those that the memory plan has room for; ``auto`` makes none without such a plan, and is silent
+    about it. ``cache_dir``: where compiled code is kept between starts, None for nowhere.
+    ``version``: ours, whose code it is.
     """
 
     mode: CompileMode
-    sizes: tuple[tuple[int, int], ...] = WARM_UP_SIZES
-    cuda_graphs: int = 0
+    sizes: Sizes = ((1024, 1024),)
+    cuda_graphs: CudaGraphs = 0
     cache_dir: Path | None = None
     version: str = ""
 

@@ -74,7 +74,7 @@ class EngineDenoiser:
 
     def prepare(
         self, conditioning: Conditioning, schedule: Schedule, grid: Grid
-    ) -> "_PreparedEngine":
+    ) -> "PreparedEngine":
         """Embed the text rows, and find or make the tables for ``schedule`` and ``grid``."""
         rows = fold_tokens(conditioning, grid.tokens, self._attention.row_multiple)
         txt_in = self._flux.txt_in
@@ -90,15 +90,15 @@ class EngineDenoiser:
             context = traceable(context, self._attention)
         step = self.graphed or self._flux
         modulation = self._modulation(conditioning, schedule)
-        return _PreparedEngine(self._flux, step, txt, modulation, context)
+        return PreparedEngine(self._flux, step, txt, modulation, context)
 
-    def join(self, prepared: Sequence[PreparedDenoiser]) -> PreparedDenoiser:
+    def join(self, prepared: Sequence[PreparedDenoiser]) -> "PreparedEngine":
         """Stack text and modulations; of one image it is that image's own, as they are.
 
         A batch has a text and a modulation per image even where they are equal, so that compiled
         code and CUDA graphs know one form of a batch.
         """
-        parts = [each for each in prepared if isinstance(each, _PreparedEngine)]
+        parts = [each for each in prepared if isinstance(each, PreparedEngine)]
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -153,7 +153,9 @@ class _PerImage:
 
 
 @dataclass(frozen=True, slots=True)
-class _PreparedEngine:
+class PreparedEngine:
+    """A request, or a batch of them, ready for its steps; ``step`` is what computes one."""
+
     reused: ClassVar[int] = 0
     flux: Flux
     step: Step
@@ -162,9 +164,11 @@ class _PreparedEngine:
     context: BlockContext
 
     def predict(self, img: Tensor, step: int) -> Tensor:
+        """Velocity of ``img (B, L, C)`` at ``step``."""
         return self.step(img, self.txt, self.modulation[step], self.context)
 
     def start(self, tier: Tier) -> Run:
+        """Itself, or with a cache of steps where ``tier`` has one."""
         if tier.cache is None:
             return self
         return CachedRun(self.flux, self.txt, self.modulation, self.context, tier.cache)

@@ -1,15 +1,18 @@
 """What happens between loading a transformer and its first request: compile, compare, keep.
 
-Every size of a plan is run once as it was and once compiled, on made-up tokens; what crashes or
-differs is taken back, and the transformer runs as it did before. What is equal beforehand need not
-be equal later for all sizes, but one graph serves them all. Knows no pictures and no settings.
+Every size of a plan is run as it was and compiled, on made-up tokens, and again on others: what
+gives its first result once more differs then. What crashes or differs is taken back, and the
+transformer runs as it did before. What is equal beforehand need not be equal later for all sizes,
+but one graph serves them all. Knows no pictures and no settings.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +23,11 @@ from redux_pipelines.compilation.compiled import Backend, Compiled, compiled_gra
 from redux_pipelines.compilation.cuda_graphs import Capture, CudaCapture, GraphedStep
 from redux_pipelines.conditioning.tokens import Conditioning, Tokens
 from redux_pipelines.contract.types import CompileMode, CompilePlan, CompileReport
-from redux_pipelines.denoising.denoiser import Denoiser, PreparedDenoiser
-from redux_pipelines.denoising.engine import EngineDenoiser
+from redux_pipelines.denoising.denoiser import Denoiser
+from redux_pipelines.denoising.engine import EngineDenoiser, PreparedEngine
 from redux_pipelines.denoising.quality import TIERS
+from redux_pipelines.memory.plan import GraphLimits
+from redux_pipelines.network.layers import Rope
 from redux_pipelines.sampling import Grid, Schedule
 
 logger = logging.getLogger(__name__)
@@ -36,7 +41,22 @@ gives. For a network as deep as FLUX.1 in half precision it is an estimate.
 
 _SCHEDULE = Schedule((1.0, 0.5, 0.0))
 _REDUX_TOKENS = 729
-_FOLDED_TOKENS = 512
+
+
+class _Trial(NamedTuple):
+    """A step of made-up inputs: the noise and tokens drawn, its number, its text's copies.
+
+    ``turned``: positions are others, too.
+    """
+
+    seed: int
+    step: int
+    copies: int
+    turned: bool
+
+
+_TRIALS = (_Trial(1, 1, 512, False), _Trial(2, 0, 300, True))
+"""Two that have no input in common."""
 
 
 def compiled_mode(denoiser: Denoiser) -> CompileMode:
@@ -53,18 +73,24 @@ def warm_up(
     *,
     backend: Backend = "inductor",
     capture: Capture | None = None,
+    limits: GraphLimits | None = None,
+    least: Grid | None = None,
 ) -> CompileReport:
     """Carry out ``plan`` for ``grids`` and batches of so many images.
 
     ``backend`` is torch.compile's; ``capture`` makes CUDA graphs, by default the GPU's driver does.
-    Raises ``ValueError`` for another denoiser than the engine's.
+    ``limits``: the graphs that the memory plan has room for, None where it was not asked. ``least``
+    is the smallest grid of all: compiled code is compared there too, and graphs are tried there
+    where none of ``grids`` is small enough for them. Raises ``ValueError`` for another denoiser
+    than the engine's.
     """
     if not isinstance(denoiser, EngineDenoiser):
         raise ValueError(
             f"the backend {denoiser.name!r} cannot be compiled: use the backend 'engine'"
         )
-    work = _WarmUp(denoiser, plan, grids, batches)
-    if denoiser.flux.blocks_ready is not None and (plan.mode == "full" or plan.cuda_graphs):
+    work = _WarmUp(denoiser, plan, grids, batches, least)
+    asks_for_graphs = plan.cuda_graphs not in (0, "auto")
+    if denoiser.flux.blocks_ready is not None and (plan.mode == "full" or asks_for_graphs):
         work.failures.append(
             "not compiled as a whole, no CUDA graphs: blocks are streamed from host memory "
             "(--memory offload), which only --compile blocks goes with"
@@ -73,8 +99,8 @@ def warm_up(
     with torch.inference_mode():
         if plan.mode != "off":
             work.compile(backend)
-        if plan.cuda_graphs and not work.failures:
-            work.capture(capture)
+        if denoiser.flux.blocks_ready is None:
+            work.capture(capture, limits)
     return work.report()
 
 
@@ -84,10 +110,12 @@ class _WarmUp:
     plan: CompilePlan
     grids: Sequence[Grid]
     batches: Sequence[int]
+    least: Grid | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     graphs: int = 0
     reused: int = 0
+    cuda_graphs: int = 0
 
     def compile(self, backend: Backend) -> None:
         """Compile and compare at every size, with what was kept from the last start.
@@ -122,32 +150,83 @@ class _WarmUp:
             in_use.discard()
         return compiled.failure
 
-    def capture(self, capture: Capture | None) -> None:
-        """Replay a step of the first size, and keep doing so only if it gives the same bits."""
-        grid = self.grids[0]
-        img = _noise(self.denoiser, grid, 1)
-        with self._timed(f"graph {grid.rows}x{grid.columns}"):
-            try:
-                step = self.denoiser.flux
-                expected = _predict(self.denoiser, grid, img)
-                graphed = GraphedStep(step, capture or CudaCapture(), self.plan.cuda_graphs)
-                self.denoiser.graphed = graphed
-                replayed = [_predict(self.denoiser, grid, img) for _ in range(2)]
-                reason = None if graphed.captured else "no step could be captured"
-                if not all(torch.equal(expected, each) for each in replayed):
-                    reason = "a replayed step gives other numbers"
-            except Exception as error:
-                logger.warning("cannot use CUDA graphs", exc_info=error)
-                reason = f"{type(error).__name__}: {gist(error)}"
-        if reason is not None:
-            self.denoiser.graphed = None
+    def capture(self, capture: Capture | None, limits: GraphLimits | None) -> None:
+        """Let steps be replayed as CUDA graphs, if those tried here give the bits of the steps."""
+        limits = self._graph_limits(limits)
+        if limits is None:
+            return
+        reason: str | None = "the memory plan has no room for them"
+        if limits.shapes:
+            reason = self._try_graphs(capture, limits)
+        if reason is None:
+            self.cuda_graphs = limits.shapes
+        elif limits.shapes or self.plan.cuda_graphs != "auto":
             self.failures.append(f"no CUDA graphs: {reason}")
+        wanted = self.plan.cuda_graphs
+        if wanted != "auto" and 0 < self.cuda_graphs < wanted:
+            self.failures.append(
+                f"CUDA graphs of {limits.shapes} shapes, not of {wanted}: the memory plan has no "
+                "room for more"
+            )
+
+    def _graph_limits(self, limits: GraphLimits | None) -> GraphLimits | None:
+        wanted = self.plan.cuda_graphs
+        if wanted == "auto" or wanted == 0:
+            return limits if wanted else None
+        if limits is None:
+            return GraphLimits(wanted, sys.maxsize)
+        return replace(limits, shapes=min(limits.shapes, wanted))
+
+    def _try_graphs(self, capture: Capture | None, limits: GraphLimits) -> str | None:
+        """Why steps are not replayed, or None: they are from now on."""
+        flux = self.denoiser.flux
+        try:
+            own = capture or CudaCapture(flux.txt_in.weight.device)
+            graphed = GraphedStep(flux, own, limits.shapes, max_rows=limits.rows)
+            for grid in self._graph_grids(graphed):
+                with self._timed(f"graph {grid.rows}x{grid.columns}"):
+                    if reason := self._replay(graphed, grid):
+                        graphed.clear()
+                        return reason
+        except Exception as error:
+            logger.warning("cannot use CUDA graphs", exc_info=error)
+            return f"{type(error).__name__}: {gist(error)}"
+        self.denoiser.graphed = graphed
+        return None
+
+    def _graph_grids(self, graphed: GraphedStep) -> list[Grid]:
+        """Those small enough, as many as are kept; else the smallest that a request may have."""
+        small = [
+            grid
+            for grid in self.grids
+            if graphed.takes(
+                _noise(self.denoiser, grid, 1), _prepared(self.denoiser, grid, 1).context.txt
+            )
+        ]
+        return small[: graphed.max_graphs] or ([self.least] if self.least else [])
+
+    def _replay(self, graphed: GraphedStep, grid: Grid) -> str | None:
+        """Whether replays give the bits of steps: of other noise, tokens, and another step.
+
+        What is captured proves itself before (``GraphedStep``); here it is used as requests do.
+        """
+        trials = [trial._replace(copies=_TRIALS[0].copies, turned=False) for trial in _TRIALS]
+        for trial in (*trials, trials[0]):
+            prepared = _prepared(self.denoiser, grid, 1, trial)
+            img = _noise(self.denoiser, grid, 1, trial)
+            expected = prepared.predict(img, trial.step)
+            got = replace(prepared, step=graphed).predict(img, trial.step)
+            if not torch.equal(got, expected):
+                return "a replayed step gives other numbers"
+        if graphed.failure is not None:
+            return graphed.failure
+        return None if graphed.captured else "no step could be captured"
 
     def report(self) -> CompileReport:
         """What became of the plan."""
         return CompileReport(
             mode=compiled_mode(self.denoiser),
-            cuda_graphs=self.plan.cuda_graphs if self.denoiser.graphed else 0,
+            cuda_graphs=self.cuda_graphs,
             failures=tuple(self.failures),
             seconds=self.seconds,
             graphs=self.graphs,
@@ -164,23 +243,25 @@ class _WarmUp:
         return CodeFolder(self.plan.cache_dir, {**machine_facts(weight.device), **params, **facts})
 
     def _compare_all(self, compiled: Compiled) -> None:
+        least = () if self.least is None or self.least in self.grids else (self.least,)
         for batch in self.batches:
-            for grid in self.grids:
+            for grid in (*self.grids, *least):
                 with self._timed(f"{grid.rows}x{grid.columns} tokens, batch {batch}"):
-                    self._compare(compiled, grid, batch)
+                    for trial in _TRIALS:
+                        self._compare(compiled, grid, batch, trial)
                 if not compiled.is_active:
                     return
 
-    def _compare(self, compiled: Compiled, grid: Grid, batch: int) -> None:
-        img = _noise(self.denoiser, grid, batch)
+    def _compare(self, compiled: Compiled, grid: Grid, batch: int, trial: _Trial) -> None:
+        img = _noise(self.denoiser, grid, batch, trial)
         try:
             with compiled.paused():
-                expected = _predict(self.denoiser, grid, img)
+                expected = _predict(self.denoiser, grid, img, trial)
         except torch.OutOfMemoryError:
             logger.warning("%s x %d does not fit into memory, compiled or not", grid, batch)
             return
         for what, predict in self._compiled_steps():
-            error = _relative_error(predict(self.denoiser, grid, img), expected)
+            error = _relative_error(predict(self.denoiser, grid, img, trial), expected)
             if not error <= TOLERANCE[img.dtype]:  # NaN is not
                 compiled.remove(
                     f"{what} of {grid.rows}x{grid.columns} tokens is off by {error:.1e}, "
@@ -202,31 +283,38 @@ class _WarmUp:
         logger.info("warm-up: %s took %.1f s", stage, self.seconds[stage])
 
 
-def _predict(denoiser: EngineDenoiser, grid: Grid, img: Tensor) -> Tensor:
+def _predict(denoiser: EngineDenoiser, grid: Grid, img: Tensor, trial: _Trial) -> Tensor:
     """A whole step, as an exact request's."""
-    return _prepared(denoiser, grid, len(img)).predict(img, 1)
+    return _prepared(denoiser, grid, len(img), trial).predict(img, trial.step)
 
 
-def _predict_cut(denoiser: EngineDenoiser, grid: Grid, img: Tensor) -> Tensor:
+def _predict_cut(denoiser: EngineDenoiser, grid: Grid, img: Tensor, trial: _Trial) -> Tensor:
     """The same in two parts, as a step cache computes it: nothing is reused in a run's first."""
-    return _prepared(denoiser, grid, len(img)).start(TIERS["balanced"]).predict(img, 1)
+    prepared = _prepared(denoiser, grid, len(img), trial)
+    return prepared.start(TIERS["balanced"]).predict(img, trial.step)
 
 
-def _prepared(denoiser: EngineDenoiser, grid: Grid, batch: int) -> PreparedDenoiser:
+def _prepared(
+    denoiser: EngineDenoiser, grid: Grid, batch: int, trial: _Trial = _TRIALS[0]
+) -> PreparedEngine:
     """Made-up tokens, folded text and a picture, of ``batch`` requests without a prompt."""
     width, pooled = denoiser.flux.params.context_in_dim, denoiser.flux.params.vec_in_dim
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(trial.seed)
     picture = torch.randn(_REDUX_TOKENS, width, generator=generator)
-    text = Tokens(torch.zeros(1, width), copies=_FOLDED_TOKENS)
-    conditioning = Conditioning(text, (Tokens(picture),), torch.zeros(pooled), guidance=3.5)
+    vec = torch.randn(pooled, generator=generator)
+    text = Tokens(torch.randn(1, width, generator=generator), copies=trial.copies)
+    conditioning = Conditioning(text, (Tokens(picture),), vec, guidance=3.5)
     prepared = denoiser.prepare(conditioning, _SCHEDULE, grid)
+    if trial.turned:
+        rope = Rope(*(each.flip(0) for each in prepared.context.rope))
+        prepared = replace(prepared, context=replace(prepared.context, rope=rope))
     return denoiser.join([prepared] * batch)
 
 
-def _noise(denoiser: EngineDenoiser, grid: Grid, batch: int) -> Tensor:
+def _noise(denoiser: EngineDenoiser, grid: Grid, batch: int, trial: _Trial = _TRIALS[0]) -> Tensor:
     weight = denoiser.flux.txt_in.weight
     shape = (batch, grid.tokens, denoiser.flux.params.in_channels)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(trial.seed))
     return noise.to(weight.device, weight.dtype)
 
 

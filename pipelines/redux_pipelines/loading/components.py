@@ -124,10 +124,12 @@ def plan_here(
     ``evict`` and ``offload`` then put into host memory whatever they can, which gains nothing
     there. Raises ``MemoryPlanError``.
     """
+    has_graphs = device.type == "cuda" and how.backend == "engine"
     options = Options(
         dtype=str(dtype).removeprefix("torch."),
         is_fp8=is_fp8,
         demand=largest_demand(sizes, how.max_batch_size),
+        cuda_graphs=how.cuda_graphs if has_graphs else 0,
     )
     if device.type != "cuda":
         return plan(sizes, _CPU, options, "resident" if how.memory == "auto" else how.memory)

@@ -24,6 +24,10 @@ _FP8_COPIES = 3
 """float32 copies of a layer's input that ``reference.quantize_rows`` holds at once."""
 
 
+GRAPH_BYTES = 32 * 2**20
+"""Of a CUDA graph in the driver's memory: some thousand nodes. A guess: it was not measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a request may ask for, at most: pixels, images at once, text and Redux rows.
@@ -80,6 +84,23 @@ def denoise_bytes(
     ]
     ends = rows.batch * rows.image * (size.in_channels + size.out_channels) * element_bytes
     return max(peaks) + ends
+
+
+def graph_pool_bytes(
+    size: TransformerSize, rows: int, element_bytes: int, *, is_fp8: bool = False
+) -> int:
+    """What CUDA graphs of up to ``rows`` rows, of all images together, share and keep.
+
+    A forward pass's peak, however the rows are divided between text and image.
+    """
+    return denoise_bytes(size, RowCounts(0, rows), element_bytes, is_fp8=is_fp8)
+
+
+def graph_bytes(size: TransformerSize, rows: int, batch: int, element_bytes: int) -> int:
+    """What each of them has of its own: a step's inputs, its output, and the graph itself."""
+    modulation = batch * size.modulation_rows * size.hidden * element_bytes
+    row = (size.in_channels + size.out_channels + size.hidden) * element_bytes
+    return modulation + rows * (row + 2 * _FLOAT32 * size.head_dim) + GRAPH_BYTES
 
 
 def _double(size: TransformerSize, rows: RowCounts, element_bytes: int) -> int:

@@ -32,15 +32,15 @@ from redux_server.cli.client import ClientError, make_folder, save
 from redux_server.cli.progress import ProgressReport, note
 from redux_server.cli.submit import note_caveat, read_parameters
 from redux_server.dispatch.local import devices
-from redux_server.parameters import ALLOWED, parse_size
 from redux_server.settings import ModelSettings, UsageError
 from redux_server.worker.inputs import Pictures, generation_request
 from redux_server.worker.model import (
     cache_dir,
-    check_compile,
+    check_warm_up,
     compile_plan,
     describe_report,
     wants_compile,
+    warm_sizes,
 )
 from redux_server.worker.outputs import provenance
 
@@ -83,7 +83,9 @@ def generate(
     Raises:
         UsageError: a parameter or path that cannot be used; nothing slow was done.
     """
-    check_compile(settings)
+    check_warm_up(settings)
+    if settings.graphs == "auto":  # to capture a graph takes longer than it saves in one image
+        settings = replace(settings, cuda_graphs="0")
     asked = read_parameters(parameters, images=images, output_format=_format_of(Path(out)))
     wanted = asked.parameters()
     paths = _output_paths(Path(out), wanted["num_images"], asked.output_format)
@@ -214,16 +216,15 @@ def _report(generated: _Generated, paths: list[Path], *, as_json: bool) -> None:
 # --- Compiling ahead ------------------------------------------------------------------------------
 
 
-def warmup(settings: ModelSettings, *, sizes: str) -> int:
+def warmup(settings: ModelSettings) -> int:
     """Load, compile, compare, keep; prints seconds by stage. 1 if less than asked for was done.
 
     Raises:
         UsageError: settings with nothing to do, or a size that cannot be generated.
     """
-    check_compile(settings)
+    check_warm_up(settings)
     if not wants_compile(settings):
         raise UsageError("nothing to warm up: give --compile full (or blocks), or --cuda-graphs N")
-    tried = _parse_sizes(sizes)
     started = time.perf_counter()
     note(f"loading {settings.base or settings.model} ...")
     try:
@@ -235,15 +236,8 @@ def warmup(settings: ModelSettings, *, sizes: str) -> int:
     print(f"load the model: {time.perf_counter() - started:.1f} s", flush=True)
     if cache_dir() is None:
         note("this user has no home directory, so nothing is kept; set XDG_CACHE_HOME")
-    report = pipeline.compile(compile_plan(settings, tried))
+    sizes = warm_sizes(settings, pipeline.info.device)
+    report = pipeline.compile(compile_plan(settings, sizes))
     for line in describe_report(report):
         print(line)
     return 1 if report.failures else 0
-
-
-def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
-    try:
-        return tuple(parse_size(each) for each in text.split(","))
-    except ValueError:
-        allowed = ALLOWED["size"].replace("*", "x")
-        raise UsageError(f"--sizes must be sizes separated by commas, each {allowed}") from None

@@ -20,7 +20,6 @@ from redux_pipelines.contract.types import (
     MAX_WEIGHT,
     OUTPUT_FORMATS,
     QUALITIES,
-    WARM_UP_SIZES,
 )
 from redux_server import __version__
 from redux_server.cli.progress import note
@@ -154,8 +153,6 @@ _CONTROLS = (
 )
 _WRITTEN = "where to write; or .jpg, .webp"
 _TIER = "how much may be approximated (default: as the server was started)"
-_SIZES = ",".join(f"{width}x{height}" for width, height in WARM_UP_SIZES)
-_TRIED = f"sizes to try it with; one graph serves all (default: {_SIZES})"
 _PRIORITY = "-10 to 10; while tasks of a higher one wait, no others are begun (default: 0)"
 _CARD = "say also what a card sold with so many GB would hold; needs no GPU"
 _DATABASE = ("data_dir", "database_url")
@@ -190,7 +187,6 @@ VERBS = (
         "compile the model now, for the next start of a worker",
         "redux_server.cli.generate:warmup",
         ModelSettings,
-        [Flag("--sizes", default=_SIZES, metavar="WxH,WxH", help=_TRIED)],
     ),
     Verb(
         "submit",

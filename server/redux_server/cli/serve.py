@@ -27,7 +27,7 @@ from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import StorageError
 from redux_server.storage.buckets import BlobUrlError
 from redux_server.storage.opening import local_folder, open_pictures
-from redux_server.worker.model import check_compile
+from redux_server.worker.model import check_warm_up
 from redux_weights.layout import find_missing
 
 _SAMPLE_EXPIRES = 2**33
@@ -78,7 +78,7 @@ def check(settings: ServerSettings) -> None:
             f"--quality {settings.quality} needs --backend engine; "
             f"{settings.backend} has only exact"
         )
-    check_compile(settings)
+    check_warm_up(settings)
     check_dispatch(settings)
     base, redux = Path(settings.base), Path(settings.redux)
     if settings.base and base.is_dir() and redux.is_dir():

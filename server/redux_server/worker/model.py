@@ -15,15 +15,18 @@ import structlog
 from PIL import Image
 
 from redux_pipelines.contract.types import (
-    WARM_UP_SIZES,
     CompileMode,
     CompilePlan,
     CompileReport,
     GenerationRequest,
+    ModelInfo,
     Pipeline,
     SafetyChecker,
+    Sizes,
 )
+from redux_pipelines.errors import DeviceMemoryError, RequestError
 from redux_server import __version__
+from redux_server.parameters import ALLOWED, parse_size
 from redux_server.settings import ModelSettings, ServerSettings, UsageError
 
 _log = structlog.get_logger("redux_server.worker.model")
@@ -40,18 +43,19 @@ def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyC
     if pipeline.info.device == "cpu":
         keep_freed_memory()
     safety = OpenNsfwChecker(threshold=settings.safety_threshold)
-    if wants_compile(settings):
-        _compile(pipeline, settings)
-    _warm_up(pipeline, safety)
+    sizes = warm_sizes(settings, pipeline.info.device)
+    if is_compiled(settings, pipeline.info):
+        _compile(pipeline, compile_plan(settings, sizes))
+    _warm_up(pipeline, safety, sizes)
     _log.info("model loaded", seconds=round(time.perf_counter() - started, 1))
     return pipeline, safety
 
 
-def _compile(pipeline: Pipeline, settings: ServerSettings) -> None:
+def _compile(pipeline: Pipeline, plan: CompilePlan) -> None:
     """Before the first task, so that it need not wait; what fails is left out, and said."""
     from redux_server import metrics
 
-    report = pipeline.compile(compile_plan(settings))
+    report = pipeline.compile(plan)
     metrics.COMPILED.set(report.mode != "off")
     for failure in report.failures:
         metrics.COMPILE_FAILURES.inc()
@@ -59,13 +63,46 @@ def _compile(pipeline: Pipeline, settings: ServerSettings) -> None:
     _log.info("compiled", **asdict(report))
 
 
-def _warm_up(pipeline: Pipeline, safety: SafetyChecker) -> None:
-    """Make one small image, so that the first task does not pay for lazy start-up."""
-    request = GenerationRequest(
-        Image.new("RGB", (64, 64), "gray"), width=512, height=512, num_inference_steps=1
-    )
-    *_, result = pipeline.generate(request)
-    safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
+def _warm_up(pipeline: Pipeline, safety: SafetyChecker, sizes: Sizes) -> None:
+    """Make an image of one step of each size, so that no task pays for what is set up once.
+
+    That is what is loaded when first used and, on a GPU, what libraries plan and the allocator
+    keeps for a shape. A size that there is no room for is passed over, as its requests will be.
+    """
+    for width, height in sizes:
+        started = time.perf_counter()
+        request = GenerationRequest(
+            Image.new("RGB", (64, 64), "gray"), width=width, height=height, num_inference_steps=1
+        )
+        size = f"{width}x{height}"
+        try:
+            *_, result = pipeline.generate(request)
+        except (RequestError, DeviceMemoryError) as error:
+            _log.warning("not warmed up", size=size, reason=str(error))
+            continue
+        safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
+        _log.info("warmed up", size=size, seconds=round(time.perf_counter() - started, 2))
+
+
+def warm_sizes(settings: ModelSettings, device: str) -> Sizes:
+    """What ``--warm-sizes`` names, or what suits ``device``.
+
+    A CPU plans nothing by shape: there a small picture loads all that is needed.
+
+    Raises:
+        UsageError: a size that cannot be generated.
+    """
+    if not settings.warm_sizes:
+        return ((512, 512),) if device == "cpu" else ((1024, 1024),)
+    try:
+        sizes = (parse_size(each) for each in settings.warm_sizes.split(","))
+        return tuple(dict.fromkeys(sizes))
+    except ValueError:
+        allowed = ALLOWED["size"].replace("*", "x")
+        raise UsageError(
+            f"--warm-sizes must be sizes separated by commas, each {allowed}; got "
+            f"{settings.warm_sizes!r}"
+        ) from None
 
 
 def describe_model(pipeline: Pipeline, settings: ServerSettings) -> str:
@@ -82,26 +119,34 @@ def describe_model(pipeline: Pipeline, settings: ServerSettings) -> str:
 
 
 def wants_compile(settings: ModelSettings) -> bool:
-    """Whether there is anything to do between loading and the first request."""
-    return settings.compile != "off" or settings.cuda_graphs > 0
+    """Whether somebody asked for anything to be done between loading and the first request."""
+    return settings.compile != "off" or settings.graphs not in (0, "auto")
 
 
-def check_compile(settings: ModelSettings) -> None:
-    """Raise ``UsageError`` for settings that cannot go together."""
+def is_compiled(settings: ModelSettings, info: ModelInfo) -> bool:
+    """Whether there is anything to do then for what was loaded: CUDA graphs are there by default.
+
+    ``auto`` has none on a CPU and none for other backends than the engine, and says nothing of it.
+    """
+    has_graphs = info.device.startswith("cuda") and settings.backend == "engine"
+    return wants_compile(settings) or (has_graphs and settings.graphs == "auto")
+
+
+def check_warm_up(settings: ModelSettings) -> None:
+    """Raise ``UsageError`` for settings that cannot go together, or sizes that cannot be tried."""
+    warm_sizes(settings, settings.device)
     if wants_compile(settings) and settings.backend != "engine":
         raise UsageError(
             f"--compile and --cuda-graphs need --backend engine, got {settings.backend!r}"
         )
 
 
-def compile_plan(
-    settings: ModelSettings, sizes: tuple[tuple[int, int], ...] = WARM_UP_SIZES
-) -> CompilePlan:
+def compile_plan(settings: ModelSettings, sizes: Sizes) -> CompilePlan:
     """What ``settings`` ask for, tried at ``sizes``: widths and heights."""
     return CompilePlan(
         mode=cast(CompileMode, settings.compile),
         sizes=sizes,
-        cuda_graphs=settings.cuda_graphs,
+        cuda_graphs=settings.graphs,
         cache_dir=cache_dir(),
         version=__version__,
     )
@@ -126,5 +171,5 @@ def describe_report(report: CompileReport) -> Iterator[str]:
             "from before"
         )
     if report.cuda_graphs:
-        yield f"CUDA graphs for up to {report.cuda_graphs} shapes"
+        yield f"CUDA graphs of up to {report.cuda_graphs} shapes"
     yield from report.failures

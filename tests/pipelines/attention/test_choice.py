@@ -1,9 +1,11 @@
 """The first attention that runs and is right is taken; what is wrong never is."""
 
 import math
+import zlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from redux_pipelines.attention import choice as choice_module
 from redux_pipelines.attention.backends import IMPLEMENTATIONS
@@ -20,11 +22,15 @@ from redux_pipelines.attention.groups import (
     Capabilities,
     Implementation,
     KeyGroup,
+    folded,
     grouped,
+    is_folded,
+    key_bias,
     reference,
     written,
 )
 from redux_pipelines.errors import AttentionError
+from stand_ins import NOT_COMPUTING, Computation, doing_nothing, fixing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -147,6 +153,116 @@ def test_wrong_attention_is_refused(attend, dtype, head_dim):
     reason = refusal(wrong, CPU, dtype, head_dim)
     assert reason is not None
     assert reason.startswith("is wrong: relative error")
+
+
+QKV = ("q", "k", "v")
+PARTIAL = Computation(_partial, QKV)
+
+
+def _attention(partial):
+    """By groups, as libraries without biases are used."""
+    return grouped(partial)
+
+
+def _folding(partial):
+    """As on a GPU: one call for all rows, the folded key's copies by a kernel."""
+    attend = grouped(partial)
+
+    def run(q, k, v, groups, into=None):
+        if not is_folded(groups):
+            return attend(q, k, v, groups, into)
+        return folded(partial, (q, k, v), groups, into)
+
+    return run
+
+
+def _with_bias(product):
+    """One call with a bias per key, as torch's and our own kernel have it."""
+
+    def run(q, k, v, groups, into=None):
+        return written(product(q, k, v, key_bias(groups, q.device, torch.float32)), into)
+
+    return run
+
+
+def _product(q, k, v, bias):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+
+
+def _every_path():
+    """What is called, and the way in which attention is made of it."""
+    yield "groups", PARTIAL, _attention
+    yield "folded", PARTIAL, _folding
+    yield "bias", Computation(_product, (*QKV, "bias")), _with_bias
+    for each in IMPLEMENTATIONS:
+        if not each.unfit(CPU, torch.float32):
+            arguments = (*QKV, "groups", "into")
+            yield each.name, Computation(each.attend, arguments, ("into",)), lambda attend: attend
+
+
+PATHS = {name: rest for name, *rest in _every_path()}
+CHANGES = {name: change for name, change in NOT_COMPUTING.items() if change is not doing_nothing}
+ARGUMENTS = [
+    (path, argument)
+    for path, (right, _) in PATHS.items()
+    for argument in right.arguments
+    if argument not in right.written
+]
+
+
+def _verdict(path, stand_in):
+    _, attention = PATHS[path]
+    candidate = Implementation(path, attention(stand_in), ("cpu",), (torch.float32,))
+    return refusal(candidate, CPU, torch.float32, 16)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_way_to_compute_attention_passes(path):
+    assert _verdict(path, PATHS[path][0].compute) is None
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_attention_that_does_not_compute_is_refused(path, change):
+    reason = _verdict(path, change(PATHS[path][0]))
+    assert reason is not None
+    assert reason.startswith("is wrong: relative error")
+
+
+@pytest.mark.parametrize(("path", "argument"), ARGUMENTS)
+def test_attention_that_ignores_an_argument_is_refused(path, argument):
+    """It computes with the first one of that shape."""
+    assert str(_verdict(path, fixing(argument, PATHS[path][0]))).startswith("is wrong")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_another_attention_left_in_memory_is_not_taken_for_a_result(path):
+    """Memory that is freed is given out again as it is, to the next candidate in the same order."""
+    left, right = [], PATHS[path][0]
+
+    def working(*given):
+        left.append(right.compute(*given))
+        return left[-1]
+
+    def idle(*given):
+        return left.pop(0) if left else right.compute(*given)
+
+    _, attention = PATHS[path]
+    first, second = (
+        Implementation(name, attention(run), ("cpu",), (torch.float32,))
+        for name, run in (("first", working), ("second", idle))
+    )
+    assert refusal(first, CPU, torch.float32, 16) is None
+    left = [each.clone() if isinstance(each, torch.Tensor) else each for each in left]
+    assert str(refusal(second, CPU, torch.float32, 16)).startswith("is wrong")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_rows_of_no_implementation_are_near_the_limit(name, dtype):
+    """Each has its own, and a right one must not be refused by them."""
+    limit, seed = choice_module._TOLERANCE[dtype], zlib.crc32(name.encode())
+    assert self_test(grouped(_partial), CPU, dtype, 64, seed=seed) < 0.6 * limit
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])

@@ -1,12 +1,21 @@
 """Which steps are replayed, with what, and what is forgotten; a stand-in plays the GPU's part."""
 
+import gc
 import logging
 from dataclasses import replace
 
 import pytest
 import torch
 
-from pipelines.fake_graphs import FakeCapture
+from pipelines.fake_graphs import (
+    INPUTS,
+    NOT_REPLAYING,
+    Baking,
+    FakeCapture,
+    FakeDriver,
+    FakeReplay,
+    Frozen,
+)
 from pipelines.networks import SCHEDULE, conditioning, diffusers_model, engine, error, noise
 from redux_pipelines.compilation.cuda_graphs import CudaCapture, GraphedStep
 from redux_pipelines.sampling import Grid
@@ -37,7 +46,7 @@ def test_replayed_steps_are_the_steps(model):
                 plain = flux(img.clone(), given.txt, given.modulation[step], given.context)
                 assert torch.equal(out, plain)
     (replay,) = capture.made
-    assert replay.replays == 8
+    assert replay.replays == 2 + 7  # to prove itself; the first step was not replayed
 
 
 @torch.inference_mode()
@@ -104,6 +113,158 @@ def test_a_step_that_cannot_be_captured_runs_as_before(model, caplog):
     assert caplog.text.count("not permitted when stream is capturing") == 1
 
 
+def _used(graphed, flux, model):
+    """Two requests of one shape, each of two steps, as graphs and as they are."""
+    for seed in (1, 2):
+        given, img = prepared(model, seed=seed), noise(model, GRID, seed=seed)
+        for step in (0, 1):
+            out = step_of(graphed, given, img, step)
+            yield out, flux(img.clone(), given.txt, given.modulation[step], given.context)
+
+
+@pytest.mark.parametrize("replay", NOT_REPLAYING.values(), ids=NOT_REPLAYING)
+@torch.inference_mode()
+def test_a_graph_that_does_not_compute_is_never_used(model, replay, caplog):
+    flux, made = engine(model).flux, []
+
+    def capture(run):
+        made.append(replay(run))
+        return made[-1]
+
+    graphed = GraphedStep(flux, capture, 2)
+    assert all(torch.equal(out, want) for out, want in _used(graphed, flux, model))
+    assert graphed.failure == "a replayed step gives other numbers"
+    assert (graphed.captured, [each.is_reset for each in made]) == (0, [True])
+    assert caplog.text.count("no CUDA graphs any more") == 1
+
+
+@pytest.mark.parametrize("baked", INPUTS)
+@torch.inference_mode()
+def test_a_graph_that_does_not_read_an_input_is_never_used(model, baked):
+    flux = engine(model).flux
+    baking = Baking(flux, baked)
+    graphed = GraphedStep(baking.step, baking.capture, 2)
+    assert all(torch.equal(out, want) for out, want in _used(graphed, flux, model))
+    assert graphed.failure == "a replayed step gives other numbers"
+
+
+@torch.inference_mode()
+def test_every_new_shape_proves_itself(model):
+    """The first shape's graph is right, the next one's is empty: then none is believed."""
+    flux, kinds = engine(model).flux, [FakeReplay, Frozen]
+    graphed = GraphedStep(flux, lambda run: kinds.pop(0)(run), 4)
+    for grid in (GRID, Grid(5, 5), GRID, Grid(3, 3)):
+        given, img = prepared(model, grid), noise(model, grid)
+        for step in (0, 1):
+            want = flux(img.clone(), given.txt, given.modulation[step], given.context)
+            assert torch.equal(step_of(graphed, given, img, step), want)
+    assert graphed.failure is not None
+    assert graphed.captured == 0
+    assert kinds == []  # nothing was captured after the empty one
+
+
+@torch.inference_mode()
+def test_shapes_of_more_rows_run_as_they_are(model):
+    """Rows of text, here 12, count as well as those of images, and of all images."""
+    capture = FakeCapture()
+    graphed = GraphedStep(engine(model).flux, capture, 4, max_rows=36)
+    for grid, batch, captured in ((GRID, 1, 1), (Grid(5, 5), 1, 1), (Grid(2, 3), 2, 2)):
+        given, img = prepared(model, grid), noise(model, grid, batch)
+        for _ in range(2):
+            step_of(graphed, given, img)
+        assert len(capture.made) == captured
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.AcceleratorError("invalid"), torch.OutOfMemoryError("full"), TypeError("no stream")],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("runs", [0, 1, 2])
+@torch.inference_mode()
+def test_whatever_a_capture_raises_the_step_runs(model, error, runs):
+    """Before the capture, in the middle of the step, or when it is replayed to prove itself."""
+    flux = engine(model).flux
+    made = []
+
+    class Raising(FakeReplay):
+        def replay(self):
+            raise error
+
+    def capture(run):
+        if runs < 2:
+            if runs:
+                run()
+            raise error
+        made.append(Raising(run))
+        return made[-1]
+
+    graphed = GraphedStep(flux, capture, 2)
+    assert all(torch.equal(out, want) for out, want in _used(graphed, flux, model))
+    assert (graphed.captured, graphed.failure) == (0, None)
+    assert all(each.is_reset for each in made)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    return FakeDriver(monkeypatch)
+
+
+def computing(driver, place):
+    """A computation in whose middle, once captured, something happens that no capture survives."""
+
+    def run():
+        if driver.recording and driver.fails_at == place == "run":
+            driver.is_spoilt = True
+            driver.fail("run")
+        return torch.ones(2)
+
+    return run
+
+
+@pytest.mark.parametrize("place", ["begin", "run", "end", "instantiate"])
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(driver, place):
+    capture = CudaCapture(torch.device("cuda", 0))
+    before = capture(computing(driver, place))
+    driver.fails_at = place
+    with pytest.raises(torch.AcceleratorError):
+        capture(computing(driver, place))
+    assert driver.current is driver.main
+    assert driver.recording == set()
+    assert gc.isenabled()
+    assert sum(driver.used.values()) == 1  # only what the graph before holds
+    before.replay()
+    after = capture(computing(driver, place))
+    after.reset()
+    before.reset()
+    assert sum(driver.used.values()) == 0
+
+
+def test_a_pool_whose_last_graph_is_gone_is_not_used_again(driver):
+    capture = CudaCapture(torch.device("cuda", 0))
+    for _ in range(2):
+        first, second = (capture(computing(driver, None)) for _ in range(2))
+        first.reset()
+        third = capture(computing(driver, None))
+        second.reset()
+        third.reset()
+
+
+def test_graphs_share_their_memory_while_there_is_one(driver):
+    capture = CudaCapture(torch.device("cuda", 0))
+    graphs = [capture(computing(driver, None)) for _ in range(3)]
+    assert [count for count in driver.used.values() if count] == [3]
+    for each in graphs:
+        each.reset()
+
+
+def test_side_and_current_stream_wait_for_each_other(driver):
+    seen = []
+    CudaCapture(torch.device("cuda", 0))(lambda: seen.append(driver.current.waits) or torch.ones(1))
+    assert seen[0] == ["main"]
+    assert driver.main.waits == ["side"]
+
+
 @torch.inference_mode()
 def test_inputs_are_left_alone(model):
     graphed, given = GraphedStep(engine(model).flux, FakeCapture(), 1), prepared(model)
@@ -150,7 +311,7 @@ def test_no_graphs_at_all_is_not_a_number_of_graphs(model):
 def test_graphs_on_a_gpu_are_bitwise_the_step():
     model = diffusers_model()
     denoiser = engine(model, device=torch.device("cuda"))
-    graphed = GraphedStep(denoiser.flux, CudaCapture(), 2)
+    graphed = GraphedStep(denoiser.flux, CudaCapture(torch.device("cuda")), 2)
     for grid in (Grid(4, 6), Grid(6, 4), Grid(9, 5), Grid(4, 6), Grid(8, 8), Grid(9, 5)):
         for copies in (1, 40):
             given = conditioning(model, copies=copies)
@@ -161,3 +322,60 @@ def test_graphs_on_a_gpu_are_bitwise_the_step():
                 out = step_of(graphed, replace(ready), img, step)
                 assert torch.equal(out, expected)
     assert graphed.captured == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["python", "invalid"])
+@torch.inference_mode()
+def test_after_a_failed_capture_a_gpu_goes_on(kind):
+    """An exception in the middle, or a synchronisation, which spoils what is captured."""
+    capture, x = CudaCapture(torch.device("cuda")), torch.ones(64, device="cuda")
+
+    def failing():
+        y = x + 1
+        if torch.cuda.is_current_stream_capturing():
+            if kind == "python":
+                raise RuntimeError("in the middle")
+            y.sum().item()
+        return y
+
+    before = capture(lambda: x * 3)
+    stream, free = torch.cuda.current_stream(), torch.cuda.memory_allocated()
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            capture(failing)
+        assert torch.cuda.current_stream() == stream
+        assert torch.cuda.memory_allocated() == free
+    before.replay()
+    assert torch.equal(before.output, torch.full_like(x, 3))
+    after = capture(lambda: x * 5)
+    after.replay()
+    assert torch.equal(after.output, torch.full_like(x, 5))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.inference_mode()
+def test_after_a_failed_capture_a_gpu_runs_the_step_and_captures_the_next():
+    model = diffusers_model()
+    denoiser = engine(model, device=torch.device("cuda"))
+    own, failures = CudaCapture(torch.device("cuda")), [True]
+
+    def capture(run):
+        def failing():
+            if failures and torch.cuda.is_current_stream_capturing():
+                failures.pop()
+                torch.cuda.synchronize()
+            return run()
+
+        return own(failing)
+
+    graphed = GraphedStep(denoiser.flux, capture, 2)
+    for grid, captured in ((Grid(4, 6), 0), (Grid(5, 5), 1)):
+        ready = denoiser.prepare(conditioning(model), SCHEDULE, grid)
+        for step in (0, 1, 2):
+            img = noise(model, grid, seed=step).cuda()
+            assert torch.equal(step_of(graphed, ready, img, step), ready.predict(img, step))
+        assert (graphed.captured, graphed.failure) == (captured, None)

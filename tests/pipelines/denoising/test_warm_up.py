@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from pipelines.fake_graphs import FakeCapture, FakeReplay
+from pipelines.fake_graphs import INPUTS, NOT_REPLAYING, Baking, FakeCapture, FakeReplay
 from pipelines.networks import diffusers_model, engine
 from redux_pipelines.compilation.compiled import compiled_graphs
 from redux_pipelines.contract.types import CompilePlan
@@ -13,6 +13,7 @@ from redux_pipelines.denoising import warm_up as module
 from redux_pipelines.denoising.diffusers_backend import DiffusersDenoiser
 from redux_pipelines.denoising.quality import TIERS
 from redux_pipelines.denoising.warm_up import compiled_mode, warm_up
+from redux_pipelines.memory.plan import GraphLimits
 from redux_pipelines.sampling import Grid
 
 GRIDS = (Grid(4, 6), Grid(5, 5))
@@ -142,10 +143,10 @@ def test_wrong_blocks_are_found_where_the_whole_step_is_right(shallow):
 def test_a_size_that_does_not_fit_is_passed_over(shallow, monkeypatch, caplog):
     predict = module._predict
 
-    def fit(denoiser, grid, img):
+    def fit(denoiser, grid, img, trial):
         if grid.tokens > 24:
             raise torch.OutOfMemoryError("too large")
-        return predict(denoiser, grid, img)
+        return predict(denoiser, grid, img, trial)
 
     monkeypatch.setattr(module, "_predict", fit)
     with caplog.at_level(logging.WARNING):
@@ -164,15 +165,139 @@ def test_diffusers_own_network_is_refused(model):
         warm_up(DiffusersDenoiser(model), CompilePlan("full"), GRIDS, (1,), backend="eager")
 
 
+class SwitchedBackend:
+    """Compiled code that is right until ``fixed`` names one of a step's inputs by its place.
+
+    Then it goes on with the first value that this had, by shapes. ``repeats``: with the results.
+    """
+
+    def __init__(self):
+        self.fixed = None
+        self.repeats = False
+        self.inputs = set()
+
+    def __call__(self, graph, inputs):
+        kept = {}
+
+        def run(*given):
+            given = list(given)
+            own = [
+                place
+                for place, each in enumerate(given)
+                if isinstance(each, torch.Tensor) and not isinstance(each, torch.nn.Parameter)
+            ]
+            self.inputs.update(range(len(own)))
+            shapes = (self.fixed, *(given[place].shape for place in own))
+            if self.fixed is not None and self.fixed < len(own):
+                place = own[self.fixed]
+                given[place] = kept.setdefault(shapes, given[place].clone())
+            out = graph(*given)
+            if self.repeats:
+                out = kept.setdefault(shapes, [each.clone() for each in out])
+                out = [each.clone() for each in out]
+            return out
+
+        return run
+
+
+def test_compiled_code_that_repeats_itself_or_ignores_an_input_is_taken_back(shallow):
+    """One backend for all tries, so that nothing is traced again."""
+    backend, plan = SwitchedBackend(), CompilePlan("full")
+    assert warm_up(shallow, plan, GRIDS[:1], (1,), backend=backend).failures == ()
+    assert len(backend.inputs) >= 6  # noise, text, modulations, two of positions, groups of keys
+    refused = {}
+    for place in sorted(backend.inputs):
+        backend.fixed = place
+        report = warm_up(shallow, plan, GRIDS[:1], (1,), backend=backend)
+        refused[place] = (report.mode, len(report.failures))
+    assert set(refused.values()) == {("off", 1)}
+    backend.fixed, backend.repeats = None, True
+    report = warm_up(shallow, plan, GRIDS[:1], (1,), backend=backend)
+    assert "is off by" in report.failures[0]
+
+
+def doing_nothing(value):
+    def backend(graph, inputs):
+        return lambda *given: [torch.full_like(each, value) for each in graph(*given)]
+
+    return backend
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_compiled_code_that_computes_nothing_is_taken_back(shallow, value):
+    backend = doing_nothing(value)
+    report = warm_up(shallow, CompilePlan("full"), GRIDS[:1], (1,), backend=backend)
+    assert report.mode == "off"
+    assert "is off by" in report.failures[0]
+
+
+def test_compiled_code_is_tried_with_the_smallest_size_too(shallow):
+    backend, least = "eager", Grid(2, 3)
+    report = warm_up(shallow, CompilePlan("full"), GRIDS, (1,), backend=backend, least=least)
+    assert [name for name in report.seconds if "2x3" in name] == ["2x3 tokens, batch 1"]
+    report = warm_up(shallow, CompilePlan("full"), (least,), (1,), backend=backend, least=least)
+    assert list(report.seconds) == ["2x3 tokens, batch 1"]
+
+
 @pytest.mark.parametrize("mode", ["off", "full"])
 def test_cuda_graphs_are_tried_before_they_are_used(shallow, mode):
     capture = FakeCapture()
     plan = CompilePlan(mode, cuda_graphs=3)
     report = warm_up(shallow, plan, GRIDS, (1,), backend="eager", capture=capture)
     assert (report.mode, report.cuda_graphs, report.failures) == (mode, 3, ())
-    (replay,) = capture.made
-    assert replay.replays == 2
-    assert shallow.graphed.captured == 1
+    assert [each.replays for each in capture.made] == [2 + 2, 2 + 2]  # of two sizes
+    assert shallow.graphed.captured == 2
+
+
+LIMITS = GraphLimits(shapes=2, rows=800)  # of a picture there are 730
+AUTO = CompilePlan("off", cuda_graphs="auto")
+
+
+def test_by_default_there_are_as_many_as_the_memory_plan_has_room_for(denoiser):
+    capture = FakeCapture()
+    report = warm_up(denoiser, AUTO, (*GRIDS, Grid(12, 12)), (1,), capture=capture, limits=LIMITS)
+    assert (report.cuda_graphs, report.failures) == (2, ())
+    assert len(capture.made) == 2
+    assert not denoiser.graphed.takes(torch.zeros(1, 144, 16), torch.zeros(730, 48))
+
+
+@pytest.mark.parametrize("limits", [None, GraphLimits(0, 800)], ids=["no plan", "no room"])
+def test_by_default_what_has_no_room_is_not_spoken_of(denoiser, limits):
+    report = warm_up(denoiser, AUTO, GRIDS, (1,), capture=FakeCapture(), limits=limits)
+    assert (report.cuda_graphs, report.failures, denoiser.graphed) == (0, (), None)
+
+
+def test_where_all_sizes_are_too_large_the_smallest_of_all_is_tried(denoiser):
+    capture = FakeCapture()
+    report = warm_up(
+        denoiser, AUTO, (Grid(12, 12),), (1,), capture=capture, limits=LIMITS, least=Grid(4, 4)
+    )
+    assert (report.cuda_graphs, report.failures) == (2, ())
+    assert list(report.seconds) == ["graph 4x4"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shapes", "text"),
+    [(1, 1, ()), (2, 2, ()), (5, 2, ("CUDA graphs of 2 shapes, not of 5",))],
+)
+def test_a_number_is_cut_to_what_has_room_and_that_is_said(denoiser, wanted, shapes, text):
+    plan = CompilePlan("off", cuda_graphs=wanted)
+    report = warm_up(denoiser, plan, GRIDS, (1,), capture=FakeCapture(), limits=LIMITS)
+    assert report.cuda_graphs == shapes
+    assert [each.partition(":")[0] for each in report.failures] == list(text)
+
+
+def test_a_number_without_any_room_says_so(denoiser):
+    plan, none = CompilePlan("off", cuda_graphs=2), GraphLimits(0, 800)
+    report = warm_up(denoiser, plan, GRIDS, (1,), capture=FakeCapture(), limits=none)
+    assert report.cuda_graphs == 0
+    assert report.failures == ("no CUDA graphs: the memory plan has no room for them",)
+
+
+def test_graphs_do_without_compiled_code_that_fails(shallow):
+    plan = CompilePlan("full", cuda_graphs=1)
+    report = warm_up(shallow, plan, GRIDS, (1,), backend=unable, capture=FakeCapture())
+    assert (report.mode, report.cuda_graphs) == ("off", 1)
 
 
 class WrongReplay(FakeReplay):
@@ -184,7 +309,18 @@ class WrongReplay(FakeReplay):
 GRAPH_FAILURES = {
     "wrong": (WrongReplay, "gives other numbers"),
     "unable": (FakeCapture(failures=9), "no step could be captured"),
-}
+} | {name: (replay, "gives other numbers") for name, replay in NOT_REPLAYING.items()}
+
+
+@pytest.mark.parametrize("baked", INPUTS)
+def test_cuda_graphs_that_ignore_an_input_are_not_used(denoiser, baked, monkeypatch):
+    flux = denoiser.flux
+    baking = Baking(flux.forward, baked)
+    monkeypatch.setattr(flux, "forward", baking.step)
+    plan = CompilePlan("off", cuda_graphs=3)
+    report = warm_up(denoiser, plan, GRIDS, (1,), capture=baking.capture)
+    assert (report.cuda_graphs, denoiser.graphed) == (0, None)
+    assert "gives other numbers" in report.failures[0]
 
 
 @pytest.mark.parametrize(("capture", "reason"), GRAPH_FAILURES.values(), ids=GRAPH_FAILURES)
@@ -212,8 +348,10 @@ def test_streamed_blocks_are_not_compiled_as_a_whole(denoiser, plan):
 
 
 def test_streamed_blocks_may_be_compiled_each(denoiser):
+    """Nobody asked for CUDA graphs, so that none are missed."""
     ready = []
     denoiser.flux.blocks_ready = ready.append
-    report = warm_up(denoiser, CompilePlan("blocks"), GRIDS, (1,), backend="eager")
+    plan = CompilePlan("blocks", cuda_graphs="auto")
+    report = warm_up(denoiser, plan, GRIDS, (1,), backend="eager", limits=LIMITS)
     assert (report.mode, report.failures) == ("blocks", ())
     assert ready[:5] == [0, 1, 2, 3, 4]

@@ -7,7 +7,10 @@ from fp8_products import needs_fp8
 from redux_pipelines.fp8 import self_test
 from redux_pipelines.fp8.linear import Fp8Linear
 from redux_pipelines.loading.load import load_pipeline
+from redux_pipelines.network.flux import DoubleBlock, SingleBlock
+from stand_ins import NOT_COMPUTING, Computation, doing_nothing, fixing
 
+CHANGES = {name: change for name, change in NOT_COMPUTING.items() if change is not doing_nothing}
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 WIDTH = 256
 
@@ -91,11 +94,11 @@ def _break(monkeypatch, change):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda out, _: out * 1.03, "1 rows are off by 0.03 of the same numbers in float32"),
+        (lambda out, _: out * 1.03, "1 rows of 256 are off by 0.03 of the same numbers in float32"),
         (lambda out, _: out.roll(1, dims=-1), "are off by 1.4"),
         (lambda out, _: out * torch.nan, "are off by nan"),
         (lambda out, _: torch.where(out == out.max(), torch.inf, out), "are off by inf"),
-        (lambda out, scale: out / scale * scale.mean(), "67 rows are off by"),
+        (lambda out, scale: out / scale * scale.mean(), "67 rows of 256 are off by"),
     ],
     ids=["scaled", "shifted", "nan", "inf", "one scale for all rows"],
 )
@@ -105,6 +108,92 @@ def test_wrong_numbers_are_noticed(monkeypatch, change, text):
     reason = self_test.refusal(CPU, torch.float32, WIDTH)
     assert reason.startswith("the self-test of fp8 failed: ")
     assert text in reason
+
+
+def _product(q, row_scale, weight, weight_scale, bias, rows, out_dtype):
+    layer = Fp8Linear.__new__(Fp8Linear)
+    torch.nn.Module.__init__(layer)
+    layer.weight, layer.weight_scale, layer.bias = (
+        torch.nn.Parameter(each, requires_grad=False) for each in (weight, weight_scale, bias)
+    )
+    return RIGHT(layer, q, row_scale, out_dtype, rows)
+
+
+RIGHT = Fp8Linear.forward_quantized
+ARGUMENTS = ("q", "row_scale", "weight", "weight_scale", "bias", "rows")
+PRODUCT = Computation(_product, (*ARGUMENTS, "out_dtype"))
+
+
+def _verdict(monkeypatch, product):
+    def forward(self, q, row_scale, out_dtype, rows=slice(None)):
+        return product(q, row_scale, self.weight, self.weight_scale, self.bias, rows, out_dtype)
+
+    monkeypatch.setattr(Fp8Linear, "forward_quantized", forward)
+    return self_test.refusal(CPU, torch.float32, WIDTH)
+
+
+@needs_fp8
+def test_a_product_in_the_place_of_ours_passes(monkeypatch):
+    assert _verdict(monkeypatch, _product) is None
+
+
+@needs_fp8
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_product_that_does_not_compute_is_noticed(monkeypatch, change):
+    assert "are off by" in _verdict(monkeypatch, change(PRODUCT))
+
+
+@needs_fp8
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_product_that_ignores_an_argument_is_noticed(monkeypatch, argument):
+    """It multiplies with the first one of that shape."""
+    assert "self-test of fp8 failed" in _verdict(monkeypatch, fixing(argument, PRODUCT))
+
+
+@needs_fp8
+def test_a_product_of_another_dtype_is_noticed(monkeypatch):
+    def product(*given):
+        return _product(*given).double()
+
+    assert "gives (1, 1, 768) torch.float64" in _verdict(monkeypatch, product)
+
+
+@needs_fp8
+def test_memory_that_holds_the_products_before_is_not_taken_for_new_ones(monkeypatch):
+    """What was freed is given out again: it holds the result of some earlier call."""
+    before = []
+
+    def product(*given):
+        before.append(_product(*given))
+        return next(each for each in before if each.shape == before[-1].shape)
+
+    assert "are off by" in _verdict(monkeypatch, product)
+
+
+@pytest.mark.parametrize(
+    ("width", "depths"), [(3072, (3072, 12288, 15360)), (256, (256, 1024, 1280))]
+)
+def test_products_are_as_deep_as_those_of_the_blocks(width, depths):
+    with torch.device("meta"):
+        double, single = DoubleBlock(width, 8), SingleBlock(width, 8)
+        linears = [
+            each
+            for each in (*double.modules(), *single.modules())
+            if isinstance(each, torch.nn.Linear)
+        ]
+    assert tuple(depth * width for depth in self_test.DEPTHS) == depths
+    assert {each.in_features for each in linears} == set(depths)
+
+
+@needs_fp8
+@pytest.mark.parametrize("depth", self_test.DEPTHS)
+def test_a_product_that_is_wrong_at_one_depth_is_noticed(monkeypatch, depth):
+    """As where a library takes another algorithm for a longer sum."""
+
+    def product(q, *rest):
+        return _product(q, *rest) * (1.1 if q.shape[-1] == depth * WIDTH else 1.0)
+
+    assert f"rows of {depth * WIDTH} are off by 0.1" in _verdict(monkeypatch, product)
 
 
 @needs_fp8
@@ -161,7 +250,7 @@ class TestOnAGpu:
         weight = fp8.weight.float() * fp8.weight_scale
         want = torch.nn.functional.linear(q.float() * scale, weight, fp8.bias.float())
         got = fp8(x).float()
-        assert float((got - want).norm() / want.norm()) <= self_test.MAX_ERROR
+        assert float((got - want).norm() / want.norm()) <= self_test.max_error(width)
         part = fp8(x, slice(16, 1040)).float()
         assert float((part - got[..., 16:1040]).norm() / part.norm()) <= 1e-2
 

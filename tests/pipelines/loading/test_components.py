@@ -63,6 +63,20 @@ def test_on_a_gpu_the_plan_is_that_of_what_is_free_and_in_the_log(gpu_of, caplog
     assert "T5: 9.5 GB, streamed" in record.message
 
 
+def test_cuda_graphs_are_planned_for_where_they_can_be(gpu_of):
+    gpu_of(80 * 10**9)
+    how = {"dtype": torch.bfloat16, "is_fp8": False}
+    for backend, device, is_planned in (
+        ("engine", "cuda", True),
+        ("engine", "cpu", False),
+        ("diffusers", "cuda", False),
+    ):
+        options = LoadOptions(backend=backend, cuda_graphs="auto")
+        made = plan_here(FLUX_DEV, options, device=torch.device(device), **how)
+        assert (made.graphs is not None) == is_planned
+    assert _plan(device="cuda").graphs is None
+
+
 def test_fp8_weights_are_planned_for(gpu_of):
     gpu_of(14 * 10**9)
     assert _plan(device="cuda").mode == "offload"

@@ -231,6 +231,28 @@ def test_more_takes_no_less(width, height, batch, text, is_fp8):
         assert all(a <= b for a, b in zip(small, all_bytes(more), strict=True))
 
 
+@pytest.mark.parametrize("is_fp8", [False, True])
+@given(rows=st.lists(st.integers(1, 5000), min_size=2, max_size=2), batch=st.integers(1, 8))
+def test_a_graphs_pool_is_enough_however_rows_are_divided(is_fp8, rows, batch):
+    text, image = rows
+    size, total = FLUX_DEV.transformer, batch * sum(rows)
+    pool = activations.graph_pool_bytes(size, total, 2, is_fp8=is_fp8)
+    needed = activations.denoise_bytes(size, RowCounts(text, image, batch), 2, is_fp8=is_fp8)
+    assert needed <= pool <= 1.2 * needed + 16 * 2**20
+
+
+def test_a_graph_has_copies_of_what_a_step_reads_and_its_output():
+    given_ = conditioning(model := diffusers_model())
+    prepared = engine(model).prepare(given_, SCHEDULE, Grid(4, 6))
+    tensors = (prepared.txt, prepared.modulation[0], *prepared.context.rope)
+    img = noise(model, Grid(4, 6))
+    own = sum(each.numel() * each.element_size() for each in (*tensors, img, img))
+    size = TransformerSize.of(model.config)
+    rows = img.shape[1] + len(prepared.txt)
+    counted = activations.graph_bytes(size, rows, 1, 4) - activations.GRAPH_BYTES
+    assert own <= counted <= 1.5 * own
+
+
 def test_rows_of_a_full_size_request():
     rows = activations.rows_of(Demand(1024, 1024), 16)
     assert rows.image == 4096

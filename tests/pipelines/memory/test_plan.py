@@ -13,7 +13,7 @@ from redux_pipelines.denoising import engine
 from redux_pipelines.errors import MemoryPlanError
 from redux_pipelines.memory import plan as plan_module
 from redux_pipelines.memory.activations import Demand
-from redux_pipelines.memory.cards import Card, sold_as
+from redux_pipelines.memory.cards import UNSEEN_BYTES, Card, sold_as
 from redux_pipelines.memory.model_sizes import FLUX_DEV, FLUX_SCHNELL
 from redux_pipelines.memory.plan import Options, Placement, largest_demand, plan, spread
 
@@ -291,3 +291,60 @@ def test_without_text_encoders_no_prompt_is_counted():
     made = plan(model, sold_as(24), replace(BF16, demand=largest_demand(model)))
     assert made.placement_of("T5") is None
     assert "text" not in made.stages
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+CARDS = [
+    (size, kind, batch) for size in (16, 24, 48, 80) for kind in (BF16, FP8) for batch in (1, 2)
+]
+
+
+@pytest.mark.parametrize("wanted", ["auto", 1, 8, 64])
+@pytest.mark.parametrize(("gigabytes", "kind", "batch"), CARDS, ids=str)
+def test_nothing_is_given_up_for_cuda_graphs(gigabytes, kind, batch, wanted):
+    bare = replace(kind, demand=largest_demand(FLUX_DEV, batch))
+    without = plan(FLUX_DEV, sold_as(gigabytes), bare)
+    made = plan(FLUX_DEV, sold_as(gigabytes), replace(bare, cuda_graphs=wanted))
+    assert made.largest_sides == without.largest_sides
+    assert (made.mode, made.fits) == (without.mode, without.fits)
+    assert min(without.tile_above_pixels, 1024**2) <= made.tile_above_pixels
+    graphs = [part for part in made.parts if part.name == "CUDA graphs"]
+    assert len(graphs) == (made.graphs.shapes > 0)
+    assert made.resident_bytes == without.resident_bytes + sum(part.size_bytes for part in graphs)
+    assert made.graphs.shapes <= (8 if wanted == "auto" else wanted)
+    assert made.graphs.shapes == 0 or not made.streamed_blocks
+
+
+@pytest.mark.parametrize("kind", [BF16, FP8], ids=["bf16", "fp8"])
+def test_a_24_gb_card_has_room_for_cuda_graphs_too(kind):
+    made = plan(FLUX_DEV, sold_as(24), replace(kind, cuda_graphs="auto"))
+    assert (made.mode, made.fits, made.graphs.shapes) == ("evict", True, 8)
+    assert "CUDA graphs" in made.describe()
+
+
+def test_nobody_is_told_of_graphs_that_were_not_asked_for():
+    assert plan(FLUX_DEV, sold_as(80), BF16).graphs is None
+
+
+def test_by_default_graphs_are_of_sizes_where_they_gain_something():
+    """512 tokens of text and a picture's 729 with those of the image, filled up to 16."""
+    card = sold_as(80)
+    for kind, tokens in ((BF16, 48 * 48), (FP8, 64 * 64)):
+        rows = plan(FLUX_DEV, card, replace(kind, cuda_graphs="auto")).graphs.rows
+        assert 0 <= rows - (512 + 729 + tokens) < 16
+    numbered = plan(FLUX_DEV, card, replace(BF16, cuda_graphs=3)).graphs
+    assert numbered.shapes == 3
+    assert 0 <= numbered.rows - (512 + 729 + 96 * 96) < 16
+
+
+def test_a_card_with_little_room_gets_fewer_graphs():
+    shapes = []
+    for spare in range(0, 1_700_000_000, 50_000_000):
+        bare = plan(FLUX_DEV, Card("large", 10**11), BF16, "evict")
+        card = Card("a card", bare.peak_bytes + spare)
+        made = plan(FLUX_DEV, card, replace(BF16, cuda_graphs="auto"), "evict")
+        shapes.append(made.graphs.shapes)
+        assert made.headroom_bytes >= min(spare, UNSEEN_BYTES)
+    assert shapes == sorted(shapes)
+    assert set(shapes) == {0, 1, 2, 4, 8}

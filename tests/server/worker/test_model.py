@@ -2,17 +2,26 @@
 
 import subprocess
 import sys
+from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 
-from redux_pipelines.contract.types import WARM_UP_SIZES, CompileReport
+from redux_pipelines.contract.types import (
+    CompileReport,
+    GenerationRequest,
+    ModelInfo,
+    Progress,
+    Result,
+)
+from redux_pipelines.errors import DeviceError, DeviceMemoryError, RequestError
 from redux_pipelines.fake import FakePipeline
 from redux_pipelines.loading import load as load_module
 from redux_server import metrics
-from redux_server.settings import ServerSettings
+from redux_server.settings import ServerSettings, UsageError
 from redux_server.worker import model
 from redux_server.worker.model import cache_dir
 from server.compiling import DONE, FAILED, loads
@@ -53,6 +62,99 @@ def load_worker(settings: ServerSettings, monkeypatch: pytest.MonkeyPatch) -> No
     model.load_model(settings, "cpu")
 
 
+class Recording(FakePipeline):
+    """On a device of its own; remembers the sizes of its images, fails at those it is told to."""
+
+    def __init__(self, device: str = "cpu", failures: dict[int, Exception] | None = None) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int, int]] = []
+        self._device = device
+        self._failures = failures or {}
+
+    @property
+    def info(self) -> ModelInfo:
+        return replace(super().info, device=self._device)
+
+    def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
+        self.sizes.append((request.width, request.height, request.num_inference_steps))
+        if request.width in self._failures:
+            raise self._failures[request.width]
+        return super().generate(request)
+
+
+def warmed(
+    pipeline: Recording, monkeypatch: pytest.MonkeyPatch, settings: ServerSettings
+) -> list[tuple[int, int, int]]:
+    monkeypatch.setattr(load_module, "load_pipeline", lambda **_: pipeline)
+    model.load_model(settings, "cpu")
+    return pipeline.sizes
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "sizes"),
+    [
+        ("cpu", "", [(512, 512, 1)]),
+        ("cuda:0", "", [(1024, 1024, 1)]),
+        ("cpu", "768x1024", [(768, 1024, 1)]),
+        ("cuda:0", "512x512,1024*768,512*512", [(512, 512, 1), (1024, 768, 1)]),
+    ],
+)
+def test_a_worker_makes_an_image_of_each_size_before_it_is_ready(
+    device: str, asked: str, sizes: list[Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ServerSettings(data_dir=home, warm_sizes=asked, cuda_graphs="0")
+    assert warmed(Recording(device), monkeypatch, settings) == sizes
+
+
+@pytest.mark.parametrize("error", [RequestError("no room"), DeviceMemoryError("no room")])
+def test_a_size_without_room_is_passed_over(
+    error: Exception, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ServerSettings(data_dir=home, warm_sizes="1536x1536,512x512")
+    with structlog.testing.capture_logs() as logs:
+        sizes = warmed(Recording(failures={1536: error}), monkeypatch, settings)
+    assert [width for width, *_ in sizes] == [1536, 512]
+    (warning,) = [each for each in logs if each["log_level"] == "warning"]
+    assert (warning["size"], warning["reason"]) == ("1536x1536", "no room")
+
+
+def test_a_device_that_fails_is_not_passed_over(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Recording(failures={512: DeviceError("gone")})
+    with pytest.raises(DeviceError, match="gone"):
+        warmed(pipeline, monkeypatch, ServerSettings(data_dir=home))
+
+
+@pytest.mark.parametrize("asked", ["511x512", "1024x1537", "512x512,9x9"])
+def test_sizes_that_cannot_be_generated_are_refused(asked: str, tmp_path: Path) -> None:
+    allowed = r"--warm-sizes must be sizes separated by commas, each .* from 512 to 1536"
+    with pytest.raises(UsageError, match=allowed):
+        model.check_warm_up(ServerSettings(data_dir=tmp_path, warm_sizes=asked))
+
+
+GPU = ModelInfo("flux-dev", "engine", "cuda:0", "bfloat16", 16)
+
+
+@pytest.mark.parametrize(
+    ("info", "settings", "is_compiled"),
+    [
+        (GPU, {}, True),
+        (GPU, {"cuda_graphs": "0"}, False),
+        (GPU, {"cuda_graphs": "0", "compile": "full"}, True),
+        (GPU, {"backend": "diffusers"}, False),
+        (replace(GPU, device="cpu"), {}, False),
+        (replace(GPU, device="cpu"), {"cuda_graphs": "2"}, True),
+    ],
+)
+def test_cuda_graphs_are_there_by_default_on_a_gpu_only(
+    info: ModelInfo, settings: dict[str, Any], is_compiled: bool, tmp_path: Path
+) -> None:
+    chosen = ServerSettings(data_dir=tmp_path, **settings)
+    assert model.is_compiled(chosen, info) == is_compiled
+    model.check_warm_up(chosen)  # what is there by default contradicts nothing
+
+
 @pytest.mark.parametrize(("report", "failures"), [(DONE, 0), (FAILED, 1)], ids=["done", "failed"])
 def test_a_worker_compiles_before_it_is_ready_and_runs_on_without(
     report: CompileReport,
@@ -61,12 +163,14 @@ def test_a_worker_compiles_before_it_is_ready_and_runs_on_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipeline = loads(monkeypatch, report)
-    settings = ServerSettings(data_dir=home, compile="full", cuda_graphs=2)
+    settings = ServerSettings(
+        data_dir=home, compile="full", cuda_graphs="2", warm_sizes="512x768,512x512"
+    )
     before = metrics.COMPILE_FAILURES._value.get()
     with structlog.testing.capture_logs() as logs:
         load_worker(settings, monkeypatch)
     (plan,) = pipeline.plans
-    assert (plan.mode, plan.cuda_graphs, plan.sizes) == ("full", 2, WARM_UP_SIZES)
+    assert (plan.mode, plan.cuda_graphs, plan.sizes) == ("full", 2, ((512, 768), (512, 512)))
     assert metrics.COMPILE_FAILURES._value.get() == before + failures
     assert metrics.COMPILED._value.get() == (report.mode == "full")
     warnings: list[Any] = [each for each in logs if each["log_level"] == "warning"]

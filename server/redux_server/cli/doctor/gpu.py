@@ -131,7 +131,9 @@ def _judge_memory(
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     is_fp8 = settings.transformer_dtype == "fp8"
     is_fp8 |= settings.transformer_dtype == "auto" and sizes.is_fp8
-    options = Options(dtype, is_fp8, largest_demand(sizes, settings.max_batch_size))
+    demand = largest_demand(sizes, settings.max_batch_size)
+    graphs = settings.graphs if settings.backend == "engine" else 0
+    options = Options(dtype, is_fp8, demand, graphs)
     both = [options, replace(options, is_fp8=True)]
     for each in both if is_imagined and not is_fp8 else [options]:
         try:

@@ -1,0 +1,84 @@
+"""What each kernel's ``launch`` computes, by its reference: for tests where no kernel can run."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from redux_kernels import (
+    adaln,
+    attention,
+    gate_residual_adaln,
+    gelu_into,
+    gelu_quantize,
+    group_norm_silu,
+    merge_folded_key,
+    merge_lse,
+    qk_norm_rope,
+    quantize_rows,
+    reference,
+)
+from stand_ins import Computation
+
+
+class Kernel(NamedTuple):
+    """Where a launch is, and what it should compute."""
+
+    module: Any
+    launch: Computation
+    name: str = "launch"
+
+
+def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, quantize: bool) -> Any:
+    if quantize:
+        return reference.adaln_quantize(x, scale, shift, eps)
+    return reference.adaln(x, scale, shift, eps), x
+
+
+def _gate_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, *, quantize: bool
+) -> Any:
+    if quantize:
+        return reference.gate_residual_adaln_quantize(x, y, gate, scale, shift, eps)
+    return *reference.gate_residual_adaln(x, y, gate, scale, shift, eps), x
+
+
+def _biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor) -> None:
+    out.copy_(reference.biased_attention(q, k, v, bias))
+
+
+_NORM = ("x", "scale", "shift", "eps")
+_GATED = ("x", "y", "gate", "scale", "shift", "eps")
+_ROPE = ("qkv", "q_weight", "k_weight", "cos", "sin", "q", "k", "v", "row_offset", "eps")
+_FOLDED = ("q", "k", "v", "out", "lse", "copies", "into")
+_MERGED = ("out_a", "lse_a", "out_b", "lse_b", "bias_b", "into")
+_GROUPED = ("x", "mean", "var", "weight", "bias", "eps")
+
+KERNELS = {
+    "adaln": Kernel(adaln, Computation(_adaln, _NORM)),
+    "adaln_quantize": Kernel(adaln, Computation(_adaln, _NORM)),
+    "gate_residual_adaln": Kernel(gate_residual_adaln, Computation(_gate_residual_adaln, _GATED)),
+    "gate_residual_adaln_quantize": Kernel(
+        gate_residual_adaln, Computation(_gate_residual_adaln, _GATED)
+    ),
+    "qk_norm_rope": Kernel(
+        qk_norm_rope, Computation(reference.qk_norm_rope, _ROPE, ("q", "k", "v"))
+    ),
+    "gelu_into": Kernel(
+        gelu_into, Computation(reference.gelu_into, ("mlp", "out", "column"), ("out",))
+    ),
+    "gelu_quantize": Kernel(gelu_quantize, Computation(reference.gelu_quantize, ("mlp", "beside"))),
+    "quantize_rows": Kernel(quantize_rows, Computation(reference.quantize_rows, ("x",))),
+    "merge_folded_key": Kernel(
+        merge_folded_key, Computation(reference.merge_folded_key, _FOLDED, ("into",))
+    ),
+    "merge_lse": Kernel(merge_lse, Computation(reference.merge_lse, _MERGED, ("into",))),
+    "biased_attention": Kernel(
+        attention, Computation(_biased_attention, ("q", "k", "v", "bias", "out"), ("out",))
+    ),
+    "group_norm_statistics": Kernel(
+        group_norm_silu,
+        Computation(reference.group_norm_statistics, ("x", "groups")),
+        "launch_statistics",
+    ),
+    "group_norm_silu": Kernel(group_norm_silu, Computation(reference.group_norm_silu, _GROUPED)),
+}
