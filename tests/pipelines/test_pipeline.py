@@ -10,13 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.fake_graphs import FakeCapture
 from pipelines.pretended_gpus import PretendedGpus
 from redux_pipelines import pipeline as pipeline_module
+from redux_pipelines.compilation.cuda_graphs import GraphedStep
 from redux_pipelines.contract.types import CompilePlan, Progress, Result
 from redux_pipelines.denoising.quality import TIERS, CachePolicy, Tier
 from redux_pipelines.errors import DeviceError, DeviceMemoryError, OutputError, RequestError
 from redux_pipelines.fake import FakePipeline
+from redux_pipelines.memory.plan import GraphLimits
 from redux_pipelines.pipeline import ReduxPipeline
+from redux_pipelines.sampling import Grid
 
 PICTURES = (Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue"))
 
@@ -725,3 +729,33 @@ def test_bfloat16_on_a_gpu_looks_like_float32_on_a_cpu(tiny, pipeline, load, req
     image = np.asarray(finish(fast.generate(request)).images[0]).astype(float)
     mean_square = ((image - reference) ** 2).mean()
     assert 10 * np.log10(255**2 / mean_square) > 20
+
+
+def test_the_sizes_of_a_plan_and_what_has_room_reach_the_warm_up(pipeline, monkeypatch):
+    asked = {}
+
+    def record(denoiser, plan, grids, batches, **rest):
+        asked.update(plan=plan, grids=grids, batches=batches, **rest)
+
+    monkeypatch.setattr(pipeline_module, "warm_up", record)
+    components, limits = pipeline._components, GraphLimits(3, 2000)
+    planned = replace(components, plan=replace(components.plan, graphs=limits))
+    plan = CompilePlan("off", sizes=((1024, 768),), cuda_graphs="auto")
+    ReduxPipeline(planned, name="tiny").compile(plan)
+    assert asked["grids"] == [Grid(12, 16)]  # of 64 pixels each
+    assert (asked["least"], asked["batches"]) == (Grid(8, 8), (1,))
+    assert (asked["plan"], asked["limits"]) == (plan, limits)
+
+
+def test_graphed_steps_make_the_same_pictures(tiny, load, request_for, finish):
+    """Two requests of a shape: all steps but the first are replayed."""
+    plain, graphed = load(tiny), load(tiny)
+    denoiser, capture = graphed._components.denoiser, FakeCapture()
+    denoiser.graphed = GraphedStep(denoiser.flux, capture, 2)
+    for seed in (1, 2):
+        wanted, made = (
+            finish(each.generate(request_for(seed=seed))).images[0] for each in (plain, graphed)
+        )
+        assert made.tobytes() == wanted.tobytes()
+    assert [each.replays for each in capture.made] == [2 + 3]
+    assert denoiser.graphed.failure is None

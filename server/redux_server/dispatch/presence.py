@@ -23,7 +23,7 @@ _log = structlog.get_logger("redux_server.dispatch.presence")
 class WorkerState(StrEnum):
     """What a worker is doing."""
 
-    LOADING = "loading"  # reading weights and making its warm-up image
+    LOADING = "loading"  # reading weights and making its warm-up images
     READY = "ready"  # takes tasks
     FAILED = "failed"  # could not load; the detail says why
     GONE = "gone"  # has not been heard of for too long
