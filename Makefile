@@ -17,8 +17,9 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
-        soak check lint format types imports dockerfile bench bench-server bench-files bench-engine bench-attention \
-        bench-products bench-kernels bench-growth bench-roofline bench-mini train-mini eval-mini \
+        soak check lint format types imports dockerfile bench bench-server bench-files bench-engine \
+        bench-attention bench-products bench-host bench-kernels bench-growth bench-roofline bench-mini \
+        train-mini eval-mini \
         eval-approximations eval-controls docs docs-build docs-reference docker clean
 
 help:  ## show this list
@@ -204,6 +205,9 @@ bench-attention: $(RUNTIME)  ## measure every attention that this device can run
 
 bench-products: $(RUNTIME)  ## measure a CPU's products through oneDNN against torch's own
 	@$(BIN)/python pipelines/benchmarks/bench_products.py $(ARGS)
+
+bench-host: $(RUNTIME)  ## measure the processor time that a step of full depth costs its process
+	@$(BIN)/python pipelines/benchmarks/bench_host.py $(ARGS)
 
 bench-kernels: $(RUNTIME)  ## measure each Triton kernel against what it replaces (needs an NVIDIA GPU)
 	@$(BIN)/python kernels/benchmarks/bench_all.py $(ARGS)

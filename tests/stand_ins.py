@@ -92,16 +92,21 @@ def fixing(argument: str, right: Computation) -> Compute:
 
 
 def _shapes(given: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(
-        each.shape if isinstance(each, Tensor) else str(each) if isinstance(each, slice) else ""
-        for each in given
-    )
+    return tuple(map(_shape, given))
+
+
+def _shape(given: Any) -> Any:
+    if isinstance(given, Tensor):
+        return given.shape
+    if isinstance(given, list):
+        return len(given)
+    return str(given) if isinstance(given, slice) else ""
 
 
 def _each(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``result`` with ``change`` made to its tensors."""
-    if isinstance(result, tuple):
-        return tuple(_each(each, change) for each in result)
+    if isinstance(result, tuple | list):
+        return type(result)(_each(each, change) for each in result)
     return change(result) if isinstance(result, Tensor) else result
 
 

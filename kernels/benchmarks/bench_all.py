@@ -10,8 +10,7 @@ import bench_gate_residual_adaln
 import bench_gelu_into
 import bench_gelu_quantize
 import bench_group_norm_silu
-import bench_merge_folded_key
-import bench_merge_lse
+import bench_merge_groups
 import bench_qk_norm_rope
 import bench_quantize_rows
 import torch
@@ -25,8 +24,7 @@ BENCHMARKS = (
     bench_gelu_quantize,
     bench_quantize_rows,
     bench_group_norm_silu,
-    bench_merge_folded_key,
-    bench_merge_lse,
+    bench_merge_groups,
     bench_biased_attention,
 )
 

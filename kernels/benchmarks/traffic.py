@@ -46,14 +46,11 @@ def quantize_rows(rows: int, width: int, *, element: int = 2) -> int:
     return rows * (width * (element + E4M3_BYTES) + SCALE_BYTES)
 
 
-def merge_folded_key(rows: int, heads: int, d: int, *, element: int = 2) -> int:
-    """``merge_folded_key``: q, attention's output and its log-sum-exp in; the merged output out."""
-    return rows * heads * (3 * d * element + 4)
-
-
-def merge_lse(rows: int, heads: int, d: int, *, element: int = 2) -> int:
-    """``merge_lse``: two outputs and log-sum-exps in; one of each out."""
-    return rows * heads * (3 * d * element + 3 * 4)
+def merge_groups(
+    rows: int, heads: int, d: int, *, parts: int = 1, keys: int = 1, element: int = 2
+) -> int:  # fmt: skip
+    """``merge_groups``: outputs and log-sum-exps of parts in, and q for keys; one output out."""
+    return rows * heads * ((parts + bool(keys) + 1) * d * element + 4 * parts)
 
 
 def biased_attention(queries: int, keys: int, heads: int, d: int, *, element: int = 2) -> int:

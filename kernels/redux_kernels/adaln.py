@@ -6,14 +6,17 @@ row once and writes it once; knows nothing of the linears before and after it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
+from redux_kernels.checks import image_stride
 from redux_kernels.compiler import constexpr, jit, next_power_of_2, tensor, tl
 from redux_kernels.device_functions import normalize_rows, scale_of_rows
+from redux_kernels.registration import operator, register_fake
 
 
 class RowPlan(NamedTuple):
@@ -28,6 +31,7 @@ class RowPlan(NamedTuple):
     """(tiles of rows, batch): no tile spans two images, so one modulation serves a tile."""
 
 
+@lru_cache(maxsize=1024)
 def plan_rows(batch: int, rows: int, width: int) -> RowPlan:
     """Give each thread about 32 elements, and narrow rows to one program together.
 
@@ -85,7 +89,7 @@ def launch(
     with dispatch.on_device_of(x):
         _adaln_kernel[plan.grid](
             x, scale, shift, h, row_scale,
-            rows, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0), eps,
+            rows, x.stride(0), x.stride(1), image_stride(scale), image_stride(shift), eps,
             width=width, tile=plan.rows, block=plan.block, quantize=quantize,
             num_warps=plan.warps,
         )  # fmt: skip
@@ -100,7 +104,7 @@ def check(x: Tensor, scale: Tensor, shift: Tensor) -> None:
     checks.check_same_device(x=x, scale=scale, shift=shift)
 
 
-@torch.library.custom_op("redux::adaln", mutates_args=())
+@operator("redux::adaln", mutates_args=())
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm without weights, then modulation: ``norm(x) * (1 + scale) + shift``.
 
@@ -108,7 +112,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
 
     Args:
         x: (B, S, H), H <= 16384, contiguous along H; images and rows may lie apart.
-        scale: (B, H), contiguous along H; the images' vectors may lie apart or be one (stride 0).
+        scale: (B, H), contiguous along H; the images' vectors may lie apart. Or (H,) for all.
         shift: as ``scale``.
         eps: added to the variance.
 
@@ -119,19 +123,19 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    check(x, scale, shift)
+    checks.once(check, x, scale, shift)
     if dispatch.runs_kernel("adaln", x):
         return launch(x, scale, shift, eps, quantize=False)[0]
     return reference.adaln(x, scale, shift, eps)
 
 
-@adaln.register_fake
+@register_fake(adaln)
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     check(x, scale, shift)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("redux::adaln_quantize", mutates_args=())
+@operator("redux::adaln_quantize", mutates_args=())
 def adaln_quantize(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -148,13 +152,13 @@ def adaln_quantize(
     Raises:
         ValueError: as ``adaln``.
     """
-    check(x, scale, shift)
+    checks.once(check, x, scale, shift)
     if dispatch.runs_kernel("adaln_quantize", x):
         return launch(x, scale, shift, eps, quantize=True)
     return reference.adaln_quantize(x, scale, shift, eps)
 
 
-@adaln_quantize.register_fake
+@register_fake(adaln_quantize)
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     check(x, scale, shift)
     return checks.empty_quantized(x, x.shape[-1])

@@ -9,6 +9,7 @@ it is to be deleted. Knows nothing of groups.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
 from redux_kernels.compiler import constexpr, jit, tensor, tl
+from redux_kernels.registration import operator, register_fake
 
 LOG2_E = math.log2(math.e)
 
@@ -32,6 +34,7 @@ class AttentionPlan(NamedTuple):
     """(tiles of queries, heads, batch)."""
 
 
+@lru_cache(maxsize=1024)
 def plan_attention(batch: int, heads: int, queries: int, d: int, element: int) -> AttentionPlan:
     """At d = 128 in 2 bytes: 128 queries by 32 keys, 8 warps, three stages.
 
@@ -134,7 +137,7 @@ def empty_out(q: Tensor) -> Tensor:
     return q.new_empty((batch, queries, heads, d)).transpose(1, 2)
 
 
-@torch.library.custom_op("redux::biased_attention", mutates_args=())
+@operator("redux::biased_attention", mutates_args=())
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """``softmax(q·k / sqrt(d) + bias) · v`` with one bias per key, for all heads and queries.
 
@@ -156,7 +159,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    check(q, k, v, bias)
+    checks.once(check, q, k, v, bias)
     out = empty_out(q)
     if dispatch.runs_kernel("biased_attention", q):
         launch(q, k, v, bias, out)
@@ -165,7 +168,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-@biased_attention.register_fake
+@register_fake(biased_attention)
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     check(q, k, v, bias)
     return empty_out(q)

@@ -1,10 +1,13 @@
 """What operators demand of their tensors, and the errors that say so.
 
 Every function raises ``ValueError`` with the tensor's name, what was given and what is allowed.
-The checks look at metadata only, so they run in eager mode and while a graph is traced alike.
+The checks look at metadata only, so they run in eager mode and while a graph is traced alike. In
+eager mode ``once`` runs them, once for all calls that look alike: a step makes hundreds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +15,41 @@ from torch import Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 16384  # a row that a program holds in registers
 HEAD_SIZES = (16, 32, 64, 128, 256)
+MOST_PASSED = 4096  # of some bytes each; a network of one size needs a dozen
+
+_passed: set[Hashable] = set()
+
+
+def once(check: Callable[..., None], *arguments: object) -> None:
+    """``check(*arguments)``, unless it has passed for tensors and numbers that are like these.
+
+    ``check`` looks at shapes, strides, dtypes and devices of tensors, and at numbers.
+    """
+    key = (
+        check,
+        *[
+            (each.shape, each.stride(), each.dtype, each.device)
+            if isinstance(each, Tensor)
+            else _others(each)
+            for each in arguments
+        ],
+    )
+    if key in _passed:
+        return
+    check(*arguments)
+    if len(_passed) >= MOST_PASSED:
+        _passed.clear()
+    _passed.add(key)
+
+
+def _others(argument: object) -> Hashable:
+    """A number as it is; of a list's tensors what counts."""
+    if not isinstance(argument, (list, tuple)):
+        return argument
+    return tuple(
+        (each.shape, each.stride(), each.dtype, each.device) if isinstance(each, Tensor) else each
+        for each in argument
+    )
 
 
 def check_matrix(name: str, x: Tensor) -> None:
@@ -51,10 +89,21 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
 
 
 def check_vector(name: str, v: Tensor, x: Tensor) -> None:
-    """``v`` is (B, width) for the rows ``x`` (B, S, width): one vector for an image's rows."""
+    """``v`` is (B, width) for the rows ``x`` (B, S, width): one vector for an image's rows.
+
+    Or (width,), one for the rows of all images.
+    """
     check_float(name, v)
-    check_shape(name, v, (x.shape[0], x.shape[-1]), "(batch, width)")
+    if v.dim() == 1:
+        check_shape(name, v, (x.shape[-1],), "(width,)")
+    else:
+        check_shape(name, v, (x.shape[0], x.shape[-1]), "(width,) or (batch, width)")
     check_last_stride(name, v)
+
+
+def image_stride(v: Tensor) -> int:
+    """From an image's vector to the next one's: 0 where one serves all."""
+    return v.stride(0) if v.dim() == 2 else 0
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -93,13 +142,12 @@ def check_head_size(name: str, d: int) -> None:
         raise ValueError(f"{name} must have a head size in {HEAD_SIZES}, got {d}")
 
 
-def check_attention(out: Tensor, lse: Tensor, into: Tensor) -> None:
-    """Attention's output (B, heads, S, d), its float32 log-sum-exp, and a place like the output."""
-    shape = check_heads("out", out)
-    check_head_size("out", shape[3])
-    check_shape("lse", lse, shape[:3], "(batch, heads, rows)")
-    check_dtype("lse", lse, torch.float32)
-    check_last_stride("lse", lse)
-    check_heads("into", into)
-    check_shape("into", into, shape, "like out")
-    check_dtype("into", into, out.dtype)
+def check_laid_out_alike(name: str, tensors: Sequence[Tensor]) -> None:
+    """All have the same strides, but for axes of one element."""
+    for each in tensors[1:]:
+        strides = zip(each.shape, each.stride(), tensors[0].stride(), strict=True)
+        if any(size > 1 and own != other for size, own, other in strides):
+            raise ValueError(
+                f"all {name} must be laid out alike, got strides {tensors[0].stride()} and "
+                f"{each.stride()}"
+            )

@@ -26,13 +26,14 @@ REQUIRED_CAPABILITY = {
     "gelu_into": SM_80,
     "gelu_quantize": SM_89,
     "quantize_rows": SM_89,
-    "merge_folded_key": SM_80,
-    "merge_lse": SM_80,
+    "merge_groups": SM_80,
     "biased_attention": SM_80,
     "group_norm_statistics": SM_80,
     "group_norm_silu": SM_80,
 }
 """Each operator's name, and the least compute capability its kernel can be compiled for."""
+
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 _tested: dict[tuple[str, torch.device], str | None] = {}  # None: passed; else the reason
 
@@ -86,8 +87,11 @@ def runs_kernel(operator: str, x: Tensor) -> bool:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make the GPU of ``x`` the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Make the GPU of ``x`` the current one, on which Triton launches, unless it is already."""
+    index = x.get_device()  # -1 on a CPU
+    if index < 0 or index == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(index)
 
 
 def _indexed(device: torch.device) -> torch.device:

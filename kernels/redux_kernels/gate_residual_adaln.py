@@ -11,8 +11,10 @@ from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
 from redux_kernels.adaln import plan_rows
+from redux_kernels.checks import image_stride
 from redux_kernels.compiler import constexpr, jit, tensor, tl
 from redux_kernels.device_functions import normalize_rows, scale_of_rows
+from redux_kernels.registration import operator, register_fake
 
 
 @jit(do_not_specialize=["rows"])
@@ -66,7 +68,7 @@ def launch(
         _gate_residual_adaln_kernel[plan.grid](
             x, y, gate, scale, shift, total, h, row_scale,
             rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-            gate.stride(0), scale.stride(0), shift.stride(0), eps,
+            image_stride(gate), image_stride(scale), image_stride(shift), eps,
             width=width, tile=plan.rows, block=plan.block, quantize=quantize,
             num_warps=plan.warps,
         )  # fmt: skip
@@ -83,7 +85,7 @@ def check(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> N
     checks.check_same_device(x=x, y=y, gate=gate, scale=scale, shift=shift)
 
 
-@torch.library.custom_op("redux::gate_residual_adaln", mutates_args=())
+@operator("redux::gate_residual_adaln", mutates_args=())
 def gate_residual_adaln(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ def gate_residual_adaln(
     Args:
         x: (B, S, H), H <= 16384, contiguous along H; images and rows may lie apart.
         y: as ``x``, for example a linear's output.
-        gate: (B, H), contiguous along H; the images' vectors may lie apart or be one (stride 0).
+        gate: (B, H), contiguous along H; the images' vectors may lie apart. Or (H,) for all.
         scale: as ``gate``.
         shift: as ``gate``.
         eps: added to the variance.
@@ -107,13 +109,13 @@ def gate_residual_adaln(
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    check(x, y, gate, scale, shift)
+    checks.once(check, x, y, gate, scale, shift)
     if dispatch.runs_kernel("gate_residual_adaln", x):
         return launch(x, y, gate, scale, shift, eps, quantize=False)[:2]
     return reference.gate_residual_adaln(x, y, gate, scale, shift, eps)
 
 
-@gate_residual_adaln.register_fake
+@register_fake(gate_residual_adaln)
 def _(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,7 @@ def _(
     return total, torch.empty_like(total)
 
 
-@torch.library.custom_op("redux::gate_residual_adaln_quantize", mutates_args=())
+@operator("redux::gate_residual_adaln_quantize", mutates_args=())
 def gate_residual_adaln_quantize(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,13 +139,13 @@ def gate_residual_adaln_quantize(
     Raises:
         ValueError: as ``gate_residual_adaln``.
     """
-    check(x, y, gate, scale, shift)
+    checks.once(check, x, y, gate, scale, shift)
     if dispatch.runs_kernel("gate_residual_adaln_quantize", x):
         return launch(x, y, gate, scale, shift, eps, quantize=True)
     return reference.gate_residual_adaln_quantize(x, y, gate, scale, shift, eps)
 
 
-@gate_residual_adaln_quantize.register_fake
+@register_fake(gate_residual_adaln_quantize)
 def _(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,14 +6,15 @@ concatenation. Knows nothing of what stands in the buffer's other columns.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
 from redux_kernels.compiler import constexpr, jit, next_power_of_2, tensor, tl
 from redux_kernels.device_functions import gelu_tanh
+from redux_kernels.registration import operator, register_fake
 
 
 class ColumnPlan(NamedTuple):
@@ -25,6 +26,7 @@ class ColumnPlan(NamedTuple):
     """(rows, blocks of columns, batch)."""
 
 
+@lru_cache(maxsize=1024)
 def plan_columns(batch: int, rows: int, width: int) -> ColumnPlan:
     """Elements are independent: 4096 a program with 4 warps is four 128-bit loads a thread."""
     block = min(4096, next_power_of_2(max(width, 16)))
@@ -72,7 +74,7 @@ def check(mlp: Tensor, out: Tensor, column: int) -> None:
     checks.check_same_device(mlp=mlp, out=out)
 
 
-@torch.library.custom_op("redux::gelu_into", mutates_args=("out",))
+@operator("redux::gelu_into", mutates_args=("out",))
 def gelu_into(mlp: Tensor, out: Tensor, column: int = 0) -> None:
     """``out[..., column:column + F] = gelu(mlp)``, the tanh form of GELU.
 
@@ -90,13 +92,13 @@ def gelu_into(mlp: Tensor, out: Tensor, column: int = 0) -> None:
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    check(mlp, out, column)
+    checks.once(check, mlp, out, column)
     if dispatch.runs_kernel("gelu_into", mlp):
         launch(mlp, out, column)
     else:
         reference.gelu_into(mlp, out, column)
 
 
-@gelu_into.register_fake
+@register_fake(gelu_into)
 def _(mlp: Tensor, out: Tensor, column: int = 0) -> None:
     check(mlp, out, column)

@@ -6,14 +6,15 @@ take in fp8: one scale a row, over all of its columns.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
 from redux_kernels.compiler import constexpr, jit, next_power_of_2, tensor, tl
 from redux_kernels.device_functions import gelu_tanh, scale_of_rows
+from redux_kernels.registration import operator, register_fake
 
 
 class WholeRowPlan(NamedTuple):
@@ -26,6 +27,7 @@ class WholeRowPlan(NamedTuple):
     """(rows, batch)."""
 
 
+@lru_cache(maxsize=1024)
 def plan_whole_row(batch: int, rows: int, width: int, beside: int) -> WholeRowPlan:
     """About 32 elements a thread: 16 warps at 12288 columns, 1 at 1024."""
     block = next_power_of_2(max(width, 16))
@@ -91,7 +93,7 @@ def check(mlp: Tensor, beside: Tensor | None) -> None:
     checks.check_same_device(mlp=mlp, beside=beside)
 
 
-@torch.library.custom_op("redux::gelu_quantize", mutates_args=())
+@operator("redux::gelu_quantize", mutates_args=())
 def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantise the rows ``h = [beside, gelu(mlp)]`` to e4m3: ``(q, row_scale)``.
 
@@ -110,13 +112,13 @@ def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Te
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    check(mlp, beside)
+    checks.once(check, mlp, beside)
     if dispatch.runs_kernel("gelu_quantize", mlp):
         return launch(mlp, beside)
     return reference.gelu_quantize(mlp, beside)
 
 
-@gelu_quantize.register_fake
+@register_fake(gelu_quantize)
 def _(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
     check(mlp, beside)
     extra = 0 if beside is None else beside.shape[-1]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
 from redux_kernels.compiler import constexpr, jit, next_power_of_2, tensor, tl
+from redux_kernels.registration import operator, register_fake
 
 CHUNKS = 1024  # programs that share a picture's statistics: several for each of a GPU's processors
 
@@ -214,7 +215,7 @@ def check(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) ->
     checks.check_same_device(x=x, mean=mean, var=var, weight=weight, bias=bias)
 
 
-@torch.library.custom_op("redux::group_norm_statistics", mutates_args=())
+@operator("redux::group_norm_statistics", mutates_args=())
 def group_norm_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each image's groups of neighbouring channels, over all its pixels.
 
@@ -229,13 +230,13 @@ def group_norm_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: shapes, dtypes or strides are not those above.
     """
-    check_statistics(x, groups)
+    checks.once(check_statistics, x, groups)
     if dispatch.runs_kernel("group_norm_statistics", x):
         return launch_statistics(x, groups)
     return reference.group_norm_statistics(x, groups)
 
 
-@group_norm_statistics.register_fake
+@register_fake(group_norm_statistics)
 def _(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     check_statistics(x, groups)
     mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
@@ -255,7 +256,7 @@ def join_statistics(
     return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
-@torch.library.custom_op("redux::group_norm_silu", mutates_args=())
+@operator("redux::group_norm_silu", mutates_args=())
 def group_norm_silu(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> Tensor:
@@ -278,13 +279,13 @@ def group_norm_silu(
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    check(x, mean, var, weight, bias)
+    checks.once(check, x, mean, var, weight, bias)
     if dispatch.runs_kernel("group_norm_silu", x):
         return launch(x, mean, var, weight, bias, eps)
     return reference.group_norm_silu(x, mean, var, weight, bias, eps)
 
 
-@group_norm_silu.register_fake
+@register_fake(group_norm_silu)
 def _(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> Tensor:

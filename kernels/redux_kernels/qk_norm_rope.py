@@ -6,6 +6,7 @@ each stream is written into the joint buffers at its own row offset. Knows nothi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
 from redux_kernels.compiler import constexpr, jit, tensor, tl
+from redux_kernels.registration import operator, register_fake
 
 
 class HeadPlan(NamedTuple):
@@ -25,6 +27,7 @@ class HeadPlan(NamedTuple):
     """(rows, batch)."""
 
 
+@lru_cache(maxsize=1024)
 def plan_heads(batch: int, rows: int, heads: int, d: int) -> HeadPlan:
     """One program a row, so that an angle is read once for all heads; 8 elements a thread.
 
@@ -137,7 +140,7 @@ def check(
                              q=q, k=k, v=v)  # fmt: skip
 
 
-@torch.library.custom_op("redux::qk_norm_rope", mutates_args=("q", "k", "v"))
+@operator("redux::qk_norm_rope", mutates_args=("q", "k", "v"))
 def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     q: Tensor, k: Tensor, v: Tensor | None, row_offset: int = 0, eps: float = 1e-6,
@@ -167,16 +170,67 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above, or the rows do not fit.
     """
-    check(qkv, q_weight, k_weight, cos, sin, q, k, v, row_offset)
+    checks.once(check, qkv, q_weight, k_weight, cos, sin, q, k, v, row_offset)
     if dispatch.runs_kernel("qk_norm_rope", qkv):
         launch(qkv, q_weight, k_weight, cos, sin, q, k, v, row_offset, eps)
     else:
         reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, q, k, v, row_offset, eps)
 
 
-@qk_norm_rope.register_fake
+@register_fake(qk_norm_rope)
 def _(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     q: Tensor, k: Tensor, v: Tensor | None, row_offset: int = 0, eps: float = 1e-6,
 ) -> None:  # fmt: skip
     check(qkv, q_weight, k_weight, cos, sin, q, k, v, row_offset)
+
+
+def check_in_place(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    """Raise ``ValueError`` unless the tensors are those that ``qk_norm_rope_`` describes."""
+    check_head_width(qkv, q_weight)
+    q, k, _ = heads_of(qkv, q_weight)
+    check(qkv, q_weight, k_weight, cos, sin, q, k, None, 0)
+
+
+def check_head_width(qkv: Tensor, q_weight: Tensor) -> None:
+    """A row of ``qkv`` is three times some whole heads."""
+    checks.check_matrix("qkv", qkv)
+    if q_weight.dim() != 1 or q_weight.shape[0] < 1 or qkv.shape[-1] % (3 * q_weight.shape[0]):
+        raise ValueError(
+            f"qkv must be (batch, rows, 3 heads d) with q_weight (d,), got {tuple(qkv.shape)} "
+            f"and {tuple(q_weight.shape)}"
+        )
+
+
+def heads_of(qkv: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Views ``(B, heads, S, d)`` of queries, keys and values in ``qkv``."""
+    d = weight.shape[0]
+    parts = qkv.view(*qkv.shape[:2], 3, qkv.shape[2] // (3 * d), d)
+    return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@operator("redux::qk_norm_rope_", mutates_args=("qkv",))
+def qk_norm_rope_(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> None:
+    """``qk_norm_rope`` where q and k are: in the rows of ``qkv``; its values stay as they are.
+
+    By the same kernel, and allowed where that is. What is written to a place depends on what was
+    read from it, and nothing is read twice: so no thread reads what another has written already.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices are not those of ``qk_norm_rope``.
+    """
+    checks.once(check_in_place, qkv, q_weight, k_weight, cos, sin)
+    q, k, _ = heads_of(qkv, q_weight)
+    run = launch if dispatch.runs_kernel("qk_norm_rope", qkv) else reference.qk_norm_rope
+    run(qkv, q_weight, k_weight, cos, sin, q, k, None, 0, eps)
+
+
+@register_fake(qk_norm_rope_)
+def _(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> None:
+    check_in_place(qkv, q_weight, k_weight, cos, sin)

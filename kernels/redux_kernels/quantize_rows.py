@@ -6,13 +6,13 @@ once; knows nothing of what made it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from redux_kernels import checks, dispatch, reference
 from redux_kernels.adaln import plan_rows
 from redux_kernels.compiler import constexpr, jit, tensor, tl
 from redux_kernels.device_functions import scale_of_rows
+from redux_kernels.registration import operator, register_fake
 
 
 @jit(do_not_specialize=["rows"])
@@ -52,7 +52,7 @@ def launch(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, row_scale
 
 
-@torch.library.custom_op("redux::quantize_rows", mutates_args=())
+@operator("redux::quantize_rows", mutates_args=())
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise rows to e4m3: ``(q, row_scale)``, so that ``x`` is about ``q * row_scale``.
 
@@ -70,13 +70,13 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: shape, dtype or strides are not those above.
     """
-    checks.check_rows("x", x)
+    checks.once(checks.check_rows, "x", x)
     if dispatch.runs_kernel("quantize_rows", x):
         return launch(x)
     return reference.quantize_rows(x)
 
 
-@quantize_rows.register_fake
+@register_fake(quantize_rows)
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     checks.check_rows("x", x)
     return checks.empty_quantized(x, x.shape[-1])

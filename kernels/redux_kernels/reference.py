@@ -7,6 +7,7 @@ new tensors unless it says that it writes into one. Shapes are checked by the op
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,12 @@ GPU_ELEMENTS = 2**22  # few launches for a picture, and little memory beside it
 
 
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm of the rows of ``x`` (B, S, H) times 1 + ``scale`` plus ``shift``, in float32."""
+    """LayerNorm of the rows of ``x`` (B, S, H) times 1 + ``scale`` plus ``shift``, in float32.
+
+    Both are (B, H), or (H,) for all images.
+    """
     h = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift.float()[:, None], h, 1 + scale.float()[:, None])
+    return torch.addcmul(shift.float().unsqueeze(-2), h, 1 + scale.float().unsqueeze(-2))
 
 
 def quantize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,8 +52,8 @@ def adaln_quantize(
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``x + gate * y`` for rows (B, S, H) and a gate (B, H), in the dtype of ``x``."""
-    return torch.addcmul(x.float(), gate.float()[:, None], y.float()).to(x.dtype)
+    """``x + gate * y`` for rows (B, S, H) and a gate (B, H) or (H,), in the dtype of ``x``."""
+    return torch.addcmul(x.float(), gate.float().unsqueeze(-2), y.float()).to(x.dtype)
 
 
 def gate_residual_adaln(
@@ -113,28 +117,26 @@ def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Te
     return quantize_rows(h if beside is None else torch.cat((beside.float(), h), dim=-1))
 
 
-def log_of_more(copies: float) -> float:
-    """``log(copies - 1)``, which is minus infinity for one copy."""
-    return math.log(copies - 1) if copies > 1 else -math.inf
-
-
-def merge_folded_key(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, copies: float, into: Tensor
-) -> None:
-    """Write into ``into``; see ``redux_kernels.merge_folded_key.merge_folded_key``."""
-    logits = (q.float() * k.float()[:, :, None]).sum(dim=-1) / math.sqrt(q.shape[-1])
-    w = torch.sigmoid(logits + log_of_more(copies) - lse)[..., None]
-    into.copy_(torch.lerp(out.float(), v.float()[:, :, None].expand(out.shape), w))
-
-
-def merge_lse(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, bias_b: Tensor, into: Tensor
-) -> Tensor:
-    """Write into ``into``; see ``redux_kernels.merge_lse.merge_lse``."""
-    lse_b = lse_b + bias_b[:, None, None]
-    w = torch.where(lse_b == -math.inf, 0.0, torch.sigmoid(lse_b - lse_a))[..., None]
-    into.copy_(torch.lerp(out_a.float(), out_b.float(), w))
-    return torch.logaddexp(lse_a, lse_b)
+def merge_groups(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], biases: Sequence[float], q: Tensor,
+    keys: Sequence[Tensor], values: Sequence[Tensor], key_biases: Sequence[float],
+    into: Tensor, joint_lse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write into ``into``; see ``redux_kernels.merge_groups.merge_groups``."""
+    scaled = q.float() / math.sqrt(q.shape[-1])
+    logits = [lse + bias for lse, bias in zip(lses, biases, strict=True)]
+    for key, bias in zip(keys, key_biases, strict=True):
+        logits.append((scaled * key.float()[:, :, None]).sum(dim=-1) + bias)
+    every = torch.stack(logits)
+    joint = every.logsumexp(dim=0)
+    weights = torch.exp(every - torch.where(joint == -math.inf, 0.0, joint))
+    weights[0].masked_fill_(joint == -math.inf, 1.0)  # no key at all: the first output is kept
+    merged = torch.zeros(into.shape, device=into.device)
+    for weight, out in zip(weights, [*outs, *(each[:, :, None] for each in values)], strict=True):
+        merged.addcmul_(weight[..., None], out.float())
+    into.copy_(merged)
+    if joint_lse is not None:
+        joint_lse.copy_(joint)
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -25,8 +25,7 @@ from redux_kernels import (
     gelu_into,
     gelu_quantize,
     group_norm_silu,
-    merge_folded_key,
-    merge_lse,
+    merge_groups,
     qk_norm_rope,
     quantize_rows,
     reference,
@@ -210,26 +209,25 @@ def _test_quantize_rows(draw: Draw) -> Iterator[Comparison]:
     yield from _quantized(q, row_scale, x.float())
 
 
-def _test_merge_folded_key(draw: Draw) -> Iterator[Comparison]:
-    q, out, copies = draw.attention(), draw.attention(), draw.numbers.copies
-    k, v = draw(2, 1, draw.heads, draw.head_dim)
-    lse = draw(1, draw.heads, ROWS).float() + math.log(copies)
-    got, want = draw.written_to(1, draw.heads, ROWS, draw.head_dim)
-    merge_folded_key.launch(q, k, v, out, lse, copies, got)
-    reference.merge_folded_key(q, k, v, out.float(), lse, copies, want)
-    yield draw.rounded(got, want)
-
-
-def _test_merge_lse(draw: Draw) -> Iterator[Comparison]:
-    a, b = draw.attention(), draw.attention()
-    lse_a, lse_b = draw(2, 1, draw.heads, ROWS).float()
-    got, want = draw.written_to(1, draw.heads, ROWS, draw.head_dim)
-    bias = torch.full((1,), draw.numbers.bias, device=draw.device)
-    with new_memory_is_nan():
-        lse = merge_lse.launch(a, lse_a, b, lse_b, bias, got)
-    want_lse = reference.merge_lse(a.float(), lse_a, b.float(), lse_b, bias, want)
-    yield draw.rounded(got, want)
-    yield Comparison(lse, want_lse, 1e-5, 1e-5)
+def _test_merge_groups(draw: Draw) -> Iterator[Comparison]:
+    """As few as a folded key and the rest, and as many as one call takes: both binaries."""
+    bias, copies = draw.numbers.bias, draw.numbers.copies
+    for parts, keys in ((1, 1), (2, 0), (merge_groups.MOST_PARTS, merge_groups.MOST_KEYS)):
+        outs = [draw.attention() for _ in range(parts)]
+        lses = [draw(1, draw.heads, ROWS).float() + 4 for _ in range(parts)]
+        singles = [draw(2, 1, draw.heads, draw.head_dim).unbind() for _ in range(keys)]
+        others = (
+            *(lses, [bias + 0.3 * index for index in range(parts)], draw.attention()),
+            *([key for key, _ in singles], [value for _, value in singles]),
+            [math.log(copies)] * keys,
+        )
+        got, want = draw.written_to(1, draw.heads, ROWS, draw.head_dim)
+        joint = draw(1, draw.heads, ROWS).float()
+        want_joint = joint.clone()
+        merge_groups.launch(outs, *others, got, joint)
+        reference.merge_groups([each.float() for each in outs], *others, want, want_joint)
+        yield draw.rounded(got, want)
+        yield Comparison(joint, want_joint, 1e-5, 1e-5)
 
 
 def _test_biased_attention(draw: Draw) -> Iterator[Comparison]:
@@ -272,8 +270,7 @@ TESTS: dict[str, Callable[[Draw], Iterator[Comparison]]] = {
     "gelu_into": _test_gelu_into,
     "gelu_quantize": _test_gelu_quantize,
     "quantize_rows": _test_quantize_rows,
-    "merge_folded_key": _test_merge_folded_key,
-    "merge_lse": _test_merge_lse,
+    "merge_groups": _test_merge_groups,
     "biased_attention": _test_biased_attention,
     "group_norm_statistics": _test_group_norm_statistics,
     "group_norm_silu": _test_group_norm_silu,

@@ -2,10 +2,11 @@
 
     make bench-attention ARGS="--rows 4826 --dtype bfloat16"
 
-One call as a block makes it: 24 heads of 128, folded text, 729 Redux rows at half strength, the
-image's rows, filled up to the implementation's multiple. Prints JSON, also written to
-bench-results/attention.json after each number of rows, with the reason of each that was refused.
-Calls alternate, so that what else the machine does falls on all; a figure is the median.
+One call as a block makes it: 24 heads of 128, folded text, 729 Redux rows (``--strength``), the
+image's rows, filled up to the implementation's multiple, in the order in which the pipeline has
+them. Prints JSON, also written to bench-results/attention.json after each number of rows, with the
+reason of each that was refused. Calls alternate, so that what else the machine does falls on all; a
+figure is the median.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from machine import environment, save
 from torch import Tensor
 
 from redux_pipelines.attention.choice import IMPLEMENTATIONS, candidates_for, refusal
-from redux_pipelines.attention.groups import Groups, Implementation, KeyGroup
+from redux_pipelines.attention.groups import Groups, Implementation
+from redux_pipelines.conditioning.tokens import Conditioning, Tokens, fold_tokens
 from redux_pipelines.devices import as_current, resolve_device, resolve_dtype
+from redux_pipelines.network.flux import SINGLE_WIDTHS
 
 HEADS, HEAD_DIM = 24, 128
 REDUX_ROWS = 729
@@ -50,11 +53,14 @@ def _measured(arguments: argparse.Namespace, device: torch.device) -> str:
     report = {
         "environment": environment(str(device), dtype=str(dtype), threads=torch.get_num_threads()),
         "refused": {name: reason for name, reason in refusals.items() if reason},
+        "strength": arguments.strength,
         "milliseconds": milliseconds,
     }
     text = save(report, arguments.out)
     for rows in arguments.rows:
-        milliseconds[rows] = _measure(usable, rows, device, dtype, arguments.repeats)
+        milliseconds[rows] = _measure(
+            usable, rows, device, dtype, arguments.repeats, arguments.strength
+        )
         text = save(report, arguments.out)
     return text
 
@@ -65,6 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention", default="auto", help="names to time (%(default)s)")
+    parser.add_argument("--strength", type=float, default=0.5, help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("bench-results/attention.json"))
     return parser.parse_args()
@@ -76,9 +83,13 @@ def _measure(
     device: torch.device,
     dtype: torch.dtype,
     repeats: int,
+    strength: float,
 ) -> dict[str, Any]:
     """Median milliseconds a call and TFLOP/s by name."""
-    inputs = {each.name: _inputs(rows, each.row_multiple, device, dtype) for each in usable}
+    inputs = {
+        each.name: _inputs(groups_of(rows, each.row_multiple, strength), device, dtype)
+        for each in usable
+    }
     times: dict[str, list[float]] = {each.name: [] for each in usable}
     with torch.inference_mode():
         for _ in range(repeats + 2):
@@ -95,17 +106,20 @@ def _measure(
 Inputs = tuple[Tensor, Tensor, Tensor, Groups]
 
 
-def _inputs(rows: int, multiple: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Rows as the network lays them out, after those that fill up."""
-    filling = -rows % multiple
-    qk = torch.randn(1, filling + rows, 2, HEADS, HEAD_DIM).to(device, dtype)
-    v = torch.randn(1, filling + rows, HEADS, HEAD_DIM).to(device, dtype)
-    q, k = (each.transpose(1, 2) for each in qk.unbind(2))
-    groups = [KeyGroup(1, math.log(512)), KeyGroup(REDUX_ROWS, math.log(0.5))]
-    groups.append(KeyGroup(rows - 1 - REDUX_ROWS, 0.0))
-    if filling:
-        groups.insert(0, KeyGroup(filling, -math.inf))
-    return q, k, v.transpose(1, 2), tuple(groups)
+def groups_of(rows: int, row_multiple: int, strength: float) -> Groups:
+    """Those of a request without a prompt whose keys are ``rows``, before any fill them up."""
+    text = Tokens(torch.zeros(1, 1), copies=512)
+    picture = Tokens(torch.zeros(REDUX_ROWS, 1), log_weight=math.log(strength))
+    conditioning = Conditioning(text, (picture,), torch.zeros(1), guidance=3.5)
+    return fold_tokens(conditioning, rows - 1 - REDUX_ROWS, row_multiple).groups
+
+
+def _inputs(groups: Groups, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Rows as a single block lays them out: in one projection, with its MLP."""
+    rows = sum(group.rows for group in groups)
+    parts = torch.randn(1, rows, SINGLE_WIDTHS, HEADS, HEAD_DIM).to(device, dtype)
+    q, k, v = parts[:, :, :3].permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v, groups
 
 
 def _time_ms(attention: Implementation, inputs: Inputs, device: torch.device) -> float:

@@ -97,7 +97,7 @@ def _attention(img: int, txt: int) -> int:
 def _rows(rows: int) -> int:
     """Bytes of the fused row kernels of all blocks (``kernels/benchmarks/traffic.py``)."""
     norm = traffic.gate_residual_adaln(rows, HIDDEN)
-    merge = traffic.merge_folded_key(rows, HEADS, HEAD_DIM)
+    merge = traffic.merge_groups(rows, HEADS, HEAD_DIM)
     gelu = traffic.gelu_into(rows, 4 * HIDDEN)
     double = 2 * norm + traffic.qk_norm_rope(rows, HEADS, HEAD_DIM) + gelu + merge
     placed = traffic.qk_norm_rope(rows, HEADS, HEAD_DIM, copies_v=False)

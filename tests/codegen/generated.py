@@ -100,7 +100,7 @@ def _our_bytes(graph: Any) -> Iterator[int]:
     for node in graph.module.graph.nodes:
         operator = str(node.target).removesuffix(".default")
         if node.op == "call_function" and operator.startswith(_COUNTED):
-            args = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args]
+            args = torch.fx.map_arg(node.args, lambda each: each.meta["val"])
             yield _OPERATORS[operator.partition(".")[2]](*args)
 
 
@@ -118,11 +118,13 @@ _OPERATORS: dict[str, Callable[..., int]] = {
     "adaln": lambda x, *_: traffic.adaln(_rows(x), x.shape[-1]),
     "gate_residual_adaln": lambda x, *_: traffic.gate_residual_adaln(_rows(x), x.shape[-1]),
     "qk_norm_rope": _qk_norm_rope,
-    "gelu_into": lambda mlp, *_: traffic.gelu_into(_rows(mlp), mlp.shape[-1]),
-    "merge_folded_key": lambda q, *_: traffic.merge_folded_key(
-        q.shape[0] * q.shape[2], q.shape[1], q.shape[3]
+    "qk_norm_rope_": lambda qkv, weight, *_: traffic.qk_norm_rope(
+        _rows(qkv), qkv.shape[-1] // 3 // weight.shape[0], weight.shape[0], copies_v=False
     ),
-    "merge_lse": lambda a, *_: traffic.merge_lse(a.shape[0] * a.shape[2], a.shape[1], a.shape[3]),
+    "gelu_into": lambda mlp, *_: traffic.gelu_into(_rows(mlp), mlp.shape[-1]),
+    "merge_groups": lambda outs, _lses, _biases, q, keys, *_: traffic.merge_groups(
+        q.shape[0] * q.shape[2], q.shape[1], q.shape[3], parts=len(outs), keys=len(keys)
+    ),
     "place": lambda out, _: 2 * out.numel() * out.element_size(),
 }
 """Bytes that one call of our operators moves, from its arguments; in bfloat16."""

@@ -109,7 +109,7 @@ def our_network(
     On kernels. A folded text token's copies are added by one more after attention, which writes the
     result beside the MLP; without them it is copied there, as no flash attention does it.
     """
-    from redux_pipelines.attention.groups import KeyGroup, folded
+    from redux_pipelines.attention.groups import KeyGroup, merged
     from redux_pipelines.network.flux import BlockContext, Flux, FluxParams
     from redux_pipelines.network.layers import Rope
     from redux_pipelines.network.modulation import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS
@@ -128,9 +128,11 @@ def our_network(
     def partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return attend(q, k, v), q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
 
-    def attend_groups(q: Tensor, k: Tensor, v: Tensor, _: Any, into: Tensor | None) -> Tensor:
+    def attend_groups(
+        q: Tensor, k: Tensor, v: Tensor, _: Any, into: Tensor | None = None
+    ) -> Tensor:
         if text == FOLDED_TEXT:
-            return folded(partial, (q, k, v), groups, into)
+            return merged(partial, (q, k, v), groups, into)
         out = attend(q, k, v)
         if into is None:
             return out

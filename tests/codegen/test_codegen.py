@@ -77,7 +77,7 @@ def test_our_blocks_are_one_graph_and_less_than_torch_compile_makes_of_diffusers
 ])  # fmt: skip
 def test_our_blocks_move_what_their_operators_must(recorded, name, rows, is_folded):
     """And, in a single block, attention's rows once more, unless the merge puts them in place."""
-    merge = traffic.merge_folded_key(rows, 24, 128) if is_folded else 0
+    merge = traffic.merge_groups(rows, 24, 128) if is_folded else 0
     norm, gelu = traffic.gate_residual_adaln(rows, 3072), traffic.gelu_into(rows, 4 * 3072)
     copy = 0 if is_folded else 2 * 2 * rows * 3072
     expected = {

@@ -11,6 +11,7 @@ import torch
 
 from codegen import record, sizes
 from live_bytes import LiveBytes
+from redux_pipelines.attention import groups as groups_module
 
 EQUAL = ("parameters", "operations")
 
@@ -55,6 +56,33 @@ def test_ours_saves_the_last_blocks_text_rows_and_what_is_done_once(recorded):
     saved = recorded["operations, diffusers"] - recorded["operations, ours"]
     assert saved == pytest.approx(last + once, rel=1e-3)
     assert recorded["operations, ours, folded"] < 0.9 * recorded["operations, ours"]
+
+
+@pytest.mark.parametrize(("name", "parts"), [("2 groups", 1), ("3 groups", 2), ("5 groups", 4)])
+def test_groups_are_merged_in_one_launch_that_reads_and_writes_each_row_once(
+    recorded, name, parts
+):  # fmt: skip
+    """Outputs and log-sum-exps of all groups with several keys, the queries, the result."""
+    rows = sum(group.rows for group in sizes.GROUPS[name])
+    assert rows % 16 == 0
+    expected = rows * ((parts + 2) * HIDDEN * 2 + parts * 24 * 4)
+    assert recorded[f"bytes, merging {name}"] == expected
+    assert recorded[f"launches, merging {name}"] == 1
+
+
+def test_performance_document_says_what_merging_costs(recorded):
+    document = (record.ROOT / "docs/performance/index.md").read_text()
+    for name, groups in sizes.GROUPS.items():
+        theirs = sizes.merging(groups, groups_module._merged_by_torch)
+        ours = f"1, {recorded[f'bytes, merging {name}'] / 2**20:.0f} MiB"
+        in_torch = f"{theirs.launches}, {theirs.size_bytes / 2**20:.0f} MiB"
+        assert f"| {ours} | {in_torch} |" in document
+
+
+def test_plain_torch_would_move_several_times_as_much(recorded):
+    theirs = sizes.merging(sizes.GROUPS["3 groups"], groups_module._merged_by_torch)
+    assert theirs.launches > 10
+    assert theirs.size_bytes > 4 * recorded["bytes, merging 3 groups"]
 
 
 def test_live_bytes_are_those_alive_at_once():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from redux_kernels.gate_residual_adaln import gate_residual_adaln
 from redux_kernels.gelu_into import gelu_into
-from redux_kernels.merge_folded_key import merge_folded_key
+from redux_kernels.merge_groups import merge_groups
 from redux_kernels.qk_norm_rope import qk_norm_rope
 
 
@@ -113,10 +113,11 @@ class SingleBlock(torch.nn.Module):
         q, k = (x.new_empty((x.shape[0], heads, x.shape[1], d)) for _ in range(2))
         qk_norm_rope(qkv, self.q_weight, self.k_weight, cos, sin, q, k, None)
         v = qkv[..., 2 * width :].unflatten(-1, (heads, d)).transpose(1, 2)
-        out, lse = attend(q, k, v)
+        out, lse = attend(q, k[:, :, 1:], v[:, :, 1:])
         both = x.new_empty((*x.shape[:2], 5 * width))
         into = both[..., :width].unflatten(-1, (heads, d)).transpose(1, 2)
-        merge_folded_key(q, k[:, :, 0], v[:, :, 0], out, lse, COPIES, into)
+        one = [k[:, :, 0]], [v[:, :, 0]], [math.log(COPIES)]
+        merge_groups([out], [lse], [0.0], q, *one, into)
         gelu_into(mlp, both, column=width)
         gate, scale, shift = vectors.chunk(3, dim=-1)
         return gate_residual_adaln(x, self.linear2(both), gate, scale, shift)

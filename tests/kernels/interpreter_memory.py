@@ -2,14 +2,20 @@
 
 Each launch fails that reads or writes outside its tensors' storages, that writes an element twice,
 or that reads what it writes: programs run in any order on a GPU, one after the other here. Gaps
-inside a storage are for canaries (``kernel_cases``).
+inside a storage are for canaries (``kernel_cases``). Within ``in_place`` a program may write to
+what it alone reads, which is no race where each thread writes to what it has read itself.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
+
+_NONE = np.empty(0, np.uint64)
 
 
 class _Launch:
@@ -18,8 +24,9 @@ class _Launch:
     def __init__(self, tensors: list[Tensor]) -> None:
         storages = [tensor.untyped_storage() for tensor in tensors]
         self.ranges = [(each.data_ptr(), each.data_ptr() + each.nbytes()) for each in storages]
-        self.read: list[np.ndarray] = [np.empty(0, np.uint64)]
-        self.written: list[np.ndarray] = [np.empty(0, np.uint64)]
+        self.read: list[np.ndarray] = [_NONE]
+        self.written: list[np.ndarray] = [_NONE]
+        self.reads_before = self.writes_before = 1  # entries of programs that have ended
 
     def touch(self, pointers: Any, mask: Any, touched: list[np.ndarray], what: str) -> None:
         size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -32,12 +39,36 @@ class _Launch:
             raise IndexError(f"kernel {what} outside its tensors at {(~inside).sum()} addresses")
         touched.append(first)
 
+    def end_program(self) -> None:
+        """Within ``in_place``: forget the reads of what the program that has ended has written."""
+        if _is_in_place:
+            own = np.concatenate([_NONE, *self.read[self.reads_before :]])
+            changed = np.concatenate([_NONE, *self.written[self.writes_before :]])
+            kept = own[~np.isin(own, changed)]
+            self.read[self.reads_before :] = [kept]
+        self.reads_before, self.writes_before = len(self.read), len(self.written)
+
     def finish(self) -> None:
+        self.end_program()
         read, written = np.concatenate(self.read), np.concatenate(self.written)
         if len(np.unique(written)) != len(written):
             raise IndexError("kernel writes an element twice: programs race")
         if np.intersect1d(read, written).size:
             raise IndexError("kernel reads what it writes: programs race")
+
+
+_is_in_place = False
+
+
+@contextmanager
+def in_place() -> Iterator[None]:
+    """Within, a program may write to what it alone reads."""
+    global _is_in_place
+    _is_in_place = True
+    try:
+        yield
+    finally:
+        _is_in_place = False
 
 
 def install() -> None:
@@ -46,9 +77,11 @@ def install() -> None:
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     stock_call = executor.__call__
     stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
+    stock_next = builder.set_grid_idx
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        leaves = tree_leaves((args, kwargs))  # a kernel may take tuples of tensors
+        tensors = [each for each in leaves if isinstance(each, Tensor)]
         current.append(_Launch(tensors))
         try:
             stock_call(self, *args, **kwargs)
@@ -64,5 +97,11 @@ def install() -> None:
         current[-1].touch(pointers, mask, current[-1].written, "writes")
         return stock_store(self, pointers, value, mask, *rest)
 
+    def next_program(self: Any, *place: int) -> None:
+        if current:
+            current[-1].end_program()
+        stock_next(self, *place)
+
     executor.__call__ = call
+    builder.set_grid_idx = next_program
     builder.create_masked_load, builder.create_masked_store = load, store

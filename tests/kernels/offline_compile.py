@@ -32,8 +32,7 @@ from redux_kernels import (
     gelu_into,
     gelu_quantize,
     group_norm_silu,
-    merge_folded_key,
-    merge_lse,
+    merge_groups,
     qk_norm_rope,
     quantize_rows,
 )
@@ -151,7 +150,6 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
     qkv, mlp = qkv_mlp.split((3 * width, 4 * width), dim=-1)
     weight, angles = empty(d), empty(rows, d // 2, dtype=torch.float32)
     q, out = empty(1, heads, rows, d), empty(1, rows, heads, d).transpose(1, 2)
-    one = empty(1, dtype=torch.float32)
     key, lse = empty(1, heads, d), empty(1, heads, rows, dtype=torch.float32)
     into = beside_mlp[..., :width].unflatten(-1, (heads, d)).transpose(1, 2)
     qk = empty(1, rows, 2, heads, d).transpose(1, 3)
@@ -165,6 +163,11 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
     def rope(v: Tensor | None) -> None:
         qk_norm_rope.launch(qkv, weight, weight, angles, angles, q, q, v, 0, EPS)
 
+    def merge(parts: int, keys: int) -> None:
+        singles = [key] * keys, [key] * keys, [6.0] * keys
+        outs = [out] * parts, [lse] * parts, [0.0] * parts
+        merge_groups.launch(*outs, q, *singles, into, None)
+
     return {
         "adaln": lambda: adaln.launch(x, scale, shift, EPS, quantize=False),
         "adaln_quantize": lambda: adaln.launch(x, scale, shift, EPS, quantize=True),
@@ -176,8 +179,8 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
         "gelu_quantize": lambda: gelu_quantize.launch(mlp, None),
         "gelu_quantize, beside": lambda: gelu_quantize.launch(mlp, x),
         "quantize_rows": lambda: quantize_rows.launch(out.transpose(1, 2).flatten(2)),
-        "merge_folded_key": lambda: merge_folded_key.launch(q, key, key, out, lse, 512.0, into),
-        "merge_lse": lambda: merge_lse.launch(out, lse, out, lse, one, into),
+        "merge_groups": lambda: merge(2, 1),
+        "merge_groups, most": lambda: merge(merge_groups.MOST_PARTS, merge_groups.MOST_KEYS),
         "biased_attention": lambda: attention.launch(*qk.unbind(2), v, per_key, out),
         "group_norm_statistics": lambda: group_norm_silu.launch_channels(pixels),
         "group_norm_statistics, join": lambda: group_norm_silu.launch_join(parts, rows, groups),

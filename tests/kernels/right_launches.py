@@ -11,8 +11,7 @@ from redux_kernels import (
     gelu_into,
     gelu_quantize,
     group_norm_silu,
-    merge_folded_key,
-    merge_lse,
+    merge_groups,
     qk_norm_rope,
     quantize_rows,
     reference,
@@ -49,8 +48,7 @@ def _biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor
 _NORM = ("x", "scale", "shift", "eps")
 _GATED = ("x", "y", "gate", "scale", "shift", "eps")
 _ROPE = ("qkv", "q_weight", "k_weight", "cos", "sin", "q", "k", "v", "row_offset", "eps")
-_FOLDED = ("q", "k", "v", "out", "lse", "copies", "into")
-_MERGED = ("out_a", "lse_a", "out_b", "lse_b", "bias_b", "into")
+_MERGED = ("outs", "lses", "biases", "q", "keys", "values", "key_biases", "into", "joint_lse")
 _GROUPED = ("x", "mean", "var", "weight", "bias", "eps")
 
 KERNELS = {
@@ -68,10 +66,9 @@ KERNELS = {
     ),
     "gelu_quantize": Kernel(gelu_quantize, Computation(reference.gelu_quantize, ("mlp", "beside"))),
     "quantize_rows": Kernel(quantize_rows, Computation(reference.quantize_rows, ("x",))),
-    "merge_folded_key": Kernel(
-        merge_folded_key, Computation(reference.merge_folded_key, _FOLDED, ("into",))
+    "merge_groups": Kernel(
+        merge_groups, Computation(reference.merge_groups, _MERGED, ("into", "joint_lse"))
     ),
-    "merge_lse": Kernel(merge_lse, Computation(reference.merge_lse, _MERGED, ("into",))),
     "biased_attention": Kernel(
         attention, Computation(_biased_attention, ("q", "k", "v", "bias", "out"), ("out",))
     ),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def test_cpu_tensor_never_meets_a_kernel(monkeypatch):
 def test_operators_run_without_triton():
     code = """
 import sys
+from contextlib import nullcontext
 sys.modules["triton"] = None  # importing it raises ImportError
 import torch
 from redux_kernels import dispatch, self_test
@@ -112,3 +114,22 @@ def test_operator_runs_its_kernel_on_a_gpu_after_the_self_test():
     torch.testing.assert_close(
         adaln(x, vector, vector), torch.nn.functional.layer_norm(x, (3072,), eps=1e-6)
     )
+
+
+class OnGpu:
+    """A tensor on the GPU with this number."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def get_device(self):
+        return self.index
+
+
+@pytest.mark.parametrize(("index", "entered"), [(-1, []), (0, []), (1, [1])])
+def test_only_another_gpu_than_the_current_one_is_made_current(gpu, monkeypatch, index, entered):
+    """Which costs as much as all else before a launch."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "device", lambda number: made.append(number) or nullcontext())
+    with dispatch.on_device_of(OnGpu(index)):
+        assert made == entered

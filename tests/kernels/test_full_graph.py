@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from redux_kernels.merge_lse import merge_lse
 from redux_kernels.self_test import self_test
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -75,22 +74,6 @@ def assert_compiles_once(block: nn.Module, inputs: Inputs, backend: str) -> None
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_one_graph_serves_all_sizes(block, inputs, backend):
     assert_compiles_once(block(MINI), inputs, backend)
-
-
-def test_one_graph_serves_all_weights():
-    """A request's strength must not wait for the compiler."""
-
-    def merged(a, b, lse, bias):
-        both = torch.empty_like(a)
-        return both, merge_lse(a, lse, b, lse, bias, both)
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(merged, backend=counter, fullgraph=True)
-    a, b = torch.randn(2, 1, 2, 5, 64)
-    for weight in (1.0, 2.0, 7.5, 512.0):
-        given = a, b, torch.randn(1, 2, 5), torch.full((1,), -weight)
-        torch.testing.assert_close(compiled(*given), merged(*given))
-    assert counter.frame_count == 1
 
 
 @inductor

@@ -1,15 +1,16 @@
 """q, k and v on their way to attention, against torch in float64 and against the reference."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
-from kernel_cases import KERNEL_DEVICES, NAN, TOLERANCES, amid_canaries
+from kernel_cases import KERNEL_DEVICES, NAN, TOLERANCES, amid_canaries, canaries_of
 from torch import Tensor
 
 from redux_kernels import qk_norm_rope as op
 from redux_kernels import reference
-from redux_kernels.qk_norm_rope import plan_heads, qk_norm_rope
+from redux_kernels.qk_norm_rope import heads_of, plan_heads, qk_norm_rope, qk_norm_rope_
 
 SHAPES = [
     pytest.param(1, 3, 24, 128, id="flux"),
@@ -58,6 +59,64 @@ def test_kernel_is_its_reference(batch, rows, heads, d, dtype, atol, rtol, rows_
         assert mine[:, :, :2].isnan().all()
         assert mine[:, :, rows + 2 :].isnan().all()
         torch.testing.assert_close(mine.float(), theirs, atol=atol, rtol=rtol, equal_nan=True)
+
+
+def watched_in_place():
+    """In the interpreter, which needs triton to be watched."""
+    import interpreter_memory
+
+    return interpreter_memory.in_place()
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize(("batch", "rows", "heads", "d"), SHAPES)
+def test_kernel_may_write_to_where_it_reads(batch, rows, heads, d, device):
+    """Bit for bit what it writes elsewhere, and no more than queries and keys."""
+    given = inputs(batch, rows, heads, d, torch.bfloat16, device)
+    q, k, _ = buffers(batch, rows, heads, d, torch.bfloat16, device)
+    op.launch(*given, q, k, None, 0, 1e-6)
+    width, canaries = heads * d, canaries_of(given.qkv)
+    values = given.qkv[..., 2 * width :].clone()
+    own_q, own_k, _ = heads_of(given.qkv, given.q_weight)
+    with watched_in_place() if device == "cpu" else nullcontext():
+        op.launch(*given, own_q, own_k, None, 0, 1e-6)
+    assert torch.equal(own_q, q)
+    assert torch.equal(own_k, k)
+    assert torch.equal(given.qkv[..., 2 * width :], values)
+    assert torch.equal(canaries_of(given.qkv).isnan(), canaries.isnan())
+
+
+def test_operator_in_place_is_the_other_one():
+    given = inputs(2, 5, 3, 16, torch.float32)
+    want = buffers(2, 5, 3, 16, torch.float32)
+    qk_norm_rope(*given, *want)
+    qk_norm_rope_(*given)
+    for got, each in zip(heads_of(given.qkv, given.q_weight), want, strict=True):
+        assert torch.equal(got, each)
+
+
+def test_operator_in_place_is_well_formed():
+    up, *rest = inputs(2, 5, 4, 64, torch.bfloat16)
+    torch.library.opcheck(qk_norm_rope_, (up.contiguous(), *rest))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"qkv": torch.zeros(2, 5, 100)}, r"qkv must be \(batch, rows, 3 heads d\)"),
+        ({"q_weight": torch.zeros(1, 64)}, r"with q_weight \(d,\), got .* and \(1, 64\)"),
+        ({"k_weight": torch.zeros(32)}, r"k_weight must be \(d,\) = \(64,\)"),
+        ({"cos": torch.zeros(4, 32)}, r"cos must be \(rows, d / 2\)"),
+    ],
+)
+def test_wrong_tensors_in_place_are_refused_by_name(wrong, message):
+    right = {
+        "qkv": torch.zeros(2, 5, 3 * 128),
+        **{name: torch.zeros(64) for name in ("q_weight", "k_weight")},
+        **{name: torch.zeros(5, 32) for name in ("cos", "sin")},
+    }
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope_(**right | wrong)
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.right_launches import KERNELS
-from redux_kernels import adaln, dispatch, merge_lse, reference
+from redux_kernels import adaln, dispatch, merge_groups, reference
 from redux_kernels.self_test import TESTS, new_memory_is_nan, self_test
 from stand_ins import NOT_COMPUTING, fixing
 
@@ -78,8 +78,8 @@ def test_kernel_that_cannot_start_is_refused_with_its_error(believed, monkeypatc
     def launch(*args):
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr(merge_lse, "launch", launch)
-    assert self_test("cpu", **MINI)["merge_lse"] == "RuntimeError: out of registers"
+    monkeypatch.setattr(merge_groups, "launch", launch)
+    assert self_test("cpu", **MINI)["merge_groups"] == "RuntimeError: out of registers"
 
 
 ARGUMENTS = [

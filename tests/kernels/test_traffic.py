@@ -71,14 +71,14 @@ def test_double_block_moves_less_in_fewer_launches_than_the_compiler(double):
 
 
 def test_single_block_moves_less_in_fewer_launches_than_the_compiler(single):
-    assert single.ours == {"qk_norm_rope": 1, "merge_folded_key": 1, "gelu_into": 1,
+    assert single.ours == {"qk_norm_rope": 1, "merge_groups": 1, "gelu_into": 1,
                            "gate_residual_adaln": 1}  # fmt: skip
     moved = traffic.gate_residual_adaln(TOTAL, WIDTH) + traffic.gelu_into(TOTAL, 4 * WIDTH)
     moved += traffic.qk_norm_rope(TOTAL, FLUX.heads, FLUX.d, copies_v=False)
     launches, mib = INDUCTOR["single"]
     assert sum(single.ours.values()) - 1 == 3 < launches  # but for the merge
     assert round(moved / MIB) == 503 < mib
-    merge = traffic.merge_folded_key(TOTAL, FLUX.heads, FLUX.d)
+    merge = traffic.merge_groups(TOTAL, FLUX.heads, FLUX.d)
     assert round(merge / MIB) == 94
 
 
@@ -101,8 +101,8 @@ def test_operators_move_what_their_tensors_hold():
     assert traffic.qk_norm_rope(TOTAL, 24, 128) == 6 * STREAM + table
     assert traffic.qk_norm_rope(TOTAL, 24, 128, copies_v=False) == 4 * STREAM + table
     lse = TOTAL * 24 * 4
-    assert traffic.merge_folded_key(TOTAL, 24, 128) == 3 * STREAM + lse
-    assert traffic.merge_lse(TOTAL, 24, 128) == 3 * STREAM + 3 * lse
+    assert traffic.merge_groups(TOTAL, 24, 128) == 3 * STREAM + lse
+    assert traffic.merge_groups(TOTAL, 24, 128, parts=4, keys=0) == 5 * STREAM + 4 * lse
     assert traffic.biased_attention(TOTAL, TOTAL, 24, 128) == 4 * STREAM + 4 * TOTAL
 
 

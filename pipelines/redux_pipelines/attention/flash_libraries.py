@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redux_kernels.registration import operator, register_fake
 from redux_pipelines.attention.groups import Capabilities, Implementation, Partial, grouped
 
 HUB_KERNEL = "kernels-community/flash-attn3"
@@ -43,14 +44,14 @@ _MODULES = frozenset(
 _loaded: dict[str, Flash] = {}
 
 
-@torch.library.custom_op("redux::flash_library", mutates_args=())
+@operator("redux::flash_library", mutates_args=())
 def flash_library(q: Tensor, k: Tensor, v: Tensor, library: str) -> tuple[Tensor, Tensor]:
     """A library's attention, opaque to ``torch.compile``, whatever the library does inside."""
     out, lse = _loaded[library](q, k, v)
     return out, lse
 
 
-@flash_library.register_fake
+@register_fake(flash_library)
 def _(q: Tensor, k: Tensor, v: Tensor, library: str) -> tuple[Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=torch.float32)
@@ -58,8 +59,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, library: str) -> tuple[Tensor, Tensor]:
 
 def _partial(library: str) -> Partial:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        by_rows = (each.transpose(1, 2) for each in (q, k, v))
-        out, lse = flash_library(*by_rows, library)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out, lse = flash_library(q, k, v, library)
         return out.transpose(1, 2), lse.unsqueeze(-1)
 
     return attend

@@ -7,16 +7,17 @@ implementation (``attention.backends``), no choice among them (``attention.choic
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from redux_kernels import dispatch
-from redux_kernels.merge_folded_key import merge_folded_key
+from redux_kernels.merge_groups import MOST_KEYS, MOST_PARTS, merge_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,69 +81,112 @@ def written(out: Tensor, into: Tensor | None) -> Tensor:
 def grouped(partial: Partial) -> Attention:
     """Attention from one ``partial`` call per group, merged by the groups' log-sum-exps.
 
-    On a GPU a folded key in front of the largest group is seen by that group's call, and a kernel
-    adds its copies.
+    On a GPU a kernel merges them; single keys need no call there.
     """
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, groups: Groups, into: Tensor | None = None
     ) -> Tensor:
-        if is_folded(groups) and dispatch.runs_kernel("merge_folded_key", q):
-            return folded(partial, (q, k, v), groups, into)
-        parts = _parts(partial, (q, k, v), groups)
-        out, lse = next(parts)
-        for other, other_lse in parts:
-            weight = torch.sigmoid(other_lse - lse).to(out.dtype)
-            out = torch.addcmul(out, weight, other - out)
-            lse = torch.logaddexp(lse, other_lse)
-        return written(out, into)
+        merge = merged if dispatch.runs_kernel("merge_groups", q) else _merged_by_torch
+        return merge(partial, (q, k, v), groups, into)
 
     return attend
 
 
-def is_folded(groups: Groups) -> bool:
-    """Whether one key that stands for several comes last but for those that are as they are.
+class _Seen(NamedTuple):
+    """Neighbouring keys with one bias that queries see, from ``first`` up to ``end``."""
 
-    Keys before these may only be unseen ones.
+    first: int
+    end: int
+    bias: float
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Those of ``x (B, heads, S, D)``."""
+        return x if x.shape[2] == self.end - self.first else x[:, :, self.first : self.end]
+
+
+def _seen(groups: Groups) -> tuple[tuple[_Seen, ...], tuple[_Seen, ...]]:
+    """``_split``, which all blocks of a step ask for the same ``groups``."""
+    return _split(groups) if torch.compiler.is_compiling() else _split_once(groups)
+
+
+def _split(groups: Groups) -> tuple[tuple[_Seen, ...], tuple[_Seen, ...]]:
+    """Groups for which ``partial`` is to be called, the largest first, and single keys.
+
+    No more single keys than a kernel takes, and not all groups.
     """
-    *hidden, one, others = groups if len(groups) > 1 else (groups[0], groups[0])
-    is_one = one.rows == 1 and one.bias > 0.0 == others.bias
-    return is_one and all(group.bias == -math.inf for group in hidden)
+    ends = accumulate(group.rows for group in groups)
+    seen = [
+        _Seen(end - group.rows, end, group.bias)
+        for group, end in zip(groups, ends, strict=True)
+        if group.bias != -math.inf
+    ]
+    seen.sort(key=lambda each: each.first - each.end)
+    ones = sum(each.end - each.first == 1 for each in seen)
+    count = max(1, len(seen) - min(ones, MOST_KEYS))
+    return tuple(seen[:count]), tuple(seen[count:])
 
 
-def folded(
+_split_once = lru_cache(maxsize=1024)(_split)
+
+
+def merged(
     partial: Partial,
     qkv: tuple[Tensor, Tensor, Tensor],
     groups: Groups,
     into: Tensor | None = None,
 ) -> Tensor:
-    """Attention over groups that are ``is_folded``: one ``partial`` call, then the copies.
+    """Attention by ``partial`` over each group that has several keys, and a kernel's merge of all.
 
-    The kernel that adds these writes the result where it is wanted.
+    The kernel takes single keys as they are, and writes the result where it is wanted.
     """
-    *_, one, others = groups
-    first = sum(group.rows for group in groups) - others.rows - 1
-    q, k, v = qkv[0], qkv[1][:, :, first:], qkv[2][:, :, first:]
-    out, lse = partial(q, k, v)
+    q, k, v = qkv
+    parts, singles = _seen(groups)
+    if len(parts) == 1 and not singles:
+        return written(partial(q, parts[0].rows_of(k), parts[0].rows_of(v))[0], into)
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    biases: list[float] = []
+    for part in parts:
+        if len(outs) == MOST_PARTS:  # no more are held at once
+            joint, joint_lse = torch.empty_like(outs[0]), torch.empty(q.shape[:3], device=q.device)
+            merge_groups(outs, lses, biases, q, [], [], [], joint, joint_lse)
+            outs, lses, biases = [joint], [joint_lse], [0.0]
+        out, lse = partial(q, part.rows_of(k), part.rows_of(v))
+        outs.append(out)
+        lses.append(lse.squeeze(-1))
+        biases.append(part.bias)
     if into is None:  # rows before heads, as the next linear reads them
-        into = torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format)
-        into = into.transpose(1, 2)
-    copies = math.exp(one.bias)
-    merge_folded_key(q, k[:, :, 0], v[:, :, 0], out, lse.squeeze(-1), copies, into)
+        batch, heads, rows, width = q.shape
+        into = q.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    keys, values = ([x[:, :, each.first] for each in singles] for x in (k, v))
+    key_biases = [each.bias for each in singles]
+    merge_groups(outs, lses, biases, q, keys, values, key_biases, into)
     return into
 
 
-def _parts(
-    partial: Partial, qkv: tuple[Tensor, Tensor, Tensor], groups: Groups
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Output and biased log-sum-exp of each group that is seen, the largest first."""
+def _merged_by_torch(
+    partial: Partial,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    groups: Groups,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The same in plain torch, one group after the other."""
     q, k, v = qkv
-    ends = accumulate(group.rows for group in groups)
-    seen = [pair for pair in zip(groups, ends, strict=True) if pair[0].bias != -math.inf]
-    for group, end in sorted(seen, key=lambda pair: -pair[0].rows):
-        keys, values = (each[:, :, end - group.rows : end] for each in (k, v))
-        out, lse = _single(q, keys, values) if group.rows == 1 else partial(q, keys, values)
-        yield out, lse + group.bias
+    out, lse = torch.empty(0), torch.empty(0)
+    parts, singles = _seen(groups)
+    for index, part in enumerate((*parts, *singles)):
+        keys, values = part.rows_of(k), part.rows_of(v)
+        attend = _single if part.end - part.first == 1 else partial
+        other, other_lse = attend(q, keys, values)
+        other_lse = other_lse + part.bias
+        if index == 0:
+            out, lse = other, other_lse
+            continue
+        weight = torch.sigmoid(other_lse - lse).to(out.dtype)
+        out = torch.addcmul(out, weight, other - out)
+        lse = torch.logaddexp(lse, other_lse)
+    return written(out, into)
 
 
 def _single(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,12 +52,17 @@ class Fp8Linear(nn.Module):
         ``(…, out)`` in ``out_dtype``, which must be the bias's; on a GPU torch wants bfloat16, and
         multiples of 16 for ``in`` and ``out``. There it may use the tensor cores' short sums.
         """
+        weight: Tensor = self.weight
+        scale: Tensor = self.weight_scale
+        bias: Tensor = self.bias
+        if rows is not ALL:
+            weight, scale, bias = weight[rows], scale[rows], bias[rows]
         out: Tensor = torch._scaled_mm(
             q.flatten(0, -2),
-            self.weight[rows].t(),
-            scale_a=row_scale.reshape(-1, 1),
-            scale_b=self.weight_scale[rows].t(),
-            bias=self.bias[rows],
+            weight.t(),
+            scale_a=row_scale.flatten(0, -2),
+            scale_b=scale.t(),
+            bias=bias,
             out_dtype=out_dtype,
             use_fast_accum=q.is_cuda,
         )
@@ -71,7 +76,11 @@ def project(linear: Linear, x: Tensor, rows: slice = ALL) -> Tensor:
     """``linear`` of ``x (…, in)``, or those ``rows`` of its weight alone."""
     if isinstance(linear, Fp8Linear):
         return linear(x, rows)  # type: ignore[no-any-return]  # modules are called untyped
-    return F.linear(x, linear.weight[rows], linear.bias[rows])
+    weight: Tensor = linear.weight
+    bias: Tensor = linear.bias
+    if rows is not ALL:
+        weight, bias = weight[rows], bias[rows]
+    return F.linear(x, weight, bias)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

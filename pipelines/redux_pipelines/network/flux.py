@@ -24,9 +24,15 @@ from redux_pipelines.network.modulation import (
     SINGLE_ROWS,
     ModulationWeights,
 )
-from redux_pipelines.network.operators import Operators, Residual
+from redux_pipelines.network.operators import Heads, Operators, Residual
 
 MLP_RATIO = 4
+
+SINGLE_WIDTHS = 3 + MLP_RATIO
+"""Widths of a row of a single block's one projection: queries, keys, values, and the MLP."""
+
+Vectors = tuple[Tensor, ...]
+"""Rows of a modulation, each ``(H,)``, or ``(B, 1, H)`` for each image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +103,19 @@ class BlockContext:
         """Rows of text before those of the image."""
         return self.txt.shape[-2]
 
-    def attend(
-        self, qk: Tensor, v: Tensor, into: Tensor | None = None, first_query: int = 0
-    ) -> Tensor:
+    def attend(self, heads: Heads, into: Tensor | None = None, first_query: int = 0) -> Tensor:
         """Attention of rows from ``first_query`` on: ``(B, Q, H)``, in ``into`` if it is given.
 
-        ``qk (B, S, 2, heads, D)``, ``v (B, S, heads, D)``; ``into`` shares no memory with them.
+        ``into`` shares no memory with ``heads``.
         """
-        q, k = (each.transpose(1, 2) for each in qk.unbind(2))
-        room = None if into is None else into.view(*into.shape[:2], *qk.shape[3:]).transpose(1, 2)
-        out = self.attention(q[:, :, first_query:], k, v.transpose(1, 2), self.groups, room)
-        return out.transpose(1, 2).flatten(2)
+        q, k, v = heads.q, heads.k, heads.v
+        if first_query:
+            q = q[:, :, first_query:]
+        if into is None:
+            return self.attention(q, k, v, self.groups).transpose(1, 2).flatten(2)
+        room = into.view(*into.shape[:2], q.shape[1], q.shape[3]).transpose(1, 2)
+        self.attention(q, k, v, self.groups, room)
+        return into
 
 
 class Stream(nn.Module):
@@ -121,8 +129,8 @@ class Stream(nn.Module):
         self.mlp_in = nn.Linear(hidden_size, MLP_RATIO * hidden_size)
         self.mlp_out = nn.Linear(MLP_RATIO * hidden_size, hidden_size)
 
-    def mlp(self, stream: Residual, mod: Tensor, operators: Operators) -> Residual:
-        """The stream after its MLP; ``mod (6, H)``."""
+    def mlp(self, stream: Residual, mod: Vectors, operators: Operators) -> Residual:
+        """The stream after its MLP; ``mod`` are its six."""
         x, y = operators.normed_mlp(stream, mod[3], mod[4], self.mlp_in, self.mlp_out)
         return Residual(x, y, mod[5])
 
@@ -140,7 +148,8 @@ class DoubleBlock(nn.Module):
         self, txt: Residual, img: Residual, mod: Tensor, context: BlockContext
     ) -> tuple[Residual, Residual]:
         """Both streams after the block; ``mod (12, H)``."""
-        mods = (mod[DOUBLE_ROWS:], mod[:DOUBLE_ROWS])
+        vectors = mod.unbind(0)
+        mods = (vectors[DOUBLE_ROWS:], vectors[:DOUBLE_ROWS])
         txt_x, img_x, attn = self._attend((txt, img), mods, context)
         ops, end = context.operators, context.txt_rows
         after_txt = Residual(txt_x, ops.linear(attn[:, :end], self.txt.proj), mods[0][2])
@@ -148,15 +157,20 @@ class DoubleBlock(nn.Module):
         return self.txt.mlp(after_txt, mods[0], ops), self.img.mlp(after_img, mods[1], ops)
 
     def _attend(
-        self, streams: tuple[Residual, Residual], mods: tuple[Tensor, Tensor], context: BlockContext
+        self,
+        streams: tuple[Residual, Residual],
+        mods: tuple[Vectors, Vectors],
+        context: BlockContext,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The settled streams, and attention ``(B, S, H)``.
 
-        Queries, keys and values are let go before the MLP needs its room.
+        Heads are let go before the MLP needs its room. They lie as far apart as a single block's:
+        cuDNN builds a plan for all strides that it has not met, which others report to take tenths
+        of a second. What lies between is less than what a single block holds.
         """
         (txt, img), end, ops = streams, context.txt_rows, context.operators
         rows = end + img.x.shape[1]
-        qk, v = (new_heads(ops, img.x, rows, parts, self.num_heads) for parts in (2, 1))
+        heads = ops.new_heads(img.x, rows, self.num_heads, SINGLE_WIDTHS)
         settled = []
         for stream, own, weights, first in (
             (txt, mods[0], self.txt, 0),
@@ -164,9 +178,9 @@ class DoubleBlock(nn.Module):
         ):
             x, qkv = ops.normed_linear(stream, own[0], own[1], weights.qkv)
             rope = context.rope.rows(first, first + x.shape[1])
-            ops.place_heads(qkv, weights.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
+            ops.place_heads(qkv, weights.qk_norm, rope, heads, first)
             settled.append(x)
-        return settled[0], settled[1], context.attend(qk, v[:, :, 0])
+        return settled[0], settled[1], context.attend(heads)
 
 
 class SingleBlock(nn.Module):
@@ -175,47 +189,34 @@ class SingleBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.linear1 = nn.Linear(hidden_size, (3 + MLP_RATIO) * hidden_size)
+        self.linear1 = nn.Linear(hidden_size, SINGLE_WIDTHS * hidden_size)
         self.linear2 = nn.Linear((1 + MLP_RATIO) * hidden_size, hidden_size)
         self.qk_norm = nn.Parameter(torch.empty(2 * (hidden_size // num_heads)))
 
     def forward(self, stream: Residual, mod: Tensor, context: BlockContext) -> Residual:
         """Both streams, text first, after the block; ``mod (3, H)``."""
-        ops, rows = context.operators, stream.x.shape[1]
-        own = ops.single_in(stream, mod[0], mod[1], self.linear1, self.linear2)
-        x, qkv, _ = own
-        qk = new_heads(ops, x, rows, 2, self.num_heads)
-        if ops.by_heads:
-            v = room = new_heads(ops, x, rows, 1, self.num_heads)[:, :, 0]
-        else:  # they stay where they are
-            v, room = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])[:, :, 2], None
-        ops.place_heads(qkv, self.qk_norm.view(2, -1), context.rope, qk, room, 0)
-        y = ops.single_out(own, lambda into: context.attend(qk, v, into), self.linear2)
-        return Residual(x, y, mod[2])
+        ops, (shift, scale, gate) = context.operators, mod.unbind(0)
+        own = ops.single_in(stream, shift, scale, self.linear1, self.linear2)
+        heads = ops.single_heads(own.qkv, self.qk_norm, context.rope, self.num_heads)
+        y = ops.single_out(own, lambda into: context.attend(heads, into), self.linear2)
+        return Residual(own.x, y, gate)
 
     def forward_img(self, stream: Residual, mod: Tensor, context: BlockContext) -> Residual:
         """``forward`` of image rows alone; of text rows only keys and values are needed."""
         ops, end, rows = context.operators, context.txt_rows, stream.x.shape[1]
+        shift, scale, gate = mod.unbind(0)
         txt, img = stream.rows(0, end), stream.rows(end, rows)
         without_mlp = slice(0, 3 * stream.x.shape[-1])
-        _, txt_qkv = ops.normed_linear(txt, mod[0], mod[1], self.linear1, without_mlp)
-        own = ops.single_in(img, mod[0], mod[1], self.linear1, self.linear2)
-        qk, v = (new_heads(ops, own.x, rows, parts, self.num_heads) for parts in (2, 1))
+        _, txt_qkv = ops.normed_linear(txt, shift, scale, self.linear1, without_mlp)
+        own = ops.single_in(img, shift, scale, self.linear1, self.linear2)
+        heads = ops.new_heads(own.x, rows, self.num_heads)
         for qkv, first in ((txt_qkv, 0), (own.qkv, end)):
             rope = context.rope.rows(first, first + qkv.shape[1])
-            ops.place_heads(qkv, self.qk_norm.view(2, -1), rope, qk, v[:, :, 0], first)
+            ops.place_heads(qkv, self.qk_norm, rope, heads, first)
         y = ops.single_out(
-            own, lambda into: context.attend(qk, v[:, :, 0], into, first_query=end), self.linear2
+            own, lambda into: context.attend(heads, into, first_query=end), self.linear2
         )
-        return Residual(own.x, y, mod[2])
-
-
-def new_heads(ops: Operators, x: Tensor, rows: int, parts: int, num_heads: int) -> Tensor:
-    """Room for heads of ``x (B, n, H)``: ``(B, rows, parts, heads, D)``."""
-    batch, head_dim = len(x), x.shape[-1] // num_heads
-    if ops.by_heads:
-        return x.new_empty(parts, batch, num_heads, rows, head_dim).permute(1, 3, 0, 2, 4)
-    return x.new_empty(batch, rows, parts, num_heads, head_dim)
+        return Residual(own.x, y, gate)
 
 
 class Flux(nn.Module):
@@ -314,5 +315,7 @@ class Flux(nn.Module):
         """The rows of a step's modulations that belong to a block."""
         doubles = len(self.double_blocks)
         if index < doubles:
-            return mod[2 * DOUBLE_ROWS * index :][: 2 * DOUBLE_ROWS]
-        return mod[2 * DOUBLE_ROWS * doubles + SINGLE_ROWS * (index - doubles) :][:SINGLE_ROWS]
+            first, count = 2 * DOUBLE_ROWS * index, 2 * DOUBLE_ROWS
+        else:
+            first, count = 2 * DOUBLE_ROWS * doubles + SINGLE_ROWS * (index - doubles), SINGLE_ROWS
+        return mod[first : first + count]

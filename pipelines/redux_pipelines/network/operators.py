@@ -16,7 +16,7 @@ from redux_kernels.adaln import adaln, adaln_quantize
 from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
 from redux_kernels.gelu_into import gelu_into
 from redux_kernels.gelu_quantize import gelu_quantize
-from redux_kernels.qk_norm_rope import qk_norm_rope
+from redux_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_
 from redux_kernels.quantize_rows import quantize_rows
 from redux_pipelines.fp8.linear import ALL, Fp8Linear, Linear, project
 from redux_pipelines.network.layers import Rope, gelu_, modulate, norm_rope, within_range_
@@ -40,11 +40,40 @@ class Residual(NamedTuple):
         return Residual(self.x[:, first:end], y, self.gate)
 
 
+class SeparateHeads(NamedTuple):
+    """Queries, keys and values ``(B, heads, S, D)``, in whatever order their rows and heads lie."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class JointHeads(NamedTuple):
+    """The same with queries and keys as one, ``qk (2, B, heads, S, D)``."""
+
+    qk: Tensor
+    v: Tensor
+
+    @property
+    def q(self) -> Tensor:
+        """Queries."""
+        return self.qk[0]
+
+    @property
+    def k(self) -> Tensor:
+        """Keys."""
+        return self.qk[1]
+
+
+Heads = SeparateHeads | JointHeads
+
+
 class SingleRows(NamedTuple):
     """A single block's rows between its ``single_in`` and its ``single_out``.
 
     The settled stream ``x (B, n, H)``, ``qkv (B, n, 3 H)``, and ``mlp``, what ``single_out`` wants
-    of the MLP. ``qkv`` may be part of ``mlp``: it is changed only once ``attend`` is done.
+    of the MLP. ``qkv`` may be part of ``mlp``: values in it are changed only once ``attend`` is
+    done.
     """
 
     x: Tensor
@@ -56,13 +85,11 @@ class Operators(Protocol):
     """One implementation of all of them.
 
     ``scale_offset`` is what the scales it is given have had added: 1 if it multiplies by them, 0 if
-    it adds the 1 itself. ``by_heads``: queries, keys and values are to lie head by head in memory,
-    each with its rows, and not row by row.
+    it adds the 1 itself.
     """
 
     name: str
     scale_offset: float
-    by_heads: bool
 
     def rotation(self, table: Rope) -> Rope:
         """``layers.rope_table`` in the form that ``place_heads`` reads, row by row."""
@@ -86,14 +113,25 @@ class Operators(Protocol):
         """``linear`` of ``x (B, n, in)`` as it is: nothing is fused."""
         ...
 
-    def place_heads(
-        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
-    ) -> None:
-        """RMSNorm and RoPE of ``qkv (B, n, 3 H)`` into rows from ``first`` on.
+    def new_heads(self, x: Tensor, rows: int, num_heads: int, widths: int = 3) -> Heads:
+        """Room for the heads of ``rows`` rows like those of ``x (B, n, H)``.
 
-        ``qk (B, S, 2, heads, D)``; values go to ``v (B, S, heads, D)`` unless it is None.
-        ``weight (2, D)`` are the norms' weights of queries and keys.
+        Where rows lie together, the next one is ``widths`` times H away.
         """
+        ...
+
+    def place_heads(
+        self, qkv: Tensor, weight: Tensor, rope: Rope, heads: Heads, first: int
+    ) -> None:
+        """RMSNorm and RoPE of ``qkv (B, n, 3 H)`` into rows of ``heads`` from ``first`` on.
+
+        Values are copied. ``weight (2 D)`` are the norms' weights, of queries before keys; ``rope``
+        are the rotations of these rows.
+        """
+        ...
+
+    def single_heads(self, qkv: Tensor, weight: Tensor, rope: Rope, num_heads: int) -> Heads:
+        """The heads of all rows ``qkv (B, S, 3 H)``, in new room or in theirs, values unchanged."""
         ...
 
     def normed_mlp(
@@ -138,7 +176,6 @@ class TorchOperators(_OneProjection):
 
     name = "torch"
     scale_offset = 1.0
-    by_heads = True  # attention on a CPU is up to a tenth faster so, values and all
 
     def rotation(self, table: Rope) -> Rope:
         """``table`` as it is."""
@@ -162,15 +199,27 @@ class TorchOperators(_OneProjection):
         """One product."""
         return project(linear, x)
 
+    def new_heads(self, x: Tensor, rows: int, num_heads: int, widths: int = 3) -> Heads:
+        """Head by head, each with its rows: attention on a CPU is up to a tenth faster so."""
+        shape = (len(x), num_heads, rows, x.shape[-1] // num_heads)
+        return JointHeads(x.new_empty(2, *shape), x.new_empty(shape))
+
     def place_heads(
-        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+        self, qkv: Tensor, weight: Tensor, rope: Rope, heads: Heads, first: int
     ) -> None:
         """Norm and rotate queries and keys together; values are copied."""
-        rows = slice(first, first + qkv.shape[1])
-        parts = qkv.view(*qkv.shape[:2], 3, *qk.shape[3:])
-        norm_rope(parts[:, :, :2], weight[:, None], rope, qk[:, rows])
-        if v is not None:
-            v[:, rows] = parts[:, :, 2]
+        assert isinstance(heads, JointHeads)
+        rows, (_, num_heads, _, width) = slice(first, first + qkv.shape[1]), heads.v.shape
+        parts = qkv.view(*qkv.shape[:2], 3, num_heads, width)
+        room = heads.qk[:, :, :, rows].permute(1, 3, 0, 2, 4)
+        norm_rope(parts[:, :, :2], weight.view(2, 1, -1), rope, room)
+        heads.v[:, :, rows] = parts[:, :, 2].transpose(1, 2)
+
+    def single_heads(self, qkv: Tensor, weight: Tensor, rope: Rope, num_heads: int) -> Heads:
+        """In new room."""
+        heads = self.new_heads(qkv[..., : qkv.shape[-1] // 3], qkv.shape[1], num_heads)
+        self.place_heads(qkv, weight, rope, heads, 0)
+        return heads
 
     def normed_mlp(
         self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
@@ -195,7 +244,6 @@ class KernelOperators(_OneProjection):
 
     name = "kernels"
     scale_offset = 0.0
-    by_heads = False  # flash attention reads rows
 
     def rotation(self, table: Rope) -> Rope:
         """One angle per pair, ``(S, D/2)``."""
@@ -211,17 +259,17 @@ class KernelOperators(_OneProjection):
     ) -> tuple[Tensor, Tensor]:
         """Residual, norm and modulation in one kernel, which quantises for a ``linear`` in fp8."""
         x, y, gate = stream
-        mod = _for_each(scale, x), _for_each(shift, x)
+        mod = _for_each(scale), _for_each(shift)
         if isinstance(linear, Fp8Linear):
             if y is None or gate is None:
                 q, row_scale = adaln_quantize(x, *mod)
             else:
-                x, q, row_scale = gate_residual_adaln_quantize(x, y, _for_each(gate, x), *mod)
+                x, q, row_scale = gate_residual_adaln_quantize(x, y, _for_each(gate), *mod)
             return x, linear.forward_quantized(q, row_scale, x.dtype, rows)
         if y is None or gate is None:
             h = adaln(x, *mod)
         else:
-            x, h = gate_residual_adaln(x, y, _for_each(gate, x), *mod)
+            x, h = gate_residual_adaln(x, y, _for_each(gate), *mod)
         return x, project(linear, h, rows)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
@@ -231,13 +279,25 @@ class KernelOperators(_OneProjection):
             return linear.forward_quantized(q, row_scale, x.dtype)
         return project(linear, x)
 
+    def new_heads(self, x: Tensor, rows: int, num_heads: int, widths: int = 3) -> Heads:
+        """Row by row, as flash attention reads them."""
+        width = x.shape[-1] // num_heads
+        room = x.new_empty(x.shape[0], rows, widths, num_heads, width)
+        return SeparateHeads(*_by_heads(room[:, :, :3]))
+
     def place_heads(
-        self, qkv: Tensor, weight: Tensor, rope: Rope, qk: Tensor, v: Tensor | None, first: int
+        self, qkv: Tensor, weight: Tensor, rope: Rope, heads: Heads, first: int
     ) -> None:
         """Split, norm, rotate and place the heads in one kernel."""
-        q, k = (each.transpose(1, 2) for each in qk.unbind(2))
-        values = None if v is None else v.transpose(1, 2)
-        qk_norm_rope(qkv, weight[0], weight[1], rope.cos, rope.sin, q, k, values, first)
+        q_weight, k_weight = weight.chunk(2)
+        q, k, v = heads.q, heads.k, heads.v
+        qk_norm_rope(qkv, q_weight, k_weight, rope.cos, rope.sin, q, k, v, first)
+
+    def single_heads(self, qkv: Tensor, weight: Tensor, rope: Rope, num_heads: int) -> Heads:
+        """Where they are, by one kernel: a whole row is read before it is written to."""
+        q_weight, k_weight = weight.chunk(2)
+        qk_norm_rope_(qkv, q_weight, k_weight, rope.cos, rope.sin)
+        return SeparateHeads(*_by_heads(qkv.view(*qkv.shape[:2], 3, num_heads, -1)))
 
     def normed_mlp(
         self, stream: Residual, shift: Tensor, scale: Tensor, up: Linear, down: Linear
@@ -263,6 +323,11 @@ class KernelOperators(_OneProjection):
         return project(linear2, both)
 
 
-def _for_each(vector: Tensor, x: Tensor) -> Tensor:
-    """``(H,)`` or ``(B, 1, H)`` as ``(B, H)``, without a copy."""
-    return vector.view(-1, vector.shape[-1]).expand(len(x), -1)
+def _by_heads(parts: Tensor) -> tuple[Tensor, ...]:
+    """``(B, S, 3, heads, D)`` as three of ``(B, heads, S, D)``."""
+    return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _for_each(vector: Tensor) -> Tensor:
+    """``(H,)`` as it is, or ``(B, 1, H)`` as ``(B, H)``."""
+    return vector if vector.dim() == 1 else vector.squeeze(1)

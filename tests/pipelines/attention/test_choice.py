@@ -22,10 +22,9 @@ from redux_pipelines.attention.groups import (
     Capabilities,
     Implementation,
     KeyGroup,
-    folded,
     grouped,
-    is_folded,
     key_bias,
+    merged,
     reference,
     written,
 )
@@ -164,16 +163,9 @@ def _attention(partial):
     return grouped(partial)
 
 
-def _folding(partial):
-    """As on a GPU: one call for all rows, the folded key's copies by a kernel."""
-    attend = grouped(partial)
-
-    def run(q, k, v, groups, into=None):
-        if not is_folded(groups):
-            return attend(q, k, v, groups, into)
-        return folded(partial, (q, k, v), groups, into)
-
-    return run
+def _merging(partial):
+    """As on a GPU: a kernel merges the groups, and takes single keys as they are."""
+    return lambda q, k, v, groups, into=None: merged(partial, (q, k, v), groups, into)
 
 
 def _with_bias(product):
@@ -192,7 +184,7 @@ def _product(q, k, v, bias):
 def _every_path():
     """What is called, and the way in which attention is made of it."""
     yield "groups", PARTIAL, _attention
-    yield "folded", PARTIAL, _folding
+    yield "merged", PARTIAL, _merging
     yield "bias", Computation(_product, (*QKV, "bias")), _with_bias
     for each in IMPLEMENTATIONS:
         if not each.unfit(CPU, torch.float32):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pipelines.attention_rows import qkv
+from redux_kernels import dispatch, merge_groups
+from redux_kernels import reference as kernels_reference
 from redux_pipelines.attention import groups as groups_module
 from redux_pipelines.attention.groups import Capabilities, KeyGroup, reference
 
@@ -42,39 +44,93 @@ def _plain(q, k, v):
     return logits.softmax(-1) @ v, logits.logsumexp(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("hidden", [0, 6])
+ONE = KeyGroup(1, math.log(512))
+HIDDEN = KeyGroup(6, -math.inf)
+SEVERAL = {
+    "two": (ONE, KeyGroup(19, 0.0)),
+    "two after filling": (HIDDEN, ONE, KeyGroup(19, 0.0)),
+    "three": (HIDDEN, KeyGroup(7, math.log(0.5)), ONE, KeyGroup(19, 0.0)),
+    "three, one of weight 0": (KeyGroup(7, 0.3), KeyGroup(4, -math.inf), KeyGroup(19, 0.0)),
+    "five": (*(KeyGroup(2 + i, math.log(0.3 + i)) for i in range(4)), KeyGroup(19, 0.0)),
+    "six": (HIDDEN, *(KeyGroup(2 + i, i - 2.0) for i in range(4)), ONE, KeyGroup(19, 0.0)),
+    "more than one call takes": (*(KeyGroup(2, i - 3.0) for i in range(11)), ONE),
+    "more single keys than one call takes": (*(KeyGroup(1, i - 1.0) for i in range(4)),),
+    "single keys": (ONE, KeyGroup(1, 0.0)),
+    "one": (HIDDEN, KeyGroup(19, 0.0)),
+    "one that has a bias": (KeyGroup(19, 2.0),),
+}
+CALLS = {"two": 1, "three": 2, "five": 5, "six": 5, "more than one call takes": 11, "one": 1}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The kernel is believed to run, and its reference stands in for it."""
+    monkeypatch.setattr(dispatch, "runs_kernel", lambda operator, x: operator == "merge_groups")
+    monkeypatch.setattr(merge_groups, "launch", kernels_reference.merge_groups)
+
+
+class Counted:
+    """A ``Partial`` in plain torch that counts the keys of its calls; rows come before heads."""
+
+    def __init__(self):
+        self.keys = []
+
+    def __call__(self, q, k, v):
+        self.keys.append(k.shape[2])
+        out, lse = _plain(q, k, v)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_folded_key_gets_its_copies_after_one_call(hidden, batch):
-    calls = []
-
-    def partial(q, k, v):
-        calls.append(k.shape[2])
-        return _plain(q, k, v)
-
-    q, k, v = qkv(20 + hidden, 9, batch=batch, dtype=torch.float32)
-    seen = (KeyGroup(1, math.log(512)), KeyGroup(19, 0.0))
-    groups = (KeyGroup(hidden, -math.inf), *seen) if hidden else seen
-    assert groups_module.is_folded(groups)
-    out = groups_module.folded(partial, (q, k, v), groups)
-    torch.testing.assert_close(out, reference(q, k, v, groups), atol=2e-6, rtol=1e-5)
-    assert calls == [20]
+@pytest.mark.parametrize("name", SEVERAL)
+def test_groups_are_merged_at_once_where_a_kernel_does_it(name, batch):
+    groups, partial = SEVERAL[name], Counted()
+    rows = sum(each.rows for each in groups)
+    q, k, v = qkv(rows, queries := min(rows, 5), batch=batch, dtype=torch.float32)
+    attend = groups_module.grouped(partial)
+    out = attend(q, k, v, groups)
+    exact = reference(q.double(), k.double(), v.double(), groups)
+    torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=1e-5)
     assert out.transpose(1, 2).is_contiguous()
-    into = torch.zeros(batch, 9, 5, 2, 16)[:, :, 3].transpose(1, 2)
-    assert groups_module.folded(partial, (q, k, v), groups, into) is into
+    assert len(partial.keys) == CALLS.get(name, len(partial.keys))
+    wide = torch.full((batch, queries, 5 * 32), math.nan)
+    into = wide[..., 32:64].unflatten(-1, (2, 16)).transpose(1, 2)
+    assert attend(q, k, v, groups, into) is into
     assert torch.equal(into, out)
+    assert wide[..., :32].isnan().all()
+    assert wide[..., 64:].isnan().all()
 
 
-@pytest.mark.parametrize(
-    "groups",
-    [
-        (KeyGroup(20, 0.0),),
-        (KeyGroup(2, math.log(512)), KeyGroup(18, 0.0)),
-        (KeyGroup(1, math.log(0.5)), KeyGroup(19, 0.0)),
-        (KeyGroup(1, math.log(512)), KeyGroup(19, 0.1)),
-        (KeyGroup(1, math.log(512)), KeyGroup(3, -math.inf), KeyGroup(16, 0.0)),
-        (KeyGroup(3, 0.0), KeyGroup(1, math.log(512)), KeyGroup(16, 0.0)),
-    ],
-    ids=str,
-)
-def test_other_groups_are_not_folded(groups):
-    assert not groups_module.is_folded(groups)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_plain_torch_merges_the_same_groups(name):
+    groups = SEVERAL[name]
+    rows = sum(each.rows for each in groups)
+    q, k, v = qkv(rows, min(rows, 5), dtype=torch.float64)
+    out = groups_module.grouped(_plain)(q, k, v, groups)
+    torch.testing.assert_close(out, reference(q, k, v, groups), atol=1e-12, rtol=0)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_no_more_results_are_held_at_once_than_one_call_takes(monkeypatch):
+    given = []
+
+    def launch(outs, *others):
+        given.append(len(outs))
+        kernels_reference.merge_groups(outs, *others)
+
+    monkeypatch.setattr(merge_groups, "launch", launch)
+    groups = SEVERAL["more than one call takes"]
+    groups_module.grouped(Counted())(*qkv(23, 5, dtype=torch.float32), groups)
+    assert given == [5, 5, 3]  # all but the first with what was merged before
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_compiled_code_merges_them_too():
+    groups = SEVERAL["three"]
+    q, k, v = qkv(33, 5, dtype=torch.float32)
+    attend = groups_module.grouped(_plain)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v, groups), attend(q, k, v, groups))
+    torch._dynamo.reset()

@@ -118,20 +118,43 @@ def test_settle():
     assert KERNELS.settle(Residual(x)) is x
 
 
-@pytest.mark.parametrize("with_values", [True, False])
-def test_place_heads(with_values):
-    table = rope_table(3, Grid(2, 2), (4, 6, 6))
-    qkv, weight = draw(2, ROWS, 3 * WIDTH), draw(2, WIDTH // HEADS, seed=1)
+def expected_heads(qkv, weight, table):
+    """Of each row and head: RMSNorm, weight, and pairs turned as complex numbers."""
+    q, k, v = qkv.view(2, ROWS, 3, HEADS, 16).double().permute(2, 0, 3, 1, 4)
+    turns = torch.complex(table.cos[:, 0, 0, ::2], table.sin[:, 0, 0, 1::2])
     made = []
-    for ops in (TORCH, KERNELS):
-        qk, v = torch.zeros(2, ROWS + 5, 2, HEADS, 16), torch.zeros(2, ROWS + 5, HEADS, 16)
-        ops.place_heads(qkv, weight, ops.rotation(table), qk, v if with_values else None, 5)
-        made.append((qk, v))
-    (qk, v), (kernel_qk, kernel_v) = made
-    close(kernel_qk, qk)
-    assert torch.equal(kernel_v, v)
-    assert bool(v[:, 5:].any()) is with_values
-    assert not qk[:, :5].any()
+    for each, own in ((q, weight[:16]), (k, weight[16:])):
+        normed = torch.nn.functional.rms_norm(each, (16,), own.double(), 1e-6)
+        turned = torch.view_as_complex(normed.unflatten(-1, (8, 2))) * turns
+        made.append(torch.view_as_real(turned).flatten(-2))
+    return *made, v
+
+
+@pytest.mark.parametrize("ops", [TORCH, KERNELS, ONEDNN], ids=lambda ops: ops.name)
+@pytest.mark.parametrize("widths", [3, 7])
+def test_heads_are_placed_among_rows_of_others(ops, widths):
+    table = rope_table(3, Grid(2, 2), (4, 6, 6))
+    qkv, weight = draw(2, ROWS, 3 * WIDTH), draw(32, seed=1)
+    heads = ops.new_heads(draw(2, 1, WIDTH), ROWS + 5, HEADS, widths)
+    before = [each.zero_() for each in (heads.q, heads.k, heads.v)]
+    assert all(each.shape == (2, HEADS, ROWS + 5, 16) for each in before)
+    ops.place_heads(qkv, weight, ops.rotation(table), heads, 5)
+    for got, want in zip((heads.q, heads.k, heads.v), expected_heads(qkv, weight, table),
+                         strict=True):  # fmt: skip
+        torch.testing.assert_close(got[:, :, 5:], want.float(), atol=2e-6, rtol=1e-5)
+        assert not got[:, :, :5].any()
+
+
+@pytest.mark.parametrize("ops", [TORCH, KERNELS, ONEDNN], ids=lambda ops: ops.name)
+def test_heads_of_a_single_block_leave_the_mlp_as_it_is(ops):
+    table = rope_table(3, Grid(2, 2), (4, 6, 6))
+    up, weight = draw(2, ROWS, 7 * WIDTH), draw(32, seed=1)
+    want = expected_heads(up[..., : 3 * WIDTH].clone(), weight, table)
+    values_and_mlp = up[..., 2 * WIDTH :].clone()
+    heads = ops.single_heads(up[..., : 3 * WIDTH], weight, ops.rotation(table), HEADS)
+    for got, each in zip((heads.q, heads.k, heads.v), want, strict=True):
+        torch.testing.assert_close(got, each.float(), atol=2e-6, rtol=1e-5)
+    assert torch.equal(up[..., 2 * WIDTH :], values_and_mlp)
 
 
 @KINDS
