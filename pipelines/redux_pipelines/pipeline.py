@@ -49,7 +49,8 @@ class Components:
     """The loaded parts of a checkpoint, for one device in one dtype.
 
     ``scheduler`` is a template that is copied, never stepped. ``plan`` says where the weights live.
-    ``has_fp8``: large layers of the transformer are not in ``dtype``, but in fp8.
+    ``has_fp8``: large layers of the transformer are not in ``dtype``, but in fp8. ``parallel``: so
+    many devices run the denoiser.
     """
 
     image_encoder: ImageEncoder
@@ -61,6 +62,7 @@ class Components:
     dtype: torch.dtype
     plan: Plan
     has_fp8: bool = False
+    parallel: int = 1
 
     @property
     def dtype_name(self) -> str:
@@ -98,6 +100,7 @@ class ReduxPipeline:
             dtype=components.dtype_name,
             size_multiple=sampling.PATCH * components.autoencoder.factor,
             attention=components.denoiser.attention,
+            parallel=components.parallel,
         )
 
     @property

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redux_pipelines.contract.types import QUALITIES, CudaGraphs, LoadOptions
+from redux_pipelines.contract.types import PARALLEL, QUALITIES, CudaGraphs, LoadOptions
 
 PREFIX = "FLUX_REDUX_"
 _ON_GPU = ("flash4", "flash3", "flash3-hub", "cudnn", "flash2", "flash", "triton", "efficient")
@@ -33,7 +33,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Model": ("revision", "backend", "dtype", "transformer_dtype", "attention"),
     "Speed and memory": (
-        *("max_batch_size", "batch_timeout", "memory", "compile", "cuda_graphs", "warm_sizes"),
+        *("max_batch_size", "batch_timeout", "memory", "parallel", "compile", "cuda_graphs"),
+        "warm_sizes",
     ),
     "Safety checker": ("safety_threshold", "force_safety_checker"),
     "HTTP API": ("public_url", "cors_origins", "sync_timeout_s"),
@@ -129,6 +130,13 @@ class ModelSettings:
         "that fits)",
         choices=("auto", "resident", "evict", "offload"),
     )
+    parallel: int = option(
+        1,
+        "GPUs that compute one image together, each with all weights: --device and those that "
+        "follow it, or the devices in turns of so many, a worker for each; on a CPU processes, to "
+        "try it out; needs the engine, and goes with neither --compile nor --cuda-graphs",
+        choices=PARALLEL,
+    )
     attention: str = option(
         "auto",
         "auto (the first that passes its self-test, see doctor), or those that may be used, in "
@@ -175,8 +183,10 @@ class ModelSettings:
 
     @property
     def graphs(self) -> CudaGraphs:
-        """``cuda_graphs`` as the pipelines take it."""
-        return "auto" if self.cuda_graphs == "auto" else int(self.cuda_graphs)
+        """``cuda_graphs`` as the pipelines take it: by default none for several GPUs an image."""
+        if self.cuda_graphs == "auto":
+            return "auto" if self.parallel == 1 else 0
+        return int(self.cuda_graphs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,7 +424,7 @@ def _add_flag(group: "argparse._ArgumentGroup", item: "Field[Any]") -> None:
     if item.type is bool:
         how = {"action": argparse.BooleanOptionalAction}
     elif choices:
-        how = {"metavar": "{" + ",".join(choices) + "}"}
+        how = {"metavar": "{" + ",".join(map(str, choices)) + "}"}
     text = item.metadata["help"] + (f" (default: {default})" if default else "")
     for name in _names(item):
         shown = text if name == item.name else argparse.SUPPRESS
@@ -490,7 +500,7 @@ def _convert(raw: Any, kind: Any) -> Any:
 
 def _complaint(value: Any, limits: Mapping[str, Any]) -> str:
     if "choices" in limits and value not in limits["choices"]:
-        return f"must be one of {', '.join(limits['choices'])}, got {value!r}"
+        return f"must be one of {', '.join(map(str, limits['choices']))}, got {value!r}"
     if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
         return f"must be {limits['help']}; got {value!r}"
     if "minimum" in limits and value < limits["minimum"]:

@@ -64,20 +64,21 @@ class FoldedRows:
     groups: tuple[KeyGroup, ...]
 
 
-def fold_tokens(conditioning: Conditioning, img_rows: int, row_multiple: int = 1) -> FoldedRows:
+def fold_tokens(
+    conditioning: Conditioning, img_rows: int, row_multiple: int = 1, least: int = 2
+) -> FoldedRows:
     """One row per distinct token; with the ``img_rows`` image rows a multiple of ``row_multiple``.
 
     Rows that only fill up are zeros in front, and no query sees them. Rows of one bias are
     neighbours, and those without come last, where they share a group with the image's: fewer
-    groups are fewer attention calls. There are two rows at least: for a compiler an extent of 1 is
-    another kind.
+    groups are fewer attention calls. There are ``least`` rows at least.
     """
     sets = sorted(conditioning.present(), key=lambda each: (each.key_bias == 0.0, each.key_bias))
     values = torch.cat([each.values for each in sets])
     groups = [KeyGroup(len(each.values), each.key_bias) for each in sets]
     filling = -(len(values) + img_rows) % row_multiple
-    if len(values) + filling < 2:
-        filling += row_multiple
+    missing = max(0, least - len(values) - filling)
+    filling += -(-missing // row_multiple) * row_multiple
     if filling:
         values = torch.cat([values.new_zeros(filling, values.shape[1]), values])
         groups.insert(0, KeyGroup(filling, -math.inf))

@@ -39,6 +39,8 @@ MAX_POOLING = 27
 """Redux tokens along a side of FLUX.1-Redux's grid: pooling to as many, or to more, is none."""
 CompileMode = Literal["off", "blocks", "full"]
 """What torch.compile compiles of the transformer: nothing, its kinds of blocks, or a whole step."""
+PARALLEL = (1, 2, 4)
+"""How many devices may compute an image together."""
 CudaGraphs = int | Literal["auto"]
 """Shapes whose steps are kept as CUDA graphs; ``auto``: where they gain something and have room."""
 Sizes = tuple[tuple[int, int], ...]
@@ -129,6 +131,7 @@ class ModelInfo:
     """What was loaded, for logs, ``/readyz`` and provenance.
 
     ``compiled`` is what runs now: ``off`` too where compiling was asked for and failed.
+    ``parallel`` devices compute an image together, of which ``device`` is the first.
     """
 
     name: str
@@ -138,6 +141,7 @@ class ModelInfo:
     size_multiple: int
     attention: str = ""
     compiled: CompileMode = "off"
+    parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +160,8 @@ class LoadOptions:
     ``mini`` only. ``memory`` is where weights live: ``auto`` (the fastest of the others that fits
     the GPU), ``resident``, ``evict`` or ``offload``, see ``memory.plan``. ``cuda_graphs``: the
     shapes that the plan is to have room for, as CUDA graphs; ``Pipeline.compile`` makes them.
+    ``parallel`` devices compute each image together (``PARALLEL``): ``device`` and those that
+    follow it, or a list separated by commas; on a CPU so many processes.
     """
 
     backend: str = "engine"
@@ -167,6 +173,7 @@ class LoadOptions:
     max_batch_size: int = 1
     memory: str = "auto"
     cuda_graphs: CudaGraphs = 0
+    parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)

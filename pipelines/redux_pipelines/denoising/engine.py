@@ -18,7 +18,7 @@ from redux_pipelines.conditioning.tokens import Conditioning, fold_tokens
 from redux_pipelines.contract.types import QUALITIES
 from redux_pipelines.denoising.denoiser import PreparedDenoiser, Run
 from redux_pipelines.denoising.quality import Tier
-from redux_pipelines.denoising.step_cache import CachedRun
+from redux_pipelines.denoising.step_cache import CachedRun, Measure
 from redux_pipelines.lru import LRU, digest, tensor_bytes
 from redux_pipelines.network.flux import BlockContext, Flux
 from redux_pipelines.network.layers import Rope, rope_table
@@ -42,6 +42,7 @@ class EngineDenoiser:
     def __init__(self, flux: Flux, attention: Implementation, operators: Operators) -> None:
         self.compiled: Compiled | None = None
         self.graphed: GraphedStep | None = None
+        self.least_txt_rows = 2  # for a compiler an extent of 1 is another kind
         self._flux = flux
         self._attention = attention
         self._operators = operators
@@ -76,7 +77,9 @@ class EngineDenoiser:
         self, conditioning: Conditioning, schedule: Schedule, grid: Grid
     ) -> "PreparedEngine":
         """Embed the text rows, and find or make the tables for ``schedule`` and ``grid``."""
-        rows = fold_tokens(conditioning, grid.tokens, self._attention.row_multiple)
+        rows = fold_tokens(
+            conditioning, grid.tokens, self._attention.row_multiple, self.least_txt_rows
+        )
         txt_in = self._flux.txt_in
         txt = txt_in(rows.values.to(txt_in.weight.device, txt_in.weight.dtype))
         context = BlockContext(
@@ -154,7 +157,10 @@ class _PerImage:
 
 @dataclass(frozen=True, slots=True)
 class PreparedEngine:
-    """A request, or a batch of them, ready for its steps; ``step`` is what computes one."""
+    """A request, or a batch of them, ready for its steps; ``step`` is what computes one.
+
+    ``measure`` is what a step cache asks.
+    """
 
     reused: ClassVar[int] = 0
     flux: Flux
@@ -162,6 +168,7 @@ class PreparedEngine:
     txt: Tensor
     modulation: Modulation
     context: BlockContext
+    measure: Measure | None = None
 
     def predict(self, img: Tensor, step: int) -> Tensor:
         """Velocity of ``img (B, L, C)`` at ``step``."""
@@ -171,7 +178,9 @@ class PreparedEngine:
         """Itself, or with a cache of steps where ``tier`` has one."""
         if tier.cache is None:
             return self
-        return CachedRun(self.flux, self.txt, self.modulation, self.context, tier.cache)
+        return CachedRun(
+            self.flux, self.txt, self.modulation, self.context, tier.cache, measure=self.measure
+        )
 
 
 def _times(schedule: Schedule, guidance: float, like: Tensor) -> tuple[Tensor, Tensor]:

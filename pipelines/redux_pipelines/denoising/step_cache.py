@@ -14,6 +14,7 @@ one graph, but as two: the first block, and all others. Three tensors ``(B, L, H
 steps: for FLUX.1 at 1024 × 1024 in bfloat16 72 MiB an image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ from redux_pipelines.denoising.quality import CachePolicy
 from redux_pipelines.network.flux import BlockContext, Flux
 from redux_pipelines.network.layers import within_range_
 from redux_pipelines.network.modulation import Modulation
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""``relative_change``, or what is that for rows of which we hold a share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,9 @@ class StepCache:
     that changed most counts.
     """
 
-    def __init__(self, policy: CachePolicy, steps: int) -> None:
+    def __init__(self, policy: CachePolicy, steps: int, measure: Measure | None = None) -> None:
         self._policy = policy
+        self._measure = measure or relative_change
         self._steps = steps
         self._last: _Computed | None = None
         self._hits = 0
@@ -61,7 +66,7 @@ class StepCache:
         last = self._last
         if last is None or not self._policy.may_reuse(step, self._steps, self._hits):
             return None
-        if not float(relative_change(change, last.change)) < self._policy.threshold:  # NaN is not
+        if not float(self._measure(change, last.change)) < self._policy.threshold:  # NaN is not
             return None
         self._hits += 1
         self.reused += 1
@@ -100,12 +105,14 @@ class CachedRun:
         modulation: Modulation,
         context: BlockContext,
         policy: CachePolicy,
+        *,
+        measure: Measure | None = None,
     ) -> None:
         self._flux = flux
         self._txt = txt
         self._modulation = modulation
         self._context = context
-        self._cache = StepCache(policy, len(modulation))
+        self._cache = StepCache(policy, len(modulation), measure)
 
     @property
     def reused(self) -> int:

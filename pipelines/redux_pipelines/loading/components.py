@@ -99,6 +99,21 @@ def load_components(base: Path, redux: Path, options: LoadOptions) -> Components
     )
 
 
+def load_engine(base: Path, redux: Path, options: LoadOptions) -> EngineDenoiser:
+    """The transformer alone, as ``load_components`` does for the engine; raises what that does."""
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    check_transformer_dtype(options.transformer_dtype, options.backend, device, dtype)
+    with _weights_errors(base, redux):
+        model = read_sizes(base, redux)
+        config = FluxTransformer2DModel.load_config(base / "transformer")
+        tensors = _tensors(base / "transformer", config, options, device, dtype)
+    has_scales = any(name.endswith(SCALE) for name in tensors)
+    plan = plan_here(model, options, device=device, dtype=dtype, is_fp8=has_scales)
+    with _weights_errors(base, redux):
+        return _engine_denoiser(config, tensors, options, plan=plan, device=device, dtype=dtype)
+
+
 def check_memory(memory: str, backend: str) -> None:
     """Raise ``ValueError`` for a mode that does not exist or that ``backend`` cannot carry out."""
     if memory not in MEMORY_MODES:

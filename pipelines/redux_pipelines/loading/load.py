@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redux_pipelines.contract.types import QUALITIES, LoadOptions, Pipeline, Quality
+from redux_pipelines.contract.types import PARALLEL, QUALITIES, LoadOptions, Pipeline, Quality
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.fake import SLOW_STEP_S, FakePipeline
 from redux_weights.embedded import find_mini
@@ -84,6 +84,7 @@ def load_pipeline(
     if model not in (None, *MODELS):
         raise ValueError(f"model={model!r} is not one of {', '.join(MODELS)}")
     tier = _quality(how.quality, how.backend)
+    check_parallel(how)
     if model in ("fake", "fake-slow"):
         return FakePipeline(
             step_s=0.0 if model == "fake" else SLOW_STEP_S,
@@ -101,6 +102,21 @@ def load_pipeline(
         raise ValueError("load_pipeline needs a model name or a base checkpoint")
     name = model if model in _REPOSITORIES else Path(source).name
     return _load(source, redux or FLUX_REDUX, revision, str(name), how)
+
+
+def check_parallel(how: LoadOptions) -> None:
+    """Raise ``ValueError`` for a number of devices that cannot be, or what does not go with it."""
+    if how.parallel not in PARALLEL:
+        raise ValueError(f"parallel={how.parallel!r} is not one of 1, 2, 4")
+    if how.parallel == 1:
+        return
+    if how.backend != "engine":
+        raise ValueError(f"parallel={how.parallel} needs backend='engine', not {how.backend!r}")
+    if how.memory not in ("auto", "resident"):
+        raise ValueError(
+            f"parallel={how.parallel} needs all weights on each GPU: memory='resident', or 'auto', "
+            f"which is that then, not {how.memory!r}"
+        )
 
 
 def _check_attention(attention: str, backend: str) -> None:
@@ -174,8 +190,13 @@ def _assemble(
     from redux_pipelines.loading.components import load_components
     from redux_pipelines.pipeline import ReduxPipeline
 
-    with as_current(resolve_device(how.device)):
-        components = load_components(base, redux, how)
+    with as_current(resolve_device(how.device.split(",")[0])):
+        if how.parallel > 1:
+            from redux_pipelines.loading.parallel import load_on_several
+
+            components = load_on_several(base, redux, how)
+        else:
+            components = load_components(base, redux, how)
         if preload_text:
             components.text_encoders.load()
     pipeline = ReduxPipeline(

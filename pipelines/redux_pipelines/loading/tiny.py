@@ -35,28 +35,29 @@ _ENCODER_WIDTH = 32
 
 
 def build_tiny(
-    directory: Path, *, vae_factor: int = 32, guidance: bool = True, seed: int = 0
+    directory: Path, *, vae_factor: int = 32, guidance: bool = True, heads: int = 3, seed: int = 0
 ) -> tuple[Path, Path]:
     """Write the checkpoint below ``directory`` and return its base and Redux directories.
 
     ``vae_factor`` is the autoencoder's scale, a power of two from 8 to 32: sizes are multiples of
     twice that many pixels. ``guidance=False`` makes a model like FLUX.1-schnell: no guidance
-    embedding and a schedule that is not shifted by size. Torch's global generator is left alone.
+    embedding and a schedule that is not shifted by size. ``heads`` are the transformer's, 16 wide.
+    Torch's global generator is left alone.
     """
     if vae_factor not in (8, 16, 32):
         raise ValueError(f"vae_factor={vae_factor} is not one of 8, 16, 32")
     base, redux = directory / "base", directory / "redux"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _write_base(base, vae_factor, guidance)
+        _write_base(base, vae_factor, guidance, heads)
         _write_redux(redux)
     return base, redux
 
 
-def _write_base(base: Path, vae_factor: int, guidance: bool) -> None:
+def _write_base(base: Path, vae_factor: int, guidance: bool, heads: int) -> None:
     clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
     parts: dict[str, Any] = {
-        "transformer": _transformer(guidance),
+        "transformer": _transformer(guidance, heads),
         "vae": _autoencoder(vae_factor),
         "scheduler": FlowMatchEulerDiscreteScheduler(
             shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance
@@ -115,13 +116,13 @@ def _scale(parameters: torch.nn.Module, factor: float) -> None:
             parameter.mul_(factor)
 
 
-def _transformer(guidance: bool) -> FluxTransformer2DModel:
+def _transformer(guidance: bool, heads: int) -> FluxTransformer2DModel:
     model = FluxTransformer2DModel(
         in_channels=4 * _LATENT_CHANNELS,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,
-        num_attention_heads=3,
+        num_attention_heads=heads,
         joint_attention_dim=_TEXT_WIDTH,
         pooled_projection_dim=_POOLED_WIDTH,
         guidance_embeds=guidance,

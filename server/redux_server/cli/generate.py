@@ -36,6 +36,7 @@ from redux_server.settings import ModelSettings, UsageError
 from redux_server.worker.inputs import Pictures, generation_request
 from redux_server.worker.model import (
     cache_dir,
+    check_parallel,
     check_warm_up,
     compile_plan,
     describe_report,
@@ -84,6 +85,7 @@ def generate(
         UsageError: a parameter or path that cannot be used; nothing slow was done.
     """
     check_warm_up(settings)
+    check_parallel(settings)
     if settings.graphs == "auto":  # to capture a graph takes longer than it saves in one image
         settings = replace(settings, cuda_graphs="0")
     asked = read_parameters(parameters, images=images, output_format=_format_of(Path(out)))
@@ -223,6 +225,7 @@ def warmup(settings: ModelSettings) -> int:
         UsageError: settings with nothing to do, or a size that cannot be generated.
     """
     check_warm_up(settings)
+    check_parallel(settings)
     if not wants_compile(settings):
         raise UsageError("nothing to warm up: give --compile full (or blocks), or --cuda-graphs N")
     started = time.perf_counter()

@@ -22,12 +22,13 @@ from redux_server.api.services import Services, assemble
 from redux_server.cli.sample import sample
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
+from redux_server.dispatch.local import worker_devices
 from redux_server.net.guard import AddressPolicy
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import StorageError
 from redux_server.storage.buckets import BlobUrlError
 from redux_server.storage.opening import local_folder, open_pictures
-from redux_server.worker.model import check_warm_up
+from redux_server.worker.model import check_parallel, check_warm_up
 from redux_weights.layout import find_missing
 
 _SAMPLE_EXPIRES = 2**33
@@ -79,6 +80,8 @@ def check(settings: ServerSettings) -> None:
             f"{settings.backend} has only exact"
         )
     check_warm_up(settings)
+    check_parallel(settings)
+    worker_devices(settings.device, settings.parallel)
     check_dispatch(settings)
     base, redux = Path(settings.base), Path(settings.redux)
     if settings.base and base.is_dir() and redux.is_dir():

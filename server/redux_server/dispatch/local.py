@@ -20,7 +20,7 @@ from redux_server.dispatch.presence import (
     Presence,
     WorkerState,
 )
-from redux_server.settings import ServerSettings, to_environment
+from redux_server.settings import ServerSettings, UsageError, to_environment
 from redux_server.tasks.store import TaskStore
 
 _MAX_PAUSE_S = 30.0
@@ -56,7 +56,7 @@ class LocalWorkers:
         """Start one supervised worker per device."""
         self._supervisors = [
             asyncio.create_task(self._supervise(device))
-            for device in devices(self._settings.device)
+            for device in worker_devices(self._settings.device, self._settings.parallel)
         ]
 
     def wake(self) -> None:
@@ -150,8 +150,33 @@ class LocalWorkers:
             del self._processes[device]
 
 
+def worker_devices(setting: str, parallel: int = 1) -> list[str]:
+    """The ``--device`` of each worker to start, a list where ``parallel`` of them make one image.
+
+    They are dealt out in their order; of ``auto`` those that are too few for one more worker stay
+    idle. One GPU stands for itself and those that follow it.
+
+    Raises:
+        UsageError: too few devices.
+    """
+    found = devices(setting)
+    if parallel == 1 or setting == "cpu":
+        return found
+    if setting != "auto" and len(found) == 1:
+        first = int(found[0].partition(":")[2] or 0)
+        found = [f"cuda:{first + rank}" for rank in range(parallel)]
+    gpus = [name for name in found if name != "cpu"]
+    if len(gpus) < parallel or (setting != "auto" and len(gpus) % parallel):
+        raise UsageError(
+            f"--parallel {parallel} needs {parallel} GPUs for each worker, and --device {setting} "
+            f"is {len(gpus)}; name as many, or --device cpu to try it out"
+        )
+    ends = range(parallel, len(gpus) + 1, parallel)
+    return [",".join(gpus[end - parallel : end]) for end in ends]
+
+
 def devices(setting: str) -> list[str]:
-    """The devices to start a worker for.
+    """The devices that a setting means.
 
     ``auto`` is every NVIDIA GPU that this process may see, else the CPU. Does not load torch.
     """

@@ -27,7 +27,7 @@ from redux_server.database.clock import clock_of
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
 from redux_server.dispatch.device import device_lock, lock_path, worker_id
-from redux_server.dispatch.local import devices
+from redux_server.dispatch.local import worker_devices
 from redux_server.dispatch.presence import (
     EXIT_CANNOT_LOAD,
     EXIT_DEVICE_FAILED,
@@ -44,7 +44,7 @@ from redux_server.tasks.store import TaskStore
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.inputs import ImageLoader
 from redux_server.worker.loop import POLL_S, Worker
-from redux_server.worker.model import describe_model, load_model
+from redux_server.worker.model import check_parallel, describe_model, load_model
 
 _WAITING = "waiting for the previous worker of this device to end"
 _SLOW_POLL_S = 3.0  # of a worker that gets tickets, of which some may be lost
@@ -59,9 +59,11 @@ def worker(settings: ServerSettings, *, supervised: bool) -> int:
         UsageError: several devices, or what ``--dispatch`` lacks.
     """
     check_dispatch(settings)
-    found = devices(settings.device)
+    check_parallel(settings)
+    found = worker_devices(settings.device, settings.parallel)
     if len(found) > 1:
-        raise UsageError(f"a worker has one device; choose --device from {', '.join(found)}")
+        count = "one device" if settings.parallel == 1 else f"{settings.parallel} devices"
+        raise UsageError(f"a worker has {count}; choose --device from {' or '.join(found)}")
     logs.configure(format_=settings.log_format, level=settings.log_level)
     return run_worker(settings, device=found[0], is_supervised=supervised)
 

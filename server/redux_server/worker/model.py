@@ -110,6 +110,8 @@ def describe_model(pipeline: Pipeline, settings: ServerSettings) -> str:
     info = pipeline.info
     attention = f" with {info.attention} attention" if info.attention else ""
     text = f"{info.name}, {info.backend} backend{attention}, {info.dtype} on {info.device}"
+    if info.parallel > 1:
+        text = f"{text} and {info.parallel - 1} more for each image"
     if info.compiled != "off":
         return f"{text}, compiled ({info.compiled})"
     return text if settings.compile == "off" else f"{text}, not compiled: its log says why"
@@ -139,6 +141,21 @@ def check_warm_up(settings: ModelSettings) -> None:
         raise UsageError(
             f"--compile and --cuda-graphs need --backend engine, got {settings.backend!r}"
         )
+
+
+def check_parallel(settings: ModelSettings) -> None:
+    """Raise ``UsageError`` for what several GPUs for one image do not go with."""
+    if settings.parallel == 1:
+        return
+    if settings.backend != "engine":
+        raise UsageError(f"--parallel needs --backend engine, got {settings.backend!r}")
+    if settings.memory not in ("auto", "resident"):
+        raise UsageError(
+            f"--parallel keeps all weights on each GPU: --memory is resident then, or auto, not "
+            f"{settings.memory}"
+        )
+    if wants_compile(settings):
+        raise UsageError("--parallel goes with neither --compile nor --cuda-graphs; leave them out")
 
 
 def compile_plan(settings: ModelSettings, sizes: Sizes) -> CompilePlan:

@@ -265,6 +265,7 @@ def test_the_model_settings_reach_the_pipeline(
         "attention": "auto",
         "quality": "exact",
         "cuda_graphs": 0,  # one picture would not gain what they take to make
+        "parallel": 1,
     }
 
 

@@ -145,7 +145,7 @@ def test_the_overview_names_each_verb(capsys: pytest.CaptureFixture[str]) -> Non
             "--dispatch sql and --engine celery contradict each other",
         ),
         (["doctor", "--gpu-memory", "-1"], "--gpu-memory must be 0 to 1000, got -1"),
-        (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0, cuda:1"),
+        (["worker", "--device", "cuda:0,cuda:1"], "choose --device from cuda:0 or cuda:1"),
         (["generate", "a.png", "--size", "9x9"], "size must be"),
         (["submit", "a.png", "--quality", "best"], 'quality must be one of "exact", "balanced"'),
         (["generate", "a.png", "--quality", "best"], "--quality must be one of exact, balanced"),

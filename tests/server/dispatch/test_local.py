@@ -16,9 +16,9 @@ import pytest
 from redux_server.database.migration import open_database
 from redux_server.dispatch import local as engine_module
 from redux_server.dispatch.device import device_lock, lock_path, worker_id
-from redux_server.dispatch.local import LocalWorkers, devices
+from redux_server.dispatch.local import LocalWorkers, devices, worker_devices
 from redux_server.dispatch.presence import Presence, WorkerState
-from redux_server.settings import ServerSettings
+from redux_server.settings import ServerSettings, UsageError
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import NewTask, Status
 
@@ -167,6 +167,44 @@ def test_auto_without_a_choice_asks_the_driver(
             (tmp_path / "gpus" / f"0000:0{number}:00.0").mkdir()
     monkeypatch.setattr(engine_module, "Path", lambda _: tmp_path / "gpus")
     assert devices("auto") == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "parallel", "expected"),
+    [
+        ("auto", 1, ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4"]),
+        ("auto", 2, ["cuda:0,cuda:1", "cuda:2,cuda:3"]),
+        ("auto", 4, ["cuda:0,cuda:1,cuda:2,cuda:3"]),
+        ("cuda", 2, ["cuda:0,cuda:1"]),
+        ("cuda:1", 4, ["cuda:1,cuda:2,cuda:3,cuda:4"]),
+        ("cuda:0,cuda:3", 2, ["cuda:0,cuda:3"]),
+        ("cuda:3,cuda:1,cuda:0,cuda:2", 2, ["cuda:3,cuda:1", "cuda:0,cuda:2"]),
+        ("cpu", 2, ["cpu"]),
+    ],
+)
+def test_gpus_are_dealt_out_to_workers_in_their_order(
+    setting: str, parallel: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert worker_devices(setting, parallel) == expected
+    for one in expected:  # what a worker is started with means the same to it
+        assert worker_devices(one, parallel) == [one]
+
+
+@pytest.mark.parametrize(
+    ("setting", "visible", "reason"),
+    [
+        ("auto", "", "--parallel 2 needs 2 GPUs for each worker, and --device auto is 0"),
+        ("auto", "0", "--device auto is 1"),
+        ("cuda:0,cuda:1,cuda:2", "0,1,2", "--device cuda:0,cuda:1,cuda:2 is 3"),
+    ],
+)
+def test_too_few_gpus_for_one_image_are_said(
+    setting: str, visible: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError, match=reason):
+        worker_devices(setting, 2)
 
 
 # --- supervision ---------------------------------------------------------------------------------

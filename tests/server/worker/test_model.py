@@ -42,6 +42,28 @@ def test_the_memory_mode_and_the_batch_size_reach_the_pipeline(
     assert (asked["memory"], asked["max_batch_size"], asked["device"]) == ("evict", 3, "cuda:1")
 
 
+def test_several_gpus_of_an_image_reach_the_pipeline_and_are_described(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Four(FakePipeline):
+        @property
+        def info(self) -> ModelInfo:
+            return replace(super().info, device="cuda:4", parallel=4)
+
+    def load(**options: Any) -> FakePipeline:
+        asked.update(options)
+        return Four()
+
+    monkeypatch.setattr(load_module, "load_pipeline", load)
+    settings = ServerSettings(data_dir=tmp_path, parallel=4)
+    pipeline, _ = model.load_model(settings, "cuda:4,cuda:5,cuda:6,cuda:7")
+    assert (asked["parallel"], asked["device"]) == (4, "cuda:4,cuda:5,cuda:6,cuda:7")
+    described = model.describe_model(pipeline, settings)
+    assert described.endswith("on cuda:4 and 3 more for each image")
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

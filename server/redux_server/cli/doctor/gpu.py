@@ -18,8 +18,8 @@ from redux_pipelines.memory.model_sizes import FLUX_DEV, FLUX_SCHNELL, ModelSize
 from redux_pipelines.memory.plan import Options, gb, largest_demand, plan
 from redux_server.cli.doctor.findings import Finding, Level, gigabytes
 from redux_server.cli.doctor.model import locate
-from redux_server.dispatch.local import devices
-from redux_server.settings import ServerSettings
+from redux_server.dispatch.local import devices, worker_devices
+from redux_server.settings import ServerSettings, UsageError
 from redux_weights.embedded import find_mini
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ def check_gpu(settings: ServerSettings) -> Iterator[Finding]:
     """The GPUs torch can use, and whether they are those that ``--device`` asks for."""
     import torch
 
-    wanted = devices(settings.device)
+    try:
+        groups = worker_devices(settings.device, settings.parallel)
+    except UsageError as error:
+        yield Finding(Level.MISSING, "gpu", str(error))
+        return
+    wanted = [name for group in groups for name in group.split(",")]
     count = _count()
     for i in range(count):
         yield Finding(Level.OK, f"cuda:{i}", _describe_gpu(i))

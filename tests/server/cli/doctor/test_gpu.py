@@ -32,6 +32,22 @@ def test_a_gpu_that_torch_cannot_use_is_missing(
     assert "cannot use cuda:0, cuda:1" in found[0].text
 
 
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [("cuda:0", "cannot use cuda:1"), ("auto", "--parallel 2 needs 2 GPUs for each worker")],
+)
+def test_too_few_gpus_for_one_image_are_missing(
+    device: str, text: str, settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(gpu, "_describe_gpu", str)
+    found = list(gpu.check_gpu(replace(settings, device=device, parallel=2)))
+    missing = [each for each in found if each.level is Level.MISSING]
+    assert len(missing) == 1 and text in missing[0].text
+
+
 def test_gpus_are_described(settings: ServerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = namedtuple("properties", "name major minor total_memory")(
         "NVIDIA T4", 7, 5, 16_000_000_000
