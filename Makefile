@@ -19,8 +19,8 @@ comma := ,
 .PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
         soak check lint format types imports dockerfile bench bench-server bench-files bench-engine \
         bench-attention bench-products bench-host bench-kernels bench-growth bench-roofline bench-mini \
-        train-mini eval-mini \
-        eval-approximations eval-controls docs docs-build docs-reference docker clean
+        gpu-report gpu-bundle gpu-tables train-mini eval-mini eval-approximations eval-controls docs \
+        docs-build docs-reference docker clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -221,6 +221,19 @@ bench-roofline: $(RUNTIME)  ## print a lower bound on GPU times, from operation 
 bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, memory
 	@$(BIN)/python -W ignore pipelines/benchmarks/bench_mini.py $(ARGS)
 
+# Where nothing is installed, by whatever Python there is: see docs/performance/gpu-report.md.
+ANY_PYTHON = $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3)
+GPU_REPORT := pipelines/benchmarks/gpu_report
+
+gpu-report:  ## measure FLUX.1 + Redux at full size on a GPU in 8 minutes, on random weights (ARGS="--help")
+	@$(ANY_PYTHON) $(GPU_REPORT) $(ARGS)
+
+gpu-bundle: $(DEV)  ## gather in gpu-bundle/ what a GPU machine without a network lacks for gpu-report
+	@$(BIN)/python $(GPU_REPORT)/launch.py gpu_report.bundle $(ARGS)
+
+gpu-tables:  ## write the GPU figures of README and docs from docs/benchmarks/gpu-report.json
+	@$(ANY_PYTHON) $(GPU_REPORT)/launch.py gpu_report.tables $(ARGS)
+
 clean:  ## delete .venv*, installed clients, caches and build results (never data/ or demo-output/)
-	rm -rf $(VENV) .venv-3.* .venv-oldest .clients dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-3.* .venv-oldest .clients gpu-bundle dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

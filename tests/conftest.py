@@ -22,6 +22,7 @@ _LONGEST = (
     "server/dispatch/test_celery_worker.py",
     "pipelines/denoising/test_warm_up.py",
     "weights/test_training_smoke.py",
+    "pipelines/gpu_report/test_whole_run.py",
     "e2e/test_embedded_model.py",
     "server/worker/test_poison.py",
     "codegen/test_codegen.py",

@@ -81,7 +81,7 @@ def _started(devices: tuple[torch.device, ...], setup: Setup) -> Iterator[Follow
 def ranks_of(device: str, parallel: int) -> tuple[torch.device, ...]:
     """The devices of ``parallel`` ranks: those of a list, or ``device`` and those that follow it.
 
-    ``auto`` and ``cuda`` are the current one and those that follow it. Raises ``ValueError`` for too few.
+    ``auto`` and ``cuda`` are the current one and those after it. Raises ``ValueError`` for too few.
     """
     names = device.split(",")
     first = resolve_device(names[0])
