@@ -5,6 +5,7 @@ of CUDA and its libraries. A GPU computes what the host has queued, a CPU at onc
 and makes no tensors.
 """
 
+import os
 import re
 import time
 import traceback
@@ -195,3 +196,30 @@ class Clock:
         for job in jobs:
             job.spend(stage, now - self._last)
         self._last = now
+
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_TRIED_BYTES = 32 * 2**20  # more than the allocator takes for small pieces
+
+
+def grow_segments(device: str) -> bool:
+    """Let the GPU's allocator grow its segments, where it can; whether it does.
+
+    Segments of fixed sizes leave gaps between them that no larger piece fits into. What the
+    environment says of the allocator stays. A driver that maps no virtual memory, as that of some
+    virtual GPUs, shows it only when memory is taken: then segments are fixed again. For programs of
+    our own to call, before anything is on the device: it concerns the whole process, so a library
+    may not do it to its host. Raises ``ValueError`` as ``resolve_device``. Not run on a GPU yet.
+    """
+    found = resolve_device(device)
+    is_free = not any(os.environ.get(name) for name in _ALLOCATOR_VARIABLES)
+    if found.type != "cuda" or not is_free or torch.cuda.get_allocator_backend() != "native":
+        return False
+    configure = torch._C._accelerator_setAllocatorSettings
+    configure("expandable_segments:True")
+    try:
+        torch.empty(_TRIED_BYTES, dtype=torch.uint8, device=found)
+    except RuntimeError:
+        configure("expandable_segments:False")
+        return False
+    return True

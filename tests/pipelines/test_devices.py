@@ -1,6 +1,7 @@
 """A device's failures and what is left of them, its slow dtypes, and the memory it frees."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +212,51 @@ def test_to_wait_for_a_gpu_takes_no_processor_time(monkeypatch):
     assert isinstance(devices.fence_on(torch.device("cuda", 1)), Event)
     assert made == [True]
     assert devices.fence_on(torch.device("cpu")) is None
+
+
+# --- the GPU's allocator --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    """What a GPU's allocator is told; ``fails`` is raised when memory is taken."""
+    given = SimpleNamespace(settings=[], fails=None, taken=[])
+
+    def empty(size, *, dtype, device):
+        given.taken.append(device)
+        if given.fails is not None:
+            raise given.fails
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(devices, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.settings.append)
+    return given
+
+
+def test_segments_grow_where_the_driver_can(allocator):
+    assert devices.grow_segments("cuda:1")
+    assert allocator.settings == ["expandable_segments:True"]
+    assert allocator.taken == [torch.device("cuda", 1)]
+
+
+def test_segments_are_fixed_again_where_memory_cannot_be_had_so(allocator):
+    allocator.fails = RuntimeError("CUDA driver error: operation not supported")
+    assert not devices.grow_segments("cuda:0")
+    assert allocator.settings == ["expandable_segments:True", "expandable_segments:False"]
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_environment_has_the_last_word_on_the_allocator(allocator, monkeypatch, variable):
+    monkeypatch.setenv(variable, "max_split_size_mb:512")
+    assert not devices.grow_segments("cuda:0")
+    assert not allocator.settings
+
+
+def test_neither_a_cpu_nor_another_allocator_is_told_anything(allocator, monkeypatch):
+    assert not devices.grow_segments("cpu")
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert not devices.grow_segments("cuda:0")
+    assert not allocator.settings

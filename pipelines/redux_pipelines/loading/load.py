@@ -37,6 +37,8 @@ MINI = "mini"
 UNTRAINED = ("tiny", "fake", "fake-slow")
 """Models without trained weights: pictures are noise or one colour."""
 
+WITHOUT_NETWORK = ("fake", "fake-slow")
+
 MODELS = (MINI, *UNTRAINED, *_REPOSITORIES)
 """Names that ``load_pipeline`` knows."""
 
@@ -85,7 +87,7 @@ def load_pipeline(
         raise ValueError(f"model={model!r} is not one of {', '.join(MODELS)}")
     tier = _quality(how.quality, how.backend)
     check_parallel(how)
-    if model in ("fake", "fake-slow"):
+    if model in WITHOUT_NETWORK:
         return FakePipeline(
             step_s=0.0 if model == "fake" else SLOW_STEP_S,
             quality=tier,

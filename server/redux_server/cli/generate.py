@@ -33,6 +33,7 @@ from redux_server.cli.progress import ProgressReport, note
 from redux_server.cli.submit import note_caveat, read_parameters
 from redux_server.dispatch.local import devices
 from redux_server.settings import ModelSettings, UsageError
+from redux_server.worker import model
 from redux_server.worker.inputs import Pictures, generation_request
 from redux_server.worker.model import (
     cache_dir,
@@ -174,16 +175,10 @@ def _generate(
 
 def load(settings: ModelSettings) -> Pipeline:
     """The pipeline of ``settings``. Raises ``UsageError`` for what this machine lacks."""
-    from redux_pipelines.loading.load import load_pipeline
-    from redux_pipelines.memory.malloc import keep_freed_memory
-
     try:
-        pipeline = load_pipeline(**settings.pipeline_options())
+        return model.load(settings, settings.device)
     except ValueError as error:  # an option this machine cannot serve, such as --device cuda
         raise UsageError(str(error)) from error
-    if pipeline.info.device == "cpu":
-        keep_freed_memory()
-    return pipeline
 
 
 def _denoise(pipeline: Pipeline, request: GenerationRequest) -> Result:

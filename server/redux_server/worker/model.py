@@ -32,16 +32,31 @@ from redux_server.settings import ModelSettings, ServerSettings, UsageError
 _log = structlog.get_logger("redux_server.worker.model")
 
 
-def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
-    """The pipeline and the safety checker that ``settings`` ask for, warmed up."""
-    from redux_pipelines.images.safety import OpenNsfwChecker
-    from redux_pipelines.loading.load import load_pipeline
+def load(settings: ModelSettings, device: str) -> Pipeline:
+    """The pipeline of ``settings``, in a process whose allocators are ours to set.
+
+    Raises what ``load_pipeline`` does.
+    """
+    from redux_pipelines.loading.load import WITHOUT_NETWORK, load_pipeline
     from redux_pipelines.memory.malloc import keep_freed_memory
 
-    started = time.perf_counter()
+    has_network = bool(settings.base) or settings.model not in WITHOUT_NETWORK
+    if has_network and device != "cpu" and settings.parallel == 1:  # NCCL shares memory its own way
+        from redux_pipelines.devices import grow_segments
+
+        _log.debug("allocator", grows_segments=grow_segments(device))
     pipeline = load_pipeline(**{**settings.pipeline_options(), "device": device})
     if pipeline.info.device == "cpu":
         keep_freed_memory()
+    return pipeline
+
+
+def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
+    """The pipeline and the safety checker that ``settings`` ask for, warmed up."""
+    from redux_pipelines.images.safety import OpenNsfwChecker
+
+    started = time.perf_counter()
+    pipeline = load(settings, device)
     safety = OpenNsfwChecker(threshold=settings.safety_threshold)
     sizes = warm_sizes(settings, pipeline.info.device)
     if is_compiled(settings, pipeline.info):

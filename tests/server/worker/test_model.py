@@ -37,6 +37,7 @@ def test_the_memory_mode_and_the_batch_size_reach_the_pipeline(
         return FakePipeline()
 
     monkeypatch.setattr(load_module, "load_pipeline", load)
+    monkeypatch.setattr("redux_pipelines.devices.grow_segments", lambda _: False)
     settings = ServerSettings(data_dir=tmp_path, memory="evict", max_batch_size=3)
     model.load_model(settings, "cuda:1")
     assert (asked["memory"], asked["max_batch_size"], asked["device"]) == ("evict", 3, "cuda:1")
@@ -219,3 +220,22 @@ def test_a_model_without_a_network_starts_without_torch():
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "grows"),
+    [
+        ("cuda:1", {"model": "mini"}, ["cuda:1"]),
+        ("cuda:1", {"model": "mini", "parallel": 2}, []),
+        ("cuda:1", {"model": "fake"}, []),
+        ("cpu", {"model": "mini"}, []),
+    ],
+)
+def test_the_allocator_of_a_gpu_may_grow_its_segments(
+    device: str, more: dict[str, Any], grows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(load_module, "load_pipeline", lambda **_: FakePipeline())
+    monkeypatch.setattr("redux_pipelines.devices.grow_segments", asked.append)
+    model.load(ServerSettings(**more), device)
+    assert asked == grows
