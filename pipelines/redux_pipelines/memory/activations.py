@@ -104,10 +104,15 @@ def graph_bytes(size: TransformerSize, rows: int, batch: int, element_bytes: int
 
 
 def _double(size: TransformerSize, rows: RowCounts, element_bytes: int) -> int:
-    """``x``, queries and keys, both streams' projections; a rotation, or values and output."""
-    width = size.hidden * element_bytes * rows.batch
-    rotation = _rotation(size, max(rows.text, rows.image), rows.batch, element_bytes)
-    return (1 + 2 + 3) * width * rows.total + max(rotation, 2 * width * rows.total)
+    """``x`` and heads, and one stream's projections with their rotation; or attention's output.
+
+    The latter twice: by heads, and by rows.
+    """
+    width, largest = size.hidden * element_bytes * rows.batch, max(rows.text, rows.image)
+    rotation = _rotation(size, largest, rows.batch, element_bytes)
+    return (1 + 3) * width * rows.total + max(
+        3 * width * largest + rotation, 2 * width * rows.total
+    )
 
 
 def _single(size: TransformerSize, rows: RowCounts, element_bytes: int) -> int:

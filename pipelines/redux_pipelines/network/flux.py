@@ -164,9 +164,10 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The settled streams, and attention ``(B, S, H)``.
 
-        Heads are let go before the MLP needs its room. They lie as far apart as a single block's:
-        cuDNN builds a plan for all strides that it has not met, which others report to take tenths
-        of a second. What lies between is less than what a single block holds.
+        Projections are let go before attention, heads before the MLP needs its room. These lie as
+        far apart as a single block's: cuDNN builds a plan for all strides that it has not met,
+        which others report to take tenths of a second. What lies between is less than what a single
+        block holds.
         """
         (txt, img), end, ops = streams, context.txt_rows, context.operators
         rows = end + img.x.shape[1]
@@ -180,6 +181,7 @@ class DoubleBlock(nn.Module):
             rope = context.rope.rows(first, first + x.shape[1])
             ops.place_heads(qkv, weights.qk_norm, rope, heads, first)
             settled.append(x)
+            del qkv
         return settled[0], settled[1], context.attend(heads)
 
 
