@@ -5,8 +5,12 @@
 A network of FLUX.1's depth and tiny rows runs on its kernels' operators, on a CPU, with nothing
 behind them: kernels are not launched, products and attention only take memory. What is left is the
 Python and torch of a step, which a GPU waits for where it is faster. Triton's own launcher is not
-in it: it needs a driver. Prints JSON, also written to bench-results/host.json; a figure is the
-median over steps, and layers in bfloat16 and in fp8, and both strengths, alternate.
+in it: it needs a driver. Each step is measured once more "without launches": operators' functions
+that prepare a launch only take memory, too, which leaves the network and its operators' checks.
+Prints JSON, also written to bench-results/host.json; a figure is the median over steps, and layers
+in bfloat16 and in fp8, and both strengths, alternate. ``seconds of 20 million additions`` says how
+fast this core runs Python meanwhile. Steps are those after a request's first, which looks at all
+tensors once.
 """
 
 import argparse
@@ -16,7 +20,7 @@ import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +31,17 @@ from machine import environment, save
 from torch import Tensor, nn
 
 import redux_kernels
-from redux_kernels import dispatch
+from redux_kernels import (
+    adaln,
+    checks,
+    dispatch,
+    gate_residual_adaln,
+    gelu_into,
+    gelu_quantize,
+    merge_groups,
+    qk_norm_rope,
+    quantize_rows,
+)
 from redux_pipelines.attention.groups import Implementation, grouped
 from redux_pipelines.conditioning.tokens import Conditioning, Tokens
 from redux_pipelines.denoising.engine import EngineDenoiser
@@ -52,6 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = {"environment": environment(threads=1, repeats=options.repeats)}
+    report["seconds of 20 million additions"] = round(_additions(20_000_000), 2)
     save(report, options.out)
     figures = measure(options.repeats)
     print(save({**report, "milliseconds of processor time per step": figures}, options.out))
@@ -61,11 +76,13 @@ def main() -> None:
 def measure(repeats: int) -> dict[str, dict[str, float]]:
     """Median and least milliseconds by what is measured."""
     steps = dict(_steps(PARAMS))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    with nothing_behind():
-        for _ in range(3 + repeats):  # the first three warm up
-            for name, step in steps.items():
-                times[name].append(_milliseconds(step))
+    behind = {"": nothing_behind, ", without launches": no_launches}
+    times: dict[str, list[float]] = {name + kind: [] for kind in behind for name in steps}
+    for _ in range(3 + repeats):  # the first three warm up
+        for kind, stubs in behind.items():
+            with stubs():
+                for name, step in steps.items():
+                    times[name + kind].append(_milliseconds(step))
     return {
         name: {
             "median": round(statistics.median(taken[3:]), 2),
@@ -73,6 +90,14 @@ def measure(repeats: int) -> dict[str, dict[str, float]]:
         }
         for name, taken in times.items()
     }
+
+
+def _additions(count: int) -> float:
+    started = time.process_time()
+    total = 0
+    for each in range(count):
+        total += each
+    return time.process_time() - started
 
 
 def _milliseconds(step: Callable[[], object]) -> float:
@@ -116,19 +141,24 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def nothing_behind() -> Iterator[None]:
     """Within, operators believe in kernels that do nothing; products only take memory."""
-    with mock.patch.object(dispatch, "runs_kernel", lambda operator, x: True):
-        patches = [
-            mock.patch.object(F, "linear", _product),
-            mock.patch.object(torch, "_scaled_mm", _scaled_product),
-            *(mock.patch.object(*kernel, _NoKernel()) for kernel in _kernels()),
-        ]
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
+    with ExitStack() as stack:
+        for target, name, stub in (
+            (dispatch, "runs_kernel", lambda operator, x: True),
+            (F, "linear", _product),
+            (torch, "_scaled_mm", _scaled_product),
+            *((*kernel, _NoKernel()) for kernel in _kernels()),
+        ):
+            stack.enter_context(mock.patch.object(target, name, stub))
+        yield
+
+
+@contextmanager
+def no_launches() -> Iterator[None]:
+    """``nothing_behind`` where operators only take memory instead of preparing a launch."""
+    with nothing_behind(), ExitStack() as stack:
+        for module, stub in _LAUNCHES.items():
+            stack.enter_context(mock.patch.object(module, "launch", stub))
+        yield
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -157,6 +187,44 @@ def _kernels() -> Iterator[tuple[Any, str]]:
         for name in vars(module):
             if name.startswith("_") and name.endswith("_kernel"):
                 yield module, name
+
+
+def _launch_adaln(
+    x: Tensor, _scale: Tensor, _shift: Tensor, _eps: float, *, quantize: bool
+) -> tuple[Tensor, Tensor]:
+    if quantize:
+        return checks.empty_quantized(x, x.shape[-1])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x
+
+
+def _launch_gate_residual_adaln(
+    x: Tensor, _y: Tensor, *vectors: Tensor | float, quantize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if quantize:
+        return total, *checks.empty_quantized(x, x.shape[-1])
+    return total, torch.empty_like(total), x
+
+
+def _launch_gelu_quantize(mlp: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+    extra = 0 if beside is None else beside.shape[-1]
+    return checks.empty_quantized(mlp, extra + mlp.shape[-1])
+
+
+def _launch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return checks.empty_quantized(x, x.shape[-1])
+
+
+_LAUNCHES: dict[Any, Callable[..., object]] = {
+    adaln: _launch_adaln,
+    gate_residual_adaln: _launch_gate_residual_adaln,
+    gelu_into: _nothing,
+    gelu_quantize: _launch_gelu_quantize,
+    merge_groups: _nothing,
+    qk_norm_rope: _nothing,
+    quantize_rows: _launch_quantize_rows,
+}
+"""What takes the memory that an operator's ``launch`` gives back."""
 
 
 if __name__ == "__main__":

@@ -57,8 +57,10 @@ def test_the_hosts_side_is_measured_with_nothing_behind_it(benchmark, monkeypatc
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["environment"]["threads"] == 1
     figures = report["milliseconds of processor time per step"]
-    assert set(figures) == {f"{kind}, strength {s}" for kind in ("bfloat16", "fp8")
-                            for s in ("1", "0.5")}  # fmt: skip
+    assert set(figures) == {f"{kind}, strength {s}{launches}" for kind in ("bfloat16", "fp8")
+                            for s in ("1", "0.5")
+                            for launches in ("", ", without launches")}  # fmt: skip
+    assert report["seconds of 20 million additions"] > 0
     assert all(0 < each["least"] <= each["median"] for each in figures.values())
     assert torch.nn.functional.linear is product
     assert not dispatch.runs_kernel("adaln", torch.zeros(1))
@@ -74,3 +76,27 @@ def test_no_kernel_is_launched_for_the_hosts_side(benchmark):
     with benchmark.nothing_behind():
         assert adaln._adaln_kernel is not _adaln_kernel
     assert adaln._adaln_kernel is _adaln_kernel
+
+
+@pytest.mark.parametrize("benchmark", ["bench_host"], indirect=True)
+@pytest.mark.parametrize("layers", ["bfloat16", "fp8"])
+@torch.inference_mode()
+def test_no_launch_is_prepared_where_launches_are_left_out(benchmark, layers, monkeypatch):
+    """What stands in for one takes the same memory: shapes and dtypes are right."""
+    launches = []
+
+    def count(grid):
+        launches.append(grid)
+        return lambda *_arguments, **_options: None
+
+    monkeypatch.setattr(benchmark._NoKernel, "__getitem__", lambda _, grid: count(grid))
+    small = replace(benchmark.PARAMS, depth=1, depth_single_blocks=2)
+    step = next(step for name, step in benchmark._steps(small) if name.startswith(layers))
+    outs = []
+    for stubs in (benchmark.nothing_behind, benchmark.no_launches):
+        launches.clear()
+        with stubs():
+            outs.append(step())
+        assert bool(launches) == (stubs is benchmark.nothing_behind)
+    assert outs[0].shape == outs[1].shape
+    assert outs[0].dtype == outs[1].dtype

@@ -4,13 +4,14 @@ Equal text tokens are one row; text is embedded once a request; modulations and 
 kept for the next request of the same kind. Knows no images and no sampling loop.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from redux_kernels import checks
 from redux_pipelines.attention.groups import Implementation
 from redux_pipelines.compilation.compiled import Compiled, traceable
 from redux_pipelines.compilation.cuda_graphs import GraphedStep, Step
@@ -169,10 +170,12 @@ class PreparedEngine:
     modulation: Modulation
     context: BlockContext
     measure: Measure | None = None
+    _passed: set[Hashable] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def predict(self, img: Tensor, step: int) -> Tensor:
         """Velocity of ``img (B, L, C)`` at ``step``."""
-        return self.step(img, self.txt, self.modulation[step], self.context)
+        with checks.once_for(self._passed, img):
+            return self.step(img, self.txt, self.modulation[step], self.context)
 
     def start(self, tier: Tier) -> Run:
         """Itself, or with a cache of steps where ``tier`` has one."""

@@ -14,12 +14,13 @@ one graph, but as two: the first block, and all others. Three tensors ``(B, L, H
 steps: for FLUX.1 at 1024 × 1024 in bfloat16 72 MiB an image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from redux_kernels import checks
 from redux_pipelines.denoising.quality import CachePolicy
 from redux_pipelines.network.flux import BlockContext, Flux
 from redux_pipelines.network.layers import within_range_
@@ -113,6 +114,7 @@ class CachedRun:
         self._modulation = modulation
         self._context = context
         self._cache = StepCache(policy, len(modulation), measure)
+        self._passed: set[Hashable] = set()
 
     @property
     def reused(self) -> int:
@@ -121,6 +123,10 @@ class CachedRun:
 
     def predict(self, img: Tensor, step: int) -> Tensor:
         """Velocity of ``img (B, L, C)`` at ``step``; steps come in their order, each once."""
+        with checks.once_for(self._passed, img):  # the first one is never reused: it runs all
+            return self._predict(img, step)
+
+    def _predict(self, img: Tensor, step: int) -> Tensor:
         flux, mod, rows = self._flux, self._modulation[step], img.shape[1]
         x = flux.embed(img, self._txt)
         before = x[:, -rows:].clone()

@@ -148,18 +148,19 @@ class DoubleBlock(nn.Module):
         self, txt: Residual, img: Residual, mod: Tensor, context: BlockContext
     ) -> tuple[Residual, Residual]:
         """Both streams after the block; ``mod (12, H)``."""
-        vectors = mod.unbind(0)
+        vectors, own = mod.unbind(0), (self.txt, self.img)
         mods = (vectors[DOUBLE_ROWS:], vectors[:DOUBLE_ROWS])
-        txt_x, img_x, attn = self._attend((txt, img), mods, context)
+        txt_x, img_x, attn = self._attend((txt, img), mods, own, context)
         ops, end = context.operators, context.txt_rows
-        after_txt = Residual(txt_x, ops.linear(attn[:, :end], self.txt.proj), mods[0][2])
-        after_img = Residual(img_x, ops.linear(attn[:, end:], self.img.proj), mods[1][2])
-        return self.txt.mlp(after_txt, mods[0], ops), self.img.mlp(after_img, mods[1], ops)
+        after_txt = Residual(txt_x, ops.linear(attn[:, :end], own[0].proj), mods[0][2])
+        after_img = Residual(img_x, ops.linear(attn[:, end:], own[1].proj), mods[1][2])
+        return own[0].mlp(after_txt, mods[0], ops), own[1].mlp(after_img, mods[1], ops)
 
     def _attend(
         self,
         streams: tuple[Residual, Residual],
         mods: tuple[Vectors, Vectors],
+        own: tuple[Stream, Stream],
         context: BlockContext,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The settled streams, and attention ``(B, S, H)``.
@@ -173,11 +174,11 @@ class DoubleBlock(nn.Module):
         rows = end + img.x.shape[1]
         heads = ops.new_heads(img.x, rows, self.num_heads, SINGLE_WIDTHS)
         settled = []
-        for stream, own, weights, first in (
-            (txt, mods[0], self.txt, 0),
-            (img, mods[1], self.img, end),
+        for stream, mod, weights, first in (
+            (txt, mods[0], own[0], 0),
+            (img, mods[1], own[1], end),
         ):
-            x, qkv = ops.normed_linear(stream, own[0], own[1], weights.qkv)
+            x, qkv = ops.normed_linear(stream, mod[0], mod[1], weights.qkv)
             rope = context.rope.rows(first, first + x.shape[1])
             ops.place_heads(qkv, weights.qk_norm, rope, heads, first)
             settled.append(x)
@@ -283,25 +284,25 @@ class Flux(nn.Module):
         Double blocks count before single ones. After the very last block only image rows are
         left: ``(B, L, H)``.
         """
-        doubles = len(self.double_blocks)
+        blocks, doubles = self.blocks, self.params.depth
         if first < doubles:
             x = self._run_doubles(x, mod, context, range(first, min(end, doubles)))
         stream = Residual(x)
         for index in range(max(first, doubles), end):
             self._ready(index)
-            block: Any = self.single_blocks[index - doubles]
-            run = block.forward_img if index == self.num_blocks - 1 else block
+            block: Any = blocks[index]
+            run = block.forward_img if index == len(blocks) - 1 else block
             stream = run(stream, self._rows(mod, index), context)
         x = context.operators.settle(stream)
-        ends_with_doubles = end == self.num_blocks == doubles
+        ends_with_doubles = end == len(blocks) == doubles
         return x[:, context.txt_rows :] if ends_with_doubles else x
 
     def _run_doubles(self, x: Tensor, mod: Tensor, context: BlockContext, blocks: range) -> Tensor:
-        end = context.txt_rows
+        end, doubles = context.txt_rows, self.blocks
         streams = Residual(x[:, :end]), Residual(x[:, end:])
         for index in blocks:
             self._ready(index)
-            streams = self.double_blocks[index](*streams, self._rows(mod, index), context)
+            streams = doubles[index](*streams, self._rows(mod, index), context)
         return torch.cat([context.operators.settle(each) for each in streams], dim=1)
 
     def _ready(self, index: int) -> None:
@@ -315,7 +316,7 @@ class Flux(nn.Module):
 
     def _rows(self, mod: Tensor, index: int) -> Tensor:
         """The rows of a step's modulations that belong to a block."""
-        doubles = len(self.double_blocks)
+        doubles = self.params.depth
         if index < doubles:
             first, count = 2 * DOUBLE_ROWS * index, 2 * DOUBLE_ROWS
         else:

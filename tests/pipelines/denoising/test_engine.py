@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipelines import networks
+from redux_kernels import checks
 from redux_pipelines.denoising.quality import CachePolicy, Tier
 from redux_pipelines.network.onednn_operators import OneDnnOperators
 from redux_pipelines.network.operators import KernelOperators, TorchOperators
@@ -66,3 +67,49 @@ def test_rows_of_different_layouts_are_refused(backend):
     ]
     with pytest.raises(ValueError, match="share a batch"):
         denoiser.join(prepared)
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Calls of operators whose tensors were looked at."""
+
+    class Passed(set):
+        def __contains__(self, key):
+            calls.append(key)
+            return super().__contains__(key)
+
+    calls = []
+    monkeypatch.setattr(checks, "_passed", Passed())
+    return calls
+
+
+@torch.inference_mode()
+def test_a_requests_first_step_of_each_size_looks_at_all_tensors(looked_at):
+    """No later one does: what its operators get follows from the image's rows."""
+    model, grid = networks.diffusers_model(), networks.small_grid()
+    denoiser = networks.engine(model, operators=KernelOperators())
+    given = networks.conditioning(model, copies=9)
+    prepared = denoiser.prepare(given, networks.SCHEDULE, grid)
+    joined = denoiser.join([prepared, prepared])
+    for each, batch in ((prepared, 1), (prepared, 2), (joined, 2)):
+        img, calls = networks.noise(model, grid, batch=batch), []
+        for step in range(3):
+            looked_at.clear()
+            each.predict(img, step)
+            calls.append(len(looked_at))
+        assert calls[0] > 20
+        assert calls[1:] == [0, 0]
+
+
+@torch.inference_mode()
+def test_a_cached_runs_first_step_looks_at_all_tensors(looked_at):
+    model, grid = networks.diffusers_model(), networks.small_grid()
+    denoiser = networks.engine(model, operators=KernelOperators())
+    given = networks.conditioning(model, copies=9)
+    run = denoiser.prepare(given, networks.SCHEDULE, grid).start(Tier(CachePolicy(1.0, 1, 1, 0)))
+    img = networks.noise(model, grid)
+    for step in range(3):
+        looked_at.clear()
+        run.predict(img, step)
+        assert (len(looked_at) > 20) == (step == 0)
+    assert run.reused == 1
