@@ -5,11 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from e2e.picture_site import picture_site
-from e2e.services import new_postgres_database
-from redux_server.database.connection import connect
-from redux_server.database.migration import upgrade_database
-
 # What takes half a minute or more, longest first: whoever began one of these last would work on it
 # alone while the other processes have nothing left. The first two go well together: one computes,
 # the other waits.
@@ -41,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A PostgreSQL database with our tables; every test finds there what the last one left."""
+    from e2e.services import new_postgres_database
+    from redux_server.database.connection import connect
+    from redux_server.database.migration import upgrade_database
+
     with new_postgres_database(is_fast=True) as url:
         engine = connect(url)
         upgrade_database(engine)
@@ -63,5 +62,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def site() -> Iterator[str]:
     """The base URL of a site that holds pictures."""
+    from e2e.picture_site import picture_site
+
     with picture_site() as url:
         yield url

@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Measure FLUX.1 + Redux at full size on a GPU, with random weights made there: no network, no
 weights, nothing installed of this project. Writes gpu-report.json after each stage, so that a run
 that is cut off keeps what it has, and prints a table at the end."""
-BUDGET_S = 460.0
+BUDGET_S = 470.0
 _RESUME = "--resume-started"
 
 

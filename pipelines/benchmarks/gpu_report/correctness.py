@@ -72,9 +72,15 @@ def gpu_tests(scale: Scale, section: Section, limit_s: float, log: Path) -> None
     code = _pytest(scale, limit_s, log)
     printed = log.read_text(errors="replace")
     section.update(exit_code=code, log=log.name, **outcomes(printed))
+    missing = _MISSING.search(printed)
+    if missing and not (section["passed"] or section["failed_count"] or section["skipped"]):
+        raise NotRun(f"the tests need {missing[1]}, which is not installed")
     if code not in (0, NO_TESTS):
         why = "did not end in time" if code == STOPPED else f"ended with {code}"
         raise RuntimeError(f"pytest {why}: {', '.join(section['failed']) or printed[-500:]}")
+
+
+_MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
 def test_files(scale: Scale) -> list[str]:

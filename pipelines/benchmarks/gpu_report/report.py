@@ -24,7 +24,8 @@ class Report:
 
     @classmethod
     def begun(cls, folder: Path, *, device: str, scale: str, budget_s: float) -> "Report":
-        """A new one, with nothing in it yet."""
+        """A new one, with nothing in it yet; one that is there is kept under the time it began."""
+        _set_aside(folder / FILE)
         return cls(
             folder,
             {
@@ -59,6 +60,17 @@ class Report:
         beside = self.path.with_suffix(".part")
         beside.write_text(json.dumps(_finite(self.content), indent=1, allow_nan=False) + "\n")
         os.replace(beside, self.path)
+
+
+def _set_aside(former: Path) -> None:
+    """So that a part that is measured again does not cost what was measured before."""
+    if not former.is_file():
+        return
+    try:
+        began = str(json.loads(former.read_text())["started"])
+    except (ValueError, KeyError, TypeError):  # not one of ours, or cut off by a full disk
+        began = datetime.fromtimestamp(former.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    former.replace(former.with_stem(f"{former.stem}-{began.replace(':', '')}"))
 
 
 def _finite(value: Any) -> Any:

@@ -20,16 +20,16 @@ TESTS_LIMIT_S = 120.0
 TESTS_LOG = "gpu-tests.log"
 
 NEEDS_S: Mapping[str, tuple[float, float]] = {
-    "gpu_tests": (60, TESTS_LIMIT_S + 20),
+    "gpu_tests": (50, TESTS_LIMIT_S + 20),
     "operators": (20, 60),
     "blocks": (15, 60),
     "image": (30, 90),
-    "sides": (45, 90),
+    "sides": (40, 90),
     "fp8": (45, 100),
     "diffusers": (50, 120),
     "graphs": (15, 60),
     "step_cache": (15, 45),
-    "compile": (60, 150),
+    "compile": (50, 150),
     "batch": (30, 70),
     "two_pictures": (20, 45),
     "attention": (15, 60),
@@ -37,7 +37,7 @@ NEEDS_S: Mapping[str, tuple[float, float]] = {
     "products": (10, 40),
     "profile": (8, 40),
     "memory": (2, 20),
-    "server": (45, 90),
+    "server": (25, 90),
 }
 """By name: what a stage should take at full size, and what it may, in seconds."""
 NAMES = tuple(NEEDS_S)

@@ -154,7 +154,8 @@ def merged(
             outs, lses, biases = [joint], [joint_lse], [0.0]
         out, lse = partial(q, part.rows_of(k), part.rows_of(v))
         outs.append(out)
-        lses.append(lse.squeeze(-1))
+        lse = lse.squeeze(-1)
+        lses.append(lse.contiguous() if len(parts) > MOST_PARTS else lse)  # like a joint one
         biases.append(part.bias)
     if into is None:  # rows before heads, as the next linear reads them
         batch, heads, rows, width = q.shape

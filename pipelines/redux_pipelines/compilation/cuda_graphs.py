@@ -10,6 +10,7 @@ Not run on a GPU yet: the tests on a CPU replay with a stand-in. Knows no reques
 import gc
 import logging
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from redux_pipelines.network.flux import BlockContext
 from redux_pipelines.network.layers import Rope
 
 logger = logging.getLogger(__name__)
+
+_REMEMBERED = 64  # shapes without a graph
 
 Step = Callable[[Tensor, Tensor, Tensor, BlockContext], Tensor]
 """``Flux.forward``: velocity of ``img``, from ``txt``, a step's modulations and the context."""
@@ -72,6 +75,9 @@ class GraphedStep:
     that ``step`` gives. The first step of a shape runs as it is, and is what its graph is held
     against: that costs two more steps and two replays, once. A shape that cannot be captured is not
     tried again until it was forgotten. One wrong graph is the end of all: ``failure`` says why.
+
+    With ``waits`` a shape is captured when a second request has it: strengths, weights and masks of
+    a request are part of its shape, and to capture one that never comes again is a loss.
     """
 
     def __init__(
@@ -80,16 +86,18 @@ class GraphedStep:
         if max_graphs < 1:
             raise ValueError(f"max_graphs={max_graphs} must be at least 1")
         self.failure: str | None = None
+        self.waits = False
         self._step = step
         self._capture = capture
         self.max_graphs = max_graphs
         self._max_rows = max_rows
-        self._entries: OrderedDict[Hashable, _Entry | None] = OrderedDict()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._plain: OrderedDict[Hashable, Callable[[], Tensor | None] | None] = OrderedDict()
 
     @property
     def captured(self) -> int:
         """Graphs held now."""
-        return sum(entry is not None for entry in self._entries.values())
+        return len(self._entries)
 
     def takes(self, img: Tensor, txt: Tensor) -> bool:
         """Whether a step of ``img (B, L, C)`` and ``txt (…, T, H)`` is one that is captured."""
@@ -102,27 +110,50 @@ class GraphedStep:
             return self._step(img, txt, mod, context)
         inputs = _Inputs(img, mod, txt, *context.rope)
         key = _key(inputs, context)
-        if key not in self._entries:
-            return self._first(key, inputs, context)
-        self._entries.move_to_end(key)
-        entry = self._entries[key]
-        if entry is None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return _replayed(self._entries[key], inputs).clone()  # the next replay writes over it
+        if not self._is_due(key, txt):
             return self._step(img, txt, mod, context)
-        return _replayed(entry, inputs).clone()  # the next replay writes over it
+        return self._first(key, inputs, context)
 
     def clear(self) -> None:
         """Forget every graph and free its memory."""
         while self._entries:
             self._forget()
 
+    def _is_due(self, key: Hashable, txt: Tensor) -> bool:
+        """Whether to capture a shape now. A request is known by its text, which all its steps have.
+
+        Remembers of as many shapes as are of use that they were there, or cannot be captured.
+        """
+        if key in self._plain:
+            self._plain.move_to_end(key)
+            asked_by = self._plain[key]
+            return asked_by is not None and asked_by() is not txt
+        if self.waits:
+            self._leave(key, weakref.ref(txt))
+        return not self.waits
+
+    def _leave(self, key: Hashable, asked_by: Callable[[], Tensor | None] | None) -> None:
+        self._plain[key] = asked_by
+        if len(self._plain) > _REMEMBERED:
+            self._plain.popitem(last=False)
+
     def _first(self, key: Hashable, inputs: _Inputs, context: BlockContext) -> Tensor:
         """The step as it is; its graph is kept if there can be one, and if that is right."""
         out = self._run(inputs, context)
+        if not bool(out.isfinite().all()):
+            return out  # nothing is equal to that: the next request's step is
         while len(self._entries) >= self.max_graphs:
             self._forget()
-        entry = self._entries[key] = self._try_capture(inputs, context)
-        if entry is not None:
-            self._prove(key, entry, inputs, out, context)
+        entry = self._try_capture(inputs, context)
+        if entry is None:
+            self._leave(key, None)
+            return out
+        self._plain.pop(key, None)
+        self._entries[key] = entry
+        self._prove(key, entry, inputs, out, context)
         return out
 
     def _prove(
@@ -132,7 +163,8 @@ class GraphedStep:
             is_right = self._is_right(entry, inputs, out, context)
         except Exception as error:  # the step itself has its result
             logger.warning("a CUDA graph cannot be tried: %s: %s", type(error).__name__, error)
-            self._entries[key] = None
+            del self._entries[key]
+            self._leave(key, None)
             entry.captured.reset()
             return
         if not is_right:
@@ -166,8 +198,7 @@ class GraphedStep:
 
     def _forget(self) -> None:
         _, entry = self._entries.popitem(last=False)
-        if entry is not None:
-            entry.captured.reset()
+        entry.captured.reset()
 
 
 def _fill(buffers: _Inputs, inputs: _Inputs) -> None:

@@ -191,6 +191,7 @@ class _WarmUp:
         except Exception as error:
             logger.warning("cannot use CUDA graphs", exc_info=error)
             return f"{type(error).__name__}: {gist(error)}"
+        graphed.waits = True  # from now on what comes may never come again
         self.denoiser.graphed = graphed
         return None
 

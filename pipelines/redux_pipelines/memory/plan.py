@@ -41,7 +41,7 @@ HOST_SHARE = 1.04
 weights at most that much (``memory.host``)."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 AUTO_GRAPHS = 8
-"""CUDA graphs at most where nobody says how many: four sizes, with and without a prompt."""
+"""CUDA graphs at most where nobody says how many: four sizes with and without a prompt, say."""
 GRAPHED_SIDE = {"bf16": 768, "fp8": 1024}
 """Up to which size then. A graph saves what the host takes to launch a step, and only where the GPU
 would wait for it. A step of 1024² takes an H100 120 ms in bfloat16 by our targets, far more than

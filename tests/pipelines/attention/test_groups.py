@@ -134,3 +134,21 @@ def test_compiled_code_merges_them_too():
     with torch.no_grad():
         torch.testing.assert_close(compiled(q, k, v, groups), attend(q, k, v, groups))
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("name", SEVERAL)
+def test_log_sum_exps_of_padded_rows_are_merged(name):
+    """As torch's memory-efficient attention gives them: a part of wider rows."""
+
+    def partial(q, k, v):
+        out, lse = _plain(q, k, v)
+        padded = torch.nn.functional.pad(lse.squeeze(-1), (0, 11))
+        return out, padded[..., : q.shape[2], None]
+
+    groups = SEVERAL[name]
+    rows = sum(each.rows for each in groups)
+    q, k, v = qkv(rows, min(rows, 5), dtype=torch.float32)
+    out = groups_module.grouped(partial)(q, k, v, groups)
+    exact = reference(q.double(), k.double(), v.double(), groups)
+    torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -379,3 +380,60 @@ def test_after_a_failed_capture_a_gpu_runs_the_step_and_captures_the_next():
             img = noise(model, grid, seed=step).cuda()
             assert torch.equal(step_of(graphed, ready, img, step), ready.predict(img, step))
         assert (graphed.captured, graphed.failure) == (captured, None)
+
+
+# --- which shapes are worth a graph ---------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_a_shape_is_captured_when_a_second_request_has_it(model):
+    capture, flux = FakeCapture(), engine(model).flux
+    graphed = GraphedStep(flux, capture, 2)
+    graphed.waits = True
+    for seed, made in ((1, 0), (2, 1), (3, 1)):
+        given, img = prepared(model, seed=seed), noise(model, GRID, seed=seed)
+        for step in (0, 1):
+            out = step_of(graphed, given, img, step)
+            want = flux(img.clone(), given.txt, given.modulation[step], given.context)
+            assert torch.equal(out, want)
+            assert len(capture.made) == made
+
+
+@torch.inference_mode()
+def test_shapes_that_come_once_take_no_graph_from_those_that_come_again(model):
+    capture, flux = FakeCapture(), engine(model).flux
+    graphed = GraphedStep(flux, capture, 1)
+    step_of(graphed, prepared(model), noise(model, GRID))
+    graphed.waits = True
+    for number in range(100):
+        given = prepared(model)
+        rare = replace(given.context.groups[-1], bias=-0.01 * (1 + number))
+        given = replace(
+            given, context=replace(given.context, groups=(*given.context.groups[:-1], rare))
+        )
+        step_of(graphed, given, noise(model, GRID))
+    assert len(capture.made) == 1
+    assert not capture.made[0].is_reset
+    assert len(graphed._plain) <= 64
+
+
+@torch.inference_mode()
+def test_a_step_that_is_not_a_number_says_nothing_against_graphs(model):
+    capture, flux = FakeCapture(), engine(model).flux
+    graphed, given = GraphedStep(flux, capture, 2), prepared(model)
+    img = noise(model, GRID)
+    assert step_of(graphed, given, img * math.nan).isnan().any()
+    assert (graphed.failure, capture.made) == (None, [])
+    step_of(graphed, given, img)
+    assert graphed.captured == 1
+
+
+@torch.inference_mode()
+def test_a_shape_that_cannot_be_captured_takes_no_graphs_place(model):
+    capture, flux = FakeCapture(), engine(model).flux
+    graphed = GraphedStep(flux, capture, 2)
+    for grid, failures in ((GRID, 0), (Grid(6, 6), 1), (Grid(4, 8), 0)):
+        capture.failures = failures
+        step_of(graphed, prepared(model, grid), noise(model, grid))
+    assert graphed.captured == 2
+    assert not any(each.is_reset for each in capture.made)

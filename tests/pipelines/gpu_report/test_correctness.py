@@ -55,6 +55,16 @@ def test_without_pytest_tests_are_not_run_and_that_is_no_failure(tmp_path, monke
         correctness.gpu_tests(SMALL, {}, 10, tmp_path / "log")
 
 
+def test_tests_that_need_what_is_not_here_are_not_run(tmp_path, monkeypatch):
+    def pytest_without(_scale, _limit_s, log):
+        log.write_text("ModuleNotFoundError: No module named 'sqlalchemy'\n")
+        return 4
+
+    monkeypatch.setattr(correctness, "_pytest", pytest_without)
+    with pytest.raises(NotRun, match="the tests need sqlalchemy, which is not installed"):
+        correctness.gpu_tests(SMALL, {}, 10, tmp_path / "log")
+
+
 def test_all_files_with_gpu_tests_are_run_but_the_full_size_ones():
     files = correctness.test_files(FULL)
     assert "tests/kernels/test_qk_norm_rope.py" in files

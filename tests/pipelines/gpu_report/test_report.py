@@ -58,3 +58,17 @@ def test_a_resumed_report_has_what_was_found_and_knows_what_was_done(tmp_path):
     assert again.content == report.content
     assert again.content["version"] == VERSION
     assert [again.is_done(name) for name in ("image", "fp8", "server")] == [True, True, False]
+
+
+def test_a_new_report_keeps_the_one_before_it(tmp_path):
+    for figure in (1, 2):
+        report = Report.begun(tmp_path, device="cpu", scale="small", budget_s=1)
+        report.content["started"] = f"2026-01-0{figure}T10:00:00+00:00"
+        report.section("one")["figure"] = figure
+        report.save()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {FILE, "gpu-report-2026-01-01T100000+0000.json"}
+    assert json.loads((tmp_path / FILE).read_text())["one"] == {"figure": 2}
+    (tmp_path / FILE).write_text("{")
+    Report.begun(tmp_path, device="cpu", scale="small", budget_s=1).save()
+    assert len(list(tmp_path.iterdir())) == 3
