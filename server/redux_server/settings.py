@@ -3,7 +3,8 @@
 A field here is a command-line flag (``--max-queue``), an environment variable
 (``FLUX_REDUX_MAX_QUEUE``), a line of ``--help`` and a row of the documentation's table. Flags win
 over the environment. Settings are built once, at the start of a verb, and passed down; nothing
-below this module reads the environment.
+below this module reads the environment. All are in one file: whoever looks for a setting finds it
+beside its neighbours.
 """
 
 import argparse

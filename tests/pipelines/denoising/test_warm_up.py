@@ -115,14 +115,14 @@ def test_where_what_was_kept_fails_it_is_compiled_anew(shallow, tmp_path, monkey
     assert [path.name for path in folder.iterdir()] == ["facts.json"]
 
 
-def test_after_the_warm_up_a_step_cache_compiles_nothing_more(denoiser):
-    warm_up(denoiser, CompilePlan("full"), GRIDS, (1, 2), backend="eager")
+def test_after_the_warm_up_a_step_cache_compiles_nothing_more(shallow):
+    warm_up(shallow, CompilePlan("full"), GRIDS, (1, 2), backend="eager")
     graphs = compiled_graphs()
     with torch.inference_mode():
         for grid in (*GRIDS, Grid(6, 8), Grid(7, 3)):
             for batch in (1, 2, 3):
-                run = module._prepared(denoiser, grid, batch).start(TIERS["fast"])
-                run.predict(module._noise(denoiser, grid, batch), 0)
+                run = module._prepared(shallow, grid, batch).start(TIERS["fast"])
+                run.predict(module._noise(shallow, grid, batch), 0)
     assert compiled_graphs() == graphs
 
 
