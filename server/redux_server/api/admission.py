@@ -19,6 +19,7 @@ from redux_server.errors import (
     TooManyRequests,
     Unavailable,
 )
+from redux_server.storage.disk import refuse_without_room
 from redux_server.tasks.task import KeyConflict, KeyFull, NoRoom
 
 MAX_IDEMPOTENCY_KEY = 255
@@ -57,7 +58,9 @@ def refuse_excess(rate: RateLimit, key_id: str, *, may: str) -> None:
 
 def check_disk(services: Services) -> None:
     """Refuse everything while the disk is nearly full."""
-    services.bodies.check_room()
+    refuse_without_room(
+        services.disk, refused="No task is accepted now", therefore="nothing was started"
+    )
 
 
 async def check_place(

@@ -89,12 +89,7 @@ class Bodies:
         """Of all bodies that are here, or on their way."""
         return self._held.total()
 
-    def check_room(self) -> None:
-        """Refuse everything while the disk is nearly full.
-
-        Raises:
-            Unavailable: it is.
-        """
+    def _check_room(self) -> None:
         refuse_without_room(
             self._disk, refused="No task is accepted now", therefore="nothing was started"
         )
@@ -108,7 +103,7 @@ class Bodies:
             Unavailable: there is no room on the disk.
         """
         with ExitStack() as files, self._counted(key_id) as count:
-            body = Body(self.folder, files, self.check_room)
+            body = Body(self.folder, files, self._check_room)
             async for data in request.stream():
                 count(len(data))
                 await body.add(data)
