@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fp8_products import needs_fp8
 from pipelines import networks, ranks
 from redux_pipelines.denoising.parallel import Join, Told, follow
 from redux_pipelines.denoising.quality import TIERS, CachePolicy, Tier
@@ -81,7 +82,10 @@ def test_steps_are_those_of_one_process(several, model):
             assert networks.error(velocity, networks.oracle(model, given, GRID, img, 2)) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ranks.KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=needs_fp8 if "fp8" in kind else ()) for kind in ranks.KINDS],
+)
 @torch.inference_mode()
 def test_all_operators_can_be_shared_out(several, model, kind):
     denoiser, one = several.denoiser(kind), ranks.engine(several.folder, kind)

@@ -12,6 +12,8 @@ from gpu_report.report import FILE
 from gpu_report.stages import NAMES
 from gpu_report.table import table
 
+from fp8_products import REFUSAL
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "pipelines/benchmarks/gpu_report"
 NEED_CUDA = {"graphs", "compile", "row_kernels", "memory"}
@@ -60,7 +62,8 @@ def test_every_stage_runs_in_little_on_a_cpu(run):
     assert code == 0
     assert tuple(report["stages_s"]) == NAMES
     assert {name for name in NAMES if report[name].get("not_run") == "needs CUDA"} == NEED_CUDA
-    assert not [name for name in NAMES if "not_run" in report[name] and name not in NEED_CUDA]
+    left_out = {"fp8"} if REFUSAL else set()
+    assert {name for name in NAMES if "not_run" in report[name]} == NEED_CUDA | left_out
     assert report["environment"]["torch"]
     assert report["environment"]["gpu"] is None
 
@@ -80,7 +83,7 @@ def test_what_runs_is_right_and_reuses_what_it_was_forced_to(run):
     report = run[2]
     errors = report["blocks"]["errors"]
     assert 0 < errors["engine"] < 1e-5
-    assert 0.005 < errors["engine fp8"] < 0.1
+    assert REFUSAL is not None or 0.005 < errors["engine fp8"] < 0.1
     assert report["diffusers"]["relative_difference"] < 1e-5
     assert report["step_cache"]["exact"]["reused_steps"] == 0
     assert report["step_cache"]["forced"]["reused_steps"] == 1
