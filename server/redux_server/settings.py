@@ -159,9 +159,9 @@ class ModelSettings:
     )
     cuda_graphs: str = option(
         "auto",
-        "for how many shapes (size and prompt) steps are kept as CUDA graphs: 0 (none) to 64, or "
-        "auto (in a worker on a GPU up to 8, of up to 768x768 pixels, in fp8 1024x1024, if the "
-        "memory plan has room)",
+        "for how many shapes (size, prompt, weights of pictures) steps are kept as CUDA graphs: 0 "
+        "(none) to 64, or auto (in a worker on a GPU up to 8, of up to 768x768 pixels, in fp8 "
+        "1024x1024, if the memory plan has room)",
         pattern=r"auto|\d|[1-5]\d|6[0-4]",
     )
     warm_sizes: str = option(
