@@ -59,13 +59,7 @@ def load_components(base: Path, redux: Path, options: LoadOptions) -> Components
     dtype = resolve_dtype(options.dtype, device)
     if (reason := slow_reason(device, dtype)) is not None:
         logger.warning("%s", reason)
-    check_transformer_dtype(options.transformer_dtype, options.backend, device, dtype)
-    with _weights_errors(base, redux):
-        model = read_sizes(base, redux)
-        config = FluxTransformer2DModel.load_config(base / "transformer")
-        tensors = _tensors(base / "transformer", config, options, device, dtype)
-    has_scales = any(name.endswith(SCALE) for name in tensors)
-    plan = plan_here(model, options, device=device, dtype=dtype, is_fp8=has_scales)
+    config, tensors, plan = _planned(base, redux, options, device, dtype)
     with _weights_errors(base, redux):
         vae = AutoencoderKL.from_pretrained(base / "vae", dtype=dtype)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base / "scheduler")
@@ -103,15 +97,22 @@ def load_engine(base: Path, redux: Path, options: LoadOptions) -> EngineDenoiser
     """The transformer alone, as ``load_components`` does for the engine; raises what that does."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
+    config, tensors, plan = _planned(base, redux, options, device, dtype)
+    with _weights_errors(base, redux):
+        return _engine_denoiser(config, tensors, options, plan=plan, device=device, dtype=dtype)
+
+
+def _planned(
+    base: Path, redux: Path, options: LoadOptions, device: torch.device, dtype: torch.dtype
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Plan]:
+    """The transformer's configuration, its tensors, none of them read yet, and what goes where."""
     check_transformer_dtype(options.transformer_dtype, options.backend, device, dtype)
     with _weights_errors(base, redux):
         model = read_sizes(base, redux)
         config = FluxTransformer2DModel.load_config(base / "transformer")
         tensors = _tensors(base / "transformer", config, options, device, dtype)
     has_scales = any(name.endswith(SCALE) for name in tensors)
-    plan = plan_here(model, options, device=device, dtype=dtype, is_fp8=has_scales)
-    with _weights_errors(base, redux):
-        return _engine_denoiser(config, tensors, options, plan=plan, device=device, dtype=dtype)
+    return config, tensors, plan_here(model, options, device=device, dtype=dtype, is_fp8=has_scales)
 
 
 def check_memory(memory: str, backend: str) -> None:

@@ -42,7 +42,11 @@ def decode(image: str, name: str = "image") -> bytes:
     Raises:
         BadRequest: not base64, too large, or not a picture of a kind we take.
     """
-    payload = payload_of(image, name)
+    return decode_payload(payload_of(image, name), name)
+
+
+def decode_payload(payload: str, name: str) -> bytes:
+    """The same of what ``payload_of`` gave."""
     return b"".join(decode_chunks([payload.encode(errors="replace")], name, len(payload)))
 
 

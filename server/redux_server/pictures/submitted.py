@@ -27,8 +27,6 @@ from redux_server.storage.signing import Signer
 _PICTURES = ("image", "images", "mask")
 _PORTS = {"http": 80, "https": 443}
 _log = structlog.get_logger("redux_server.pictures.submitted")
-
-
 _Bytes = bytes | memoryview
 
 
@@ -122,7 +120,7 @@ def _given(wanted: PredictionRequest) -> Iterator[_Given]:
 def _decode(given: _Given, texts: LongTexts, folder: Path, files: contextlib.ExitStack) -> _Bytes:
     payload = inline.payload_of(given.sent, given.name)
     if payload not in texts:
-        return inline.decode(payload, given.name)
+        return inline.decode_payload(payload, given.name)
     file = files.enter_context(nameless_file(folder))
     with refused_by_store():
         size_bytes = inline.decode_into(

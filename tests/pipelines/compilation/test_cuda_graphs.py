@@ -249,6 +249,7 @@ def test_a_pool_whose_last_graph_is_gone_is_not_used_again(driver):
         third = capture(computing(driver, None))
         second.reset()
         third.reset()
+        assert sum(driver.used.values()) == 0
 
 
 def test_graphs_share_their_memory_while_there_is_one(driver):

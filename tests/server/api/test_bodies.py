@@ -53,6 +53,13 @@ def test_a_large_picture_is_stored_as_it_was_sent(api: Api, image: str) -> None:
     assert stored(api, submit(api, {"image": image})) == PICTURE
 
 
+def test_a_data_uri_within_another_is_no_picture(api: Api) -> None:
+    small = base64.b64encode(a_picture()).decode()
+    for payload in (small, PLAIN):
+        answer = api.post(SUBMIT, json={"image": f"data:;base64,data:;base64,{payload}"})
+        assert answer.status_code == 400
+
+
 @pytest.mark.parametrize("slash", ["\\/", "\\u002F"])
 def test_escapes_of_serialisers_are_understood(api: Api, slash: str) -> None:
     body = json.dumps({"image": URI}).replace("/", slash).encode()
