@@ -41,7 +41,12 @@ def main(arguments: Sequence[str], *, started: float) -> int:
     def go_on() -> None:
         _go_on(arguments, started)
 
-    report = _begun(options, device)
+    try:
+        report = _begun(options, device)
+        report.save()
+    except OSError as error:
+        print(f"--out {options.out} cannot be written to: {error}", file=sys.stderr)
+        return 2
     runner = Runner(report, started=started, budget_s=options.budget, on_hang=go_on)
     runner.say(f"{report.path}, torch {torch.__version__}, {device}")
     subject = Subject(SMALL if options.small else FULL, device, resolve_dtype("auto", device))

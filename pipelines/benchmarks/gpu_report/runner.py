@@ -139,8 +139,12 @@ class Runner:
         self._on_hang()
 
     def _save(self) -> None:
+        """What a full disk does not take is in the table at the end."""
         self._report.content["total_s"] = round(self.elapsed_s, 1)
-        self._report.save()
+        try:
+            self._report.save()
+        except OSError as error:
+            self.say(f"the report cannot be written: {error}")
 
 
 def free_memory() -> None:

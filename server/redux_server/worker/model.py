@@ -160,8 +160,12 @@ def check_warm_up(settings: ModelSettings) -> None:
 
 def check_parallel(settings: ModelSettings) -> None:
     """Raise ``UsageError`` for what several GPUs for one image do not go with."""
+    from redux_pipelines.loading.load import WITHOUT_NETWORK
+
     if settings.parallel == 1:
         return
+    if not settings.base and settings.model in WITHOUT_NETWORK:
+        raise UsageError(f"--parallel needs a network to share out; {settings.model} has none")
     if settings.backend != "engine":
         raise UsageError(f"--parallel needs --backend engine, got {settings.backend!r}")
     if settings.memory not in ("auto", "resident"):

@@ -163,3 +163,13 @@ def test_numbers_that_json_has_not_are_none(report):
 
 def test_out_of_time_is_no_exception_that_a_library_would_catch():
     assert not issubclass(OutOfTime, Exception)
+
+
+def test_a_disk_that_is_full_ends_no_stage(report, monkeypatch, capsys):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "save", full)
+    runner_of(report).run([stage("one", measured), stage("two", measured)])
+    assert list(report.content["stages_s"]) == ["one", "two"]
+    assert "cannot be written: [Errno 28]" in capsys.readouterr().out

@@ -104,3 +104,14 @@ def test_after_a_lost_device_a_new_process_goes_on_with_what_is_left(tmp_path):
     assert schema.problems(report) == []
     assert printed.count("blocks ...") == 1
     assert printed.count("attention: done") == 1
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--small"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "file")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"--out {tmp_path / 'file'} cannot be written to")
+    assert "Traceback" not in done.stderr

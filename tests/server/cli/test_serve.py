@@ -22,6 +22,7 @@ def test_serve_refuses_a_tier_that_its_backend_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
+        ({"model": "fake"}, "--parallel needs a network to share out; fake has none"),
         ({"backend": "diffusers"}, "--parallel needs --backend engine, got 'diffusers'"),
         ({"memory": "evict"}, "--memory is resident then, or auto, not evict"),
         ({"memory": "offload"}, "--memory is resident then, or auto, not offload"),
