@@ -265,12 +265,15 @@ class ServerSettings(ModelSettings):
     retention_hours: float = option(168.0, "how long ended tasks and their images stay", minimum=0)
     force_safety_checker: bool = option(False, "check every image, whatever the request says")
     fetch_allow: str = option(
-        "", "private hosts or networks that `image` may point to, separated by commas"
+        "",
+        "private hosts or networks that `image` may point to, separated by commas: minio means "
+        "its ports 80 and 443, minio:9000 that port, minio:* all; 10.0.0.0/8:9000 and [fd00::1]:80 "
+        "too",
     )
     webhook_allow: str = option(
         "",
-        "private hosts or networks that a webhook may call, separated by commas; those named here "
-        "may be called over http too",
+        "private hosts or networks that a webhook may call, separated by commas, with ports as "
+        "for --fetch-allow; those named here may be called over http too",
     )
     webhook_signature: str = option(
         "wavespeed",

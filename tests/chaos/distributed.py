@@ -110,7 +110,7 @@ class Distributed:
         ports = {name: proxy.port for name, proxy in self.proxies.items() if behind_proxies}
         env = {_DATABASE: self.database.url(ports.get("postgresql", 0))}
         flags = ["--dispatch", self.name, "--lease-s", str(LEASE_S), "--max-attempts", "50"]
-        flags += ["--webhook-allow", "127.0.0.1", "--webhook-timeout-s", "5"]
+        flags += ["--webhook-allow", "127.0.0.1:*", "--webhook-timeout-s", "5"]
         flags += ["--min-free-disk", "0"]
         if self.broker:
             env["FLUX_REDUX_BROKER_URL"] = self.broker.url(ports.get("rabbitmq", 0))

@@ -29,7 +29,14 @@ class Embedded:
 
     def __init__(self, folder: Path, *, env: Mapping[str, str], disk: Path | None) -> None:
         self.clock = Clock(folder / "clock")
-        flags = ["--max-attempts", "50", "--lease-s", str(LEASE_S), "--webhook-allow", "127.0.0.1"]
+        flags = [
+            "--max-attempts",
+            "50",
+            "--lease-s",
+            str(LEASE_S),
+            "--webhook-allow",
+            "127.0.0.1:*",
+        ]
         flags += ["--webhook-timeout-s", "5"]
         flags += ["--min-free-disk", str(FLOOR_MIB if disk else 0)]
         self.disk = disk

@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A live server with the embedded model; it may fetch from this machine."""
     data_dir = tmp_path_factory.mktemp("clients") / "data"
-    with LiveServer(data_dir, "--fetch-allow", "127.0.0.1", model="mini") as server:
+    with LiveServer(data_dir, "--fetch-allow", "127.0.0.1:*", model="mini") as server:
         yield server
 
 

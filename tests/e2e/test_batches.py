@@ -15,7 +15,7 @@ FAST = {"size": "512*512", "num_inference_steps": 2, "enable_safety_checker": Fa
 def batching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """The real pipeline over random weights; a task waits for three others."""
     data_dir = tmp_path_factory.mktemp("batching") / "data"
-    flags = ("--max-batch-size", "4", "--batch-timeout", "10000", "--fetch-allow", "127.0.0.1")
+    flags = ("--max-batch-size", "4", "--batch-timeout", "10000", "--fetch-allow", "127.0.0.1:*")
     with LiveServer(data_dir, *flags, model="tiny") as server:
         yield server
 

@@ -110,7 +110,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    flags = ("--fetch-allow", SITE_ADDRESS, "--log-level", "debug")
+    flags = ("--fetch-allow", f"{SITE_ADDRESS}:*", "--log-level", "debug")
     with LiveServer(tmp_path_factory.mktemp("doors") / "data", *flags) as server:
         yield server
 

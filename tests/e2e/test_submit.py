@@ -23,7 +23,7 @@ FLAGS = ("--size", "512*512", "--seed", "7", "--num-images", "2", "--wait")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A live server whose tasks take more than half a second: 28 steps of 20 ms."""
     data_dir = tmp_path_factory.mktemp("slow") / "data"
-    with LiveServer(data_dir, "--fetch-allow", "127.0.0.1", model="fake-slow") as server:
+    with LiveServer(data_dir, "--fetch-allow", "127.0.0.1:*", model="fake-slow") as server:
         yield server
 
 

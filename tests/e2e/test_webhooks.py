@@ -17,7 +17,7 @@ def test_webhook_outlives_a_failing_receiver_and_the_crash_of_the_server(tmp_pat
             calls.append(call)
             return 503 if len(calls) == 1 else 204
 
-    server = LiveServer(tmp_path / "data", "--webhook-allow", "127.0.0.1")
+    server = LiveServer(tmp_path / "data", "--webhook-allow", "127.0.0.1:*")
     with receiving(answer) as port, server:
         body = {"image": data_uri(a_picture()), "size": "512*512"}
         hook = f"http://127.0.0.1:{port}/hook?token=s3cret"

@@ -112,7 +112,7 @@ def api(build_api: Callable[..., Api]) -> Api:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A live server with plain-coloured pictures that may fetch from this machine."""
     data_dir = tmp_path_factory.mktemp("live") / "data"
-    with LiveServer(data_dir, "--fetch-allow", "127.0.0.1", "--log-level", "debug") as server:
+    with LiveServer(data_dir, "--fetch-allow", "127.0.0.1:*", "--log-level", "debug") as server:
         yield server
 
 

@@ -183,7 +183,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         """Connect to ``host``; ``timeout`` gives way to the deadline.
 
         Raises:
-            FetchError: ``dns``, ``address``, ``connect`` or ``timeout``.
+            FetchError: ``dns``, ``address``, ``port``, ``connect`` or ``timeout``.
         """
         addresses = self._checked_addresses(host, port)[:MAX_ADDRESSES_TRIED]
         failure: Exception | None = None
@@ -201,7 +201,7 @@ class GuardedBackend(httpcore.NetworkBackend):
     def _checked_addresses(self, host: str, port: int) -> list[str]:
         literal = ":" in host or host.rpartition(".")[2].isdigit()  # as parse_url leaves them
         answers = [host] if literal else self._lookup(host, port, self._deadline)
-        return self._policy.check(host, answers)
+        return self._policy.check(host, answers, port)
 
 
 class GuardedClient:

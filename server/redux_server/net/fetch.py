@@ -35,8 +35,11 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _ANOTHER_WAY = "send the picture as a data URI or upload it"
 _USUAL_ADVICE = f"Check the URL, or {_ANOTHER_WAY}."
 _ADVICE: dict[Reason, str] = {
-    "address": f"Instead, {_ANOTHER_WAY}, or let the operator allow this host with --fetch-allow.",
+    "address": (
+        f"Instead, {_ANOTHER_WAY}, or let the operator allow this host and port with --fetch-allow."
+    ),
     "encoding": f"Instead, {_ANOTHER_WAY}.",
+    "port": "Let the operator allow this port with --fetch-allow.",
     "redirect": "Give the final URL of the picture.",
     "status": "Check that the URL opens without a login, and has not expired.",
     "too_large": "Send a smaller picture.",

@@ -1,24 +1,27 @@
 """Which hosts and addresses this server may talk to on behalf of a caller.
 
 Holds the URL grammar (``parse_url``), the judgement on an IP address (``AddressPolicy``) and the
-error both raise (``FetchError``). Resolves nothing and opens nothing: ``redux_server.net.client``
-does.
+error both raise (``FetchError``). Resolves nothing and connects to nothing:
+``redux_server.net.client`` does.
 
 The tables are written out instead of asking ``ipaddress.is_global``, whose answer changed between
 Python releases. Source: the IANA special-purpose address registries (RFC 6890 and its updates).
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal, Self
 from urllib.parse import quote
 
+from redux_server.net import own_addresses
+
 # fmt: off
 Reason = Literal[
-    "scheme", "host", "address", "dns", "connect", "redirect", "timeout", "too_large", "status",
-    "encoding", "tls",
+    "scheme", "host", "address", "port", "dns", "connect", "redirect", "timeout", "too_large",
+    "status", "encoding", "tls",
 ]
 # fmt: on
 Address = IPv4Address | IPv6Address
@@ -74,6 +77,7 @@ _ANY_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,19}):")
 _AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{0,5}))?")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_ENTRY = re.compile(r"(?:\[(?P<inner>[^\[\]]+)\]|(?P<name>[^\[\]:]+))(?::(?P<port>\*|[0-9]{1,5}))?")
 _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
 # Client libraries repeat a failed request when its error text holds one of these.
 _RETRY_WORDS = re.compile(r"timeout|connection|http (?:5|429)", re.IGNORECASE)
@@ -220,57 +224,96 @@ def _ipv6_literal(raw: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class AddressPolicy:
-    """Judges addresses: globally routable unicast ones, and what the operator allowed.
+class Opening:
+    """What the operator allowed: a host, by name or address, or a network, at some ports.
 
-    ``allowed_hosts`` are exact names or canonical addresses in lower case; whatever address such a
-    name has is accepted. ``allowed_networks`` are accepted under any name.
+    ``place`` is a name in lower case, a canonical address or a network. No ``ports`` are all.
     """
 
-    allowed_hosts: frozenset[str] = frozenset()
-    allowed_networks: tuple[Network, ...] = ()
+    place: str | Network
+    ports: frozenset[int] = frozenset(DEFAULT_PORTS.values())
 
     @classmethod
-    def from_entries(cls, entries: Iterable[str]) -> Self:
-        """Build a policy from host names, addresses and networks (``minio``, ``10.0.0.0/8``).
+    def parse(cls, entry: str) -> Self:
+        """From ``minio``, ``minio:9000``, ``minio:*``, ``10.0.0.0/8``, ``[fd00::/8]:9000``.
+
+        Without a port it is those of http and https.
 
         Raises:
             ValueError: an entry is none of these; the text names it.
         """
-        hosts: set[str] = set()
-        networks: list[Network] = []
-        for entry in entries:
-            try:
-                networks.append(ip_network(entry))
-            except ValueError:
-                hosts.add(_allowed_host(entry))
-        return cls(frozenset(hosts), tuple(networks))
+        match = _ENTRY.fullmatch(entry)
+        name, inner, port = match.group("name", "inner", "port") if match else (None, entry, None)
+        place = _allowed_place(name or inner, is_name=name is not None, entry=entry)
+        if port is None:
+            return cls(place)
+        if port != "*" and not 1 <= int(port) <= 65535:
+            raise ValueError(f"{entry!r} has a port that is not 1 to 65535")
+        return cls(place, frozenset(() if port == "*" else (int(port),)))
 
-    def allows(self, host: str, address: Address) -> bool:
-        """Whether ``address``, found under the name ``host``, may be connected to."""
-        if host in self.allowed_hosts:
-            return True
+    def is_at(self, port: int) -> bool:
+        """Whether ``port`` is open."""
+        return not self.ports or port in self.ports
+
+    def holds(self, host: str, address: Address | None) -> bool:
+        """Whether it is ``host`` by name, or holds ``address``."""
+        if isinstance(self.place, str):
+            return self.place == host
+        return address is not None and address in self.place
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPolicy:
+    """Judges addresses: globally routable unicast ones of others, and what the operator allowed.
+
+    Whatever address a name that is allowed has is accepted; networks are accepted under any name.
+    ``is_own`` says which addresses are this machine's: packets to them never leave it, so that they
+    pass firewalls which shield its ports.
+    """
+
+    openings: tuple[Opening, ...] = ()
+    is_own: Callable[[Address], bool] = own_addresses.is_own
+
+    @classmethod
+    def from_entries(cls, entries: Iterable[str]) -> Self:
+        """Build a policy from what ``Opening.parse`` takes, and raise what it does."""
+        return cls(tuple(map(Opening.parse, entries)))
+
+    def allows(self, host: str, address: Address, port: int) -> bool:
+        """Whether ``address``, found under the name ``host``, may be connected to at ``port``."""
+        return self.opens(host, address, port) or self._is_public(host, address, port)
+
+    def opens(self, host: str, address: Address | None, port: int) -> bool:
+        """Whether the operator allowed it, be it public or not."""
+        return any(each.is_at(port) for each in self._openings_of(host, address))
+
+    def _openings_of(self, host: str, address: Address | None) -> Iterator[Opening]:
         if isinstance(address, IPv6Address) and address.scope_id is not None:
-            return False
-        return any(address in network for network in self.allowed_networks) or self._is_public(
-            host, address
-        )
+            address = None  # an interface of this machine: in no network
+        return (each for each in self.openings if each.holds(host, address))
 
-    def _is_public(self, host: str, address: Address) -> bool:
+    def _is_public(self, host: str, address: Address, port: int) -> bool:
         if isinstance(address, IPv4Address):
-            return not any(address in network for network in _FORBIDDEN_V4)
-        if address in _NAT64:  # the packet ends at the IPv4 address inside: judge that one
-            return self.allows(host, IPv4Address(int(address) & 0xFFFFFFFF))
-        return address in _GLOBAL_V6 and not any(address in network for network in _FORBIDDEN_V6)
+            is_global = not any(address in network for network in _FORBIDDEN_V4)
+        elif address.scope_id is not None:
+            return False
+        elif address in _NAT64:  # the packet ends at the IPv4 address inside: judge that one
+            return self.allows(host, IPv4Address(int(address) & 0xFFFFFFFF), port)
+        else:
+            is_global = address in _GLOBAL_V6 and not any(
+                address in network for network in _FORBIDDEN_V6
+            )
+        return is_global and not self.is_own(address)
 
-    def check(self, host: str, addresses: Iterable[str]) -> list[str]:
+    def check(self, host: str, addresses: Iterable[str], port: int) -> list[str]:
         """Return the addresses of ``host`` in canonical form, if every one of them is allowed.
 
         One forbidden address refuses them all: a public name with a private address beside a
         public one is a rebinding attempt, and choosing the public one would only hide it.
 
         Raises:
-            FetchError: ``dns`` for no or malformed addresses, ``address`` for a forbidden one.
+            FetchError: ``dns`` for no or malformed addresses, ``address`` for a forbidden one,
+                ``port`` where only others are allowed.
         """
         try:
             parsed = [ip_address(text) for text in addresses]
@@ -278,20 +321,33 @@ class AddressPolicy:
             parsed = []
         if not parsed:
             raise FetchError("dns", f"The host {quoted(host)} has no usable address.")
-        if not all(self.allows(host, address) for address in parsed):
-            raise FetchError(
-                "address",
-                f"The host {quoted(host)} is not on the public internet (its address is loopback, "
-                "private, link-local or reserved); only public addresses are fetched from.",
-            )
+        for address in parsed:
+            if not self.allows(host, address, port):
+                raise self._forbidden(host, address, port)
         return [str(address) for address in parsed]
 
+    def _forbidden(self, host: str, address: Address, port: int) -> FetchError:
+        if any(self._openings_of(host, address)):
+            return FetchError(
+                "port",
+                f"The host {quoted(host)} may be reached, but not at port {port}, which the "
+                "operator has not allowed.",
+            )
+        return FetchError(
+            "address",
+            f"The host {quoted(host)} is not on the public internet (its address is loopback, "
+            "private, link-local, reserved, or this server's own); only public addresses are "
+            "fetched from.",
+        )
 
-def _allowed_host(entry: str) -> str:
-    try:
-        return _normal_host(entry)
-    except FetchError as error:
-        raise ValueError(
-            f"{entry!r} is neither a host name nor an address nor a network (like 10.0.0.0/8 with "
-            "no bits set after the prefix)"
-        ) from error
+
+def _allowed_place(place: str, *, is_name: bool, entry: str) -> str | Network:
+    with suppress(ValueError):
+        return ip_network(place)
+    with suppress(FetchError):
+        if is_name:
+            return _normal_host(place)
+    raise ValueError(
+        f"{entry!r} is neither a host name nor an address nor a network (like 10.0.0.0/8 with "
+        "no bits set after the prefix), each with or without a port (minio:9000, minio:*)"
+    )

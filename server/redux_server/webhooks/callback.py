@@ -71,13 +71,13 @@ def check_webhook(url: str, policy: AddressPolicy) -> str:
     try:
         target = parse_url(url)
         if _is_literal(target.host):
-            policy.check(target.host, [target.host])
+            policy.check(target.host, [target.host], target.port)
     except FetchError as error:
         raise BadRequest(f"webhook cannot be used. {_explain(error)}") from None
     if target.scheme != "https" and not _is_allowed_by_name(target, policy):
         raise BadRequest(
             f"webhook must start with https://, got http:// for host {quoted(target.host)}. Plain "
-            "http is only for hosts that the operator allows with --webhook-allow."
+            "http is only for hosts and ports that the operator allows with --webhook-allow."
         )
     return target.url
 
@@ -87,9 +87,12 @@ def _explain(error: FetchError) -> str:
         return "It must be a complete URL that starts with https://."
     if error.reason == "address":
         return (
-            "Its address is loopback, private, link-local or reserved; only public addresses are "
-            "called, and those that the operator allows with --webhook-allow."
+            "Its address is loopback, private, link-local, reserved or this server's own; only "
+            "public addresses are called, and the hosts and ports that the operator allows with "
+            "--webhook-allow."
         )
+    if error.reason == "port":
+        return f"{error.public_message} Let the operator allow this port with --webhook-allow."
     return error.public_message
 
 
@@ -98,8 +101,5 @@ def _is_literal(host: str) -> bool:
 
 
 def _is_allowed_by_name(target: Target, policy: AddressPolicy) -> bool:
-    if target.host in policy.allowed_hosts:
-        return True
-    if not _is_literal(target.host):
-        return False
-    return any(ip_address(target.host) in network for network in policy.allowed_networks)
+    address = ip_address(target.host) if _is_literal(target.host) else None
+    return policy.opens(target.host, address, target.port)

@@ -17,7 +17,7 @@ from redux_server.net.guard import AddressPolicy, FetchError
 from server.bad_urls import ALL_MALFORMED, FORBIDDEN_ADDRESSES, loopback_urls
 
 RETRY_WORDS = ("timeout", "connection", "http 5", "http 429")
-LOOPBACK = AddressPolicy.from_entries(["127.0.0.0/8"])
+LOOPBACK = AddressPolicy.from_entries(["127.0.0.0/8:*"])
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
 
 
@@ -414,7 +414,7 @@ def test_loopback_is_never_connected_to_by_default():
 
 
 def test_a_host_allowed_by_name():
-    policy = AddressPolicy.from_entries(["files.internal"])
+    policy = AddressPolicy.from_entries(["files.internal:*"])
     with server(replying(with_length(PICTURE))) as port:
         fetcher = ImageFetcher(policy, resolver=lambda host, port: ["127.0.0.1"])
         assert fetcher.fetch(f"http://files.internal:{port}/") == PICTURE

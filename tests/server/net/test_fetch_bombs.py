@@ -33,7 +33,7 @@ from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import AddressPolicy, FetchError
 from redux_server.settings import ServerSettings
 
-allowed = ServerSettings(fetch_allow="127.0.0.1").fetch_allow_entries
+allowed = ServerSettings(fetch_allow="127.0.0.1:*").fetch_allow_entries
 fetcher = ImageFetcher(AddressPolicy.from_entries(allowed))
 
 def resident():
@@ -214,6 +214,6 @@ def test_deadline_of_a_worker_is_ten_seconds() -> None:
     """What the slow tests take in real time, with a clock that jumps."""
     clock = itertools.count(0.0, 1.0).__next__
     with hostile(endless(OK + b"\r\n", b"v", 0.01)) as url, pytest.raises(FetchError) as caught:
-        ImageFetcher(AddressPolicy.from_entries(["127.0.0.1"]), clock=clock).fetch(url)
+        ImageFetcher(AddressPolicy.from_entries(["127.0.0.1:*"]), clock=clock).fetch(url)
     assert caught.value.reason == "timeout" and "longer than 10 s" in str(caught.value)
     assert 10 < clock() < 20

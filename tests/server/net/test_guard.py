@@ -1,3 +1,4 @@
+from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_network
 
 import pytest
@@ -18,17 +19,19 @@ def test_the_corpus_is_large():
 
 @pytest.mark.parametrize("address", FORBIDDEN_ADDRESSES)
 def test_addresses_off_the_public_internet_are_refused(address):
-    assert not AddressPolicy().allows("h.example", ip_address(address))
+    assert not AddressPolicy().allows("h.example", ip_address(address), 443)
 
 
 @pytest.mark.parametrize("address", PUBLIC_ADDRESSES)
 def test_public_addresses_are_allowed(address):
-    assert AddressPolicy().allows("h.example", ip_address(address))
+    assert AddressPolicy().allows("h.example", ip_address(address), 443)
 
 
 @given(st.ip_addresses())
 def test_nothing_is_allowed_that_python_calls_private_or_multicast(address):
-    if AddressPolicy().allows("h.example", address) and address not in ip_network("64:ff9b::/96"):
+    if AddressPolicy().allows("h.example", address, 443) and address not in ip_network(
+        "64:ff9b::/96"
+    ):
         assert address.is_global and not address.is_multicast and not address.is_reserved
 
 
@@ -150,7 +153,7 @@ def test_quoted_names_are_short_and_ascii():
 
 
 def test_check_returns_canonical_addresses():
-    assert AddressPolicy().check("h.example", ["1.1.1.1", "2606:4700:0:0::1"]) == [
+    assert AddressPolicy().check("h.example", ["1.1.1.1", "2606:4700:0:0::1"], 80) == [
         "1.1.1.1",
         "2606:4700::1",
     ]
@@ -159,7 +162,7 @@ def test_check_returns_canonical_addresses():
 @pytest.mark.parametrize("answers", [["1.1.1.1", "127.0.0.1"], ["10.0.0.1", "1.1.1.1"], ["::1"]])
 def test_one_forbidden_address_refuses_them_all(answers):
     with pytest.raises(FetchError, match="is not on the public internet") as caught:
-        AddressPolicy().check("h.example", answers)
+        AddressPolicy().check("h.example", answers, 80)
     assert caught.value.reason == "address"
     assert not any(answer in str(caught.value) for answer in answers)
 
@@ -167,33 +170,106 @@ def test_one_forbidden_address_refuses_them_all(answers):
 @pytest.mark.parametrize("answers", [[], ["not an address"], ["1.1.1.1", "127.1"]])
 def test_no_usable_address(answers):
     with pytest.raises(FetchError) as caught:
-        AddressPolicy().check("h.example", answers)
+        AddressPolicy().check("h.example", answers, 80)
     assert caught.value.reason == "dns"
 
 
 def test_operator_allows_a_host_by_name_and_no_other():
-    policy = AddressPolicy(allowed_hosts=frozenset({"minio"}))
-    assert policy.check("minio", ["10.0.0.5"]) == ["10.0.0.5"]
+    policy = AddressPolicy.from_entries(["minio"])
+    assert policy.check("minio", ["10.0.0.5"], 80) == ["10.0.0.5"]
     with pytest.raises(FetchError):
-        policy.check("minio.example", ["10.0.0.5"])
+        policy.check("minio.example", ["10.0.0.5"], 80)
 
 
 def test_operator_allows_a_network_under_any_name():
     policy = AddressPolicy.from_entries(["10.1.0.0/16", "fd00::/8", "127.0.0.1"])
-    assert policy.check("a", ["10.1.2.3"]) and policy.check("b", ["fd00::1", "127.0.0.1"])
-    assert policy.check("c", ["64:ff9b::10.1.2.3"])
+    assert policy.check("a", ["10.1.2.3"], 80) and policy.check("b", ["fd00::1", "127.0.0.1"], 443)
+    assert policy.check("c", ["64:ff9b::10.1.2.3"], 80)
     for address in ("10.2.0.1", "127.0.0.2", "::ffff:10.1.2.3", "fd00::1%eth0"):
         with pytest.raises(FetchError):
-            policy.check("a", [address])
+            policy.check("a", [address], 80)
 
 
 def test_entries_are_normalised():
     policy = AddressPolicy.from_entries(["MinIO.", "[::1]", "10.0.0.5"])
-    assert policy.allowed_hosts == {"minio", "::1"}
-    assert policy.check("10.0.0.5", ["10.0.0.5"]) and policy.check("::1", ["::1"])
+    assert policy.check("minio", ["10.1.1.1"], 80)
+    assert policy.check("10.0.0.5", ["10.0.0.5"], 80) and policy.check("::1", ["::1"], 80)
 
 
-@pytest.mark.parametrize("entry", ["", "10.0.0.1/8", "http://x/", "a b", "*.example", "127.1"])
+@pytest.mark.parametrize(
+    ("entry", "host", "address", "ports"),
+    [
+        ("minio", "minio", "10.0.0.5", {80, 443}),
+        ("minio:9000", "minio", "10.0.0.5", {9000}),
+        ("MinIO.:9000", "minio", "10.0.0.5", {9000}),
+        ("minio:*", "minio", "10.0.0.5", {22, 80, 443, 6379, 9000, 65535}),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1", {80, 443}),
+        ("127.0.0.1:9000", "localhost", "127.0.0.1", {9000}),
+        ("10.0.0.0/8", "any.lan", "10.9.9.9", {80, 443}),
+        ("10.0.0.0/8:9000", "any.lan", "10.9.9.9", {9000}),
+        ("::1", "::1", "::1", {80, 443}),
+        ("[::1]:9000", "::1", "::1", {9000}),
+        ("fd00::/8", "any.lan", "fd00::7", {80, 443}),
+        ("[fd00::/8]:9000", "any.lan", "fd00::7", {9000}),
+        ("10.0.0.0/8:9000", "any.lan", "64:ff9b::10.0.0.1", {9000}),
+    ],
+)
+def test_what_is_allowed_is_allowed_at_its_ports_alone(entry, host, address, ports):
+    policy = AddressPolicy.from_entries([entry])
+    for port in (22, 80, 443, 6379, 9000, 65535):
+        if port in ports:
+            assert policy.check(host, [address], port)
+            continue
+        with pytest.raises(FetchError) as caught:
+            policy.check(host, [address], port)
+        if "64:ff9b" not in address:
+            assert caught.value.reason == "port" and f"not at port {port}" in str(caught.value)
+
+
+def test_openings_of_one_host_add_up():
+    policy = AddressPolicy.from_entries(["minio", "minio:9000", "10.0.0.0/8:8080"])
+    assert all(policy.check("minio", ["10.0.0.5"], port) for port in (80, 443, 9000, 8080))
+    with pytest.raises(FetchError):
+        policy.check("minio", ["10.0.0.5"], 22)
+
+
+def test_a_public_address_of_this_machine_is_none_for_callers():
+    own = ip_address("11.22.33.44")
+    policy = AddressPolicy(is_own=lambda address: address == own)
+    for answers in (["11.22.33.44"], ["1.1.1.1", "11.22.33.44"], ["64:ff9b::11.22.33.44"]):
+        with pytest.raises(FetchError, match="this server's own") as caught:
+            policy.check("h.example", answers, 443)
+        assert caught.value.reason == "address" and "11.22" not in str(caught.value)
+    assert policy.check("h.example", ["11.22.33.45"], 443)
+    allowed = AddressPolicy.from_entries(["11.22.33.44:9000"])
+    allowed = replace(allowed, is_own=policy.is_own)
+    assert allowed.check("h.example", ["11.22.33.44"], 9000)
+    with pytest.raises(FetchError):
+        allowed.check("h.example", ["11.22.33.44"], 443)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "",
+        "10.0.0.1/8",
+        "http://x/",
+        "a b",
+        "*.example",
+        "127.1",
+        ":80",
+        "a:",
+        "a:b",
+        "[::1",
+        "[a]:9",
+    ],
+)
 def test_unclear_entries_are_errors(entry):
     with pytest.raises(ValueError, match="neither a host name nor an address"):
+        AddressPolicy.from_entries([entry])
+
+
+@pytest.mark.parametrize("entry", ["minio:0", "minio:65536", "[::1]:99999"])
+def test_ports_that_are_none_are_errors(entry):
+    with pytest.raises(ValueError, match="1 to 65535"):
         AddressPolicy.from_entries([entry])

@@ -20,7 +20,7 @@ def main(database_url: str) -> None:
     engine = open_database(database_url)
     store = TaskStore(engine)
     poster = WebhookPoster(
-        AddressPolicy.from_entries(["127.0.0.1"]),
+        AddressPolicy.from_entries(["127.0.0.1:*"]),
         find=lambda task_id: store.get([task_id])[0],
         render=Presenter(ServerSettings(), Signer(b"secret", clock=time.time)),
         secret=partial(webhook_secret, engine),

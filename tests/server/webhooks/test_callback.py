@@ -7,7 +7,7 @@ from redux_server.net.guard import AddressPolicy
 from redux_server.webhooks.callback import Callback, check_webhook
 
 PUBLIC = AddressPolicy()
-ALLOWED = AddressPolicy.from_entries(["hooks.lan", "127.0.0.1", "10.0.0.0/8", "fd00::/8"])
+ALLOWED = AddressPolicy.from_entries(["hooks.lan", "127.0.0.1:9", "10.0.0.0/8", "fd00::/8"])
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,19 @@ def test_allowed_hosts_may_be_called_over_plain_http(url: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
+        "https://127.0.0.1:9200/",
+        "http://10.1.2.3:9200/",
+        "https://10.1.2.3:9200/",
+    ],
+)
+def test_allowed_hosts_are_called_at_their_ports_alone(url: str) -> None:
+    with pytest.raises(BadRequest, match=r"^webhook .*not at port .* --webhook-allow"):
+        check_webhook(url, ALLOWED)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
         "http://example.com/",
         "http://1.1.1.1/",
         "ftp://example.com/",
@@ -54,6 +67,7 @@ def test_allowed_hosts_may_be_called_over_plain_http(url: str) -> None:
         "https://ex%61mple.com/",
         "https://example.com/" + "a" * 9000,
         "javascript:alert(1)",
+        "http://hooks.lan:8080/x",
     ],
 )
 def test_other_urls_are_refused(url: str) -> None:

@@ -30,7 +30,7 @@ from redux_server.webhooks.outbox import Delivery
 from server.receiver import Received, is_signed, listening, receiving
 
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
-LOOPBACK = AddressPolicy.from_entries(["127.0.0.1"])
+LOOPBACK = AddressPolicy.from_entries(["127.0.0.1:*"])
 TASK = Task(
     id="45b392b22c3b449fa935bd4dc2219dfe",
     key_id="k",
@@ -291,7 +291,7 @@ def test_name_that_turns_private_between_tries_is_refused() -> None:
 
 def test_name_that_the_operator_allows_may_be_private() -> None:
     network = Network(["10.0.0.7"])
-    network.poster(AddressPolicy.from_entries(["hooks.lan"])).deliver(
+    network.poster(AddressPolicy.from_entries(["hooks.lan:9000"])).deliver(
         delivery("http://hooks.lan:9000/")
     )
     assert network.connected[0][:2] == ("10.0.0.7", 9000)

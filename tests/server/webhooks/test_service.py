@@ -151,7 +151,7 @@ def test_secret_and_webhook_parameter_are_in_the_openapi_document(api: Api) -> N
 
 @pytest.mark.parametrize("ends", ["completed", "failed"])
 def test_receiver_is_told_what_a_poll_says(build_api: Callable[..., Api], ends: str) -> None:
-    api = build_api(webhook_allow="127.0.0.1")
+    api = build_api(webhook_allow="127.0.0.1:*")
     calls: list[Received] = []
     outcome = (
         Outcome(Status.COMPLETED, ["x/1/0.png"], [False], [7])
@@ -179,7 +179,7 @@ def test_receiver_is_told_what_a_poll_says(build_api: Callable[..., Api], ends: 
 def test_urls_told_start_with_the_public_url_where_one_is_set(
     build_api: Callable[..., Api],
 ) -> None:
-    api = build_api(webhook_allow="127.0.0.1", public_url="https://flux.example/")
+    api = build_api(webhook_allow="127.0.0.1:*", public_url="https://flux.example/")
     calls: list[Received] = []
     with receiving(lambda call: calls.append(call) or 200) as port:
         api.post(V3, json={**URL, "webhook_url": f"http://127.0.0.1:{port}/"})
