@@ -29,6 +29,7 @@ from redux_server.cli.sample import sample
 from redux_server.cli.submit import note_caveat, picture, read_parameters, report, wait_shown
 from redux_server.database.migration import open_database
 from redux_server.parameters import PredictionRequest
+from redux_server.private_files import private_file
 from redux_server.settings import ServerSettings, to_environment
 
 _POLL_S = 0.5
@@ -123,6 +124,7 @@ def _server(settings: ServerSettings) -> Iterator["subprocess.Popen[bytes]"]:
 
     It stays in our process group, so that Ctrl-C and a closing terminal reach it too.
     """
+    private_file(settings.data_dir / "server.log")
     with (settings.data_dir / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "redux_server", "serve"],

@@ -24,6 +24,7 @@ from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
 from redux_server.dispatch.local import worker_devices
 from redux_server.net.guard import AddressPolicy
+from redux_server.private_files import make_new_files_private, private_folder
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import StorageError
 from redux_server.storage.buckets import BlobUrlError
@@ -37,10 +38,11 @@ _SAMPLE_EXPIRES = 2**33
 def serve(settings: ServerSettings) -> int:
     """Serve until a signal. Raises ``UsageError`` for what the user has to change first."""
     logs.configure(format_=settings.log_format, level=settings.log_level)
+    make_new_files_private()
     check(settings)
     listener = _listen(settings)
     try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(settings.data_dir)
         services = build_services(settings)
         _refuse_strangers(settings, services)
         _greet(settings, services, listener.getsockname()[1])

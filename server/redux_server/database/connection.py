@@ -19,6 +19,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from redux_server.private_files import private_file
 from redux_server.settings import UsageError
 
 # What a database says that is away, overloaded or out of space: it may be back at the next try.
@@ -131,7 +132,8 @@ def take_turns(db: Connection, what: str) -> None:
 def _sqlite_engine(url: URL) -> Engine:
     """The database in the file of ``url``.
 
-    Its folder is created readable by the owner only: the file holds prompts and key digests.
+    A folder that is made for it and its files are readable by the owner only: they hold prompts,
+    key digests and what signs URLs. SQLite gives its other files the mode of the first.
     """
     # Errors are logged, and parameters are prompts.
     database = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S}, hide_parameters=True)
@@ -139,6 +141,10 @@ def _sqlite_engine(url: URL) -> Engine:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "not writable", str(path))
+    private_file(path)
+    for name in (f"{path.name}-wal", f"{path.name}-shm"):
+        if path.with_name(name).exists():
+            private_file(path.with_name(name))
     event.listen(database, "connect", _configure_sqlite)
     event.listen(database, "begin", _begin_sqlite)
     return database

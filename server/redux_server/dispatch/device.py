@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from redux_server.private_files import private_folder
 from redux_server.settings import ServerSettings
 
 
@@ -53,7 +54,7 @@ def worker_id(data_dir: Path, device: str) -> str:
 def _own_part(path: Path) -> str:
     """What is in the file, which is written once, with eight random digits, if it is not there."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(path.parent)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".worker-id-") as file:
             file.write(secrets.token_hex(4))
             file.flush()

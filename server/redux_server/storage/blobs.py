@@ -20,6 +20,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore
 
+from redux_server.private_files import private_folder
+
 if TYPE_CHECKING:  # obstore has them in its stubs only
     from obstore import GetOptions, GetResult
 
@@ -156,7 +158,7 @@ class Blobs(ObjectBlobs):
     """
 
     def __init__(self, folder: Path, *, keep_free_bytes: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(folder)
         self._folder = folder
         self._keep_free_bytes = keep_free_bytes
         super().__init__(LocalStore(folder, automatic_cleanup=True))

@@ -131,3 +131,34 @@ def test_pictures_leave_the_last_room_to_the_database(small_disk: Path) -> None:
         blobs.put("b/1/0.png", os.urandom(8 * MIB))
     assert is_full(caught.value)
     assert blobs.tasks_before(time.time() + 60) == {"a"}
+
+
+def test_picture_and_its_folders_are_on_the_disk_before_it_counts_as_stored(
+    blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, what was not flushed is gone: the bytes, or the name that leads to them.
+
+    That of the name is in its folder, whose own name is in the one above it.
+    """
+    synced: list[Path] = []
+    sync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    root = tmp_path / "blobs"
+    way = [root / "a/1/0.png", root / "a/1", root / "a", root]
+    blobs.put("a/1/0.png", b"picture")
+    assert synced[: len(way)] == way
+    synced.clear()
+    blobs.create("b/1/0.png", b"picture")
+    assert [path.relative_to(root).as_posix() for path in synced] == ["b/1/0.png", "b/1", "b", "."]
+
+
+def test_folder_that_others_made_becomes_the_owners_alone(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir(mode=0o755)
+    (tmp_path / "blobs").chmod(0o755)
+    Blobs(tmp_path / "blobs")
+    assert (tmp_path / "blobs").stat().st_mode & 0o777 == 0o700
