@@ -13,9 +13,10 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from redux_server.api.dependencies import no_pictures, no_task
+from redux_server.api.following import KeyRevoked
 from redux_server.api.prediction import envelope
 from redux_server.api.services import Services
-from redux_server.errors import Gone
+from redux_server.errors import Gone, Unauthorized
 from redux_server.storage.blobs import BlobStore
 from redux_server.tasks.task import Task
 
@@ -62,9 +63,16 @@ async def held_answer(
 
     Raises:
         NotFound: the task was deleted meanwhile.
+        Unauthorized: the API key was revoked meanwhile.
         Gone, Unavailable: as ``base64_answer`` does.
     """
-    found = await services.sync_mode.hold(task, lambda: _leaves(request))
+    try:
+        found = await services.sync_mode.hold(task, lambda: _leaves(request))
+    except KeyRevoked:
+        raise Unauthorized(
+            "The API key was revoked while the request was held. The task goes on.",
+            headers={"WWW-Authenticate": "Bearer"},
+        ) from None
     if found.task is None:
         raise no_task(task.id)
     if not found.too_early:

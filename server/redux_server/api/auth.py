@@ -8,12 +8,12 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine, insert, select, update
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redux_server.database.connection import DATABASE_AWAY, reader
 from redux_server.database.tables import keys
@@ -104,6 +104,15 @@ class KeyRing:
         self._cache[digest] = (self._clock(), owner)
         return owner
 
+    def revoked_of(self, key_ids: Set[str]) -> set[str]:
+        """Those of ``key_ids`` that nobody can use any more; a key in a file stays valid."""
+        stored = {key_id for key_id in key_ids if key_id not in self._from_file.values()}
+        if not stored:
+            return set()
+        query = select(keys.c.id).where(keys.c.id.in_(stored), keys.c.revoked_at.is_(None))
+        with self._reader.connect() as db:
+            return stored - set(db.scalars(query))
+
     def _look_up(self, digest: str) -> str | None:
         for known, owner in self._from_file.items():
             if hmac.compare_digest(known, digest):
@@ -168,6 +177,16 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         key = _bearer(scope)
+        began_at = time.monotonic()
+
+        async def receive_of_valid_key() -> Message:
+            """A body may take minutes to come: its end counts only if the key still does."""
+            message = await receive()
+            is_end = message["type"] == "http.request" and not message.get("more_body")
+            if is_end and time.monotonic() - began_at > _CACHE_S:
+                await self._owner_of(key)
+            return message
+
         try:
             key_id = await self._owner_of(key)
         except (Unauthorized, Unavailable) as error:
@@ -175,9 +194,10 @@ class AuthMiddleware:
             await response(scope, receive, send)
             return
         scope.setdefault("state", {})["key_id"] = key_id
-        await self._app(scope, receive, send)
+        await self._app(scope, receive_of_valid_key, send)
 
     async def _owner_of(self, key: str) -> str:
+        """Whose key it is; raises Unauthorized or Unavailable."""
         try:
             if not key or self._remembers(key):
                 key_id = self._recognise(key) if key else None
@@ -203,10 +223,13 @@ def _bearer(scope: Scope) -> str:
 
 def _refusal(key: str) -> str:
     if key:
-        return "Unknown or revoked API key. `flux-redux keys list` shows which are valid."
+        return (
+            "Unknown or revoked API key. Send one that is valid, whole, in the header "
+            "`Authorization: Bearer <key>`; whoever runs this server can give you one."
+        )
     return (
-        "API key missing. Send the header `Authorization: Bearer <key>`; "
-        "`flux-redux keys create --name me` makes one."
+        "API key missing. Send yours in the header `Authorization: Bearer <key>`; whoever runs "
+        "this server can give you one."
     )
 
 

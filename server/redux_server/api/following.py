@@ -7,8 +7,10 @@ misses steps, never the end. Knows no HTTP.
 """
 
 import asyncio
+import math
+import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from redux_server.tasks.store import Glance
 from redux_server.tasks.task import Code, Task
 
 EVERY_S = 0.2
+KEYS_EVERY_S = 1.0  # how often keys are looked at; a revoked one is to end within 2 s
 MAX_STREAMS, MAX_STREAMS_OF_A_KEY = 1000, 100
 MAX_HELD, MAX_HELD_OF_A_KEY = 256, 128
 NOT_LOOKED_AT = object()
@@ -40,18 +43,31 @@ class TooManySubscriptions(Exception):
         self.is_of_key = is_of_key
 
 
+class KeyRevoked(Exception):
+    """The API key of who waits was revoked meanwhile."""
+
+
 class Subscription:
-    """Someone who follows one task. ``seen`` is its last ``Glance``, None once there is no task."""
+    """Someone who follows one task. ``seen`` is its last ``Glance``, None once there is no task.
+
+    With ``is_revoked`` the API key is of no use any more, and there is nothing to tell its user.
+    """
 
     def __init__(self, task_id: str, key_id: str) -> None:
         self.task_id = task_id
         self.key_id = key_id
         self.seen: object = NOT_LOOKED_AT
+        self.is_revoked = False
         self._changed = asyncio.Event()
 
     def wake(self) -> None:
         """Say that there is something new."""
         self._changed.set()
+
+    def revoke(self) -> None:
+        """Say that the API key was revoked."""
+        self.is_revoked = True
+        self.wake()
 
     def look_again(self) -> None:
         """Have the next look that succeeds be news, whatever it finds."""
@@ -70,13 +86,20 @@ class Subscription:
 class TaskPoller:
     """Looks at the tasks of all subscriptions. Must be used from one event loop.
 
-    ``glance`` takes ids and gives what may change of each task that there is; it runs on a thread.
+    ``glance`` takes ids and gives what may change of each task that there is; ``revoked_of`` takes
+    ids of API keys and gives those that were revoked. They run on a thread.
     """
 
     def __init__(
-        self, glance: Callable[[Sequence[str]], Mapping[str, Glance]], *, every_s: float = EVERY_S
+        self,
+        glance: Callable[[Sequence[str]], Mapping[str, Glance]],
+        *,
+        revoked_of: Callable[[Set[str]], Set[str]] = lambda _: frozenset(),
+        every_s: float = EVERY_S,
     ) -> None:
         self._glance = glance
+        self._revoked_of = revoked_of
+        self._keys_seen_at = -math.inf
         self.every_s = every_s
         self._followed: defaultdict[str, set[Subscription]] = defaultdict(set)  # by task id
         self._polling: asyncio.Task[None] | None = None
@@ -109,6 +132,7 @@ class TaskPoller:
         try:
             while self._followed:
                 await self._look()
+                await self._look_at_keys()
                 await asyncio.sleep(self.every_s)
         finally:
             self._polling = None
@@ -127,6 +151,21 @@ class TaskPoller:
                     if state != subscription.seen:
                         subscription.seen = state
                         subscription.wake()
+
+    async def _look_at_keys(self) -> None:
+        now = time.monotonic()
+        if now - self._keys_seen_at < KEYS_EVERY_S:
+            return
+        self._keys_seen_at = now
+        everyone = [each for followers in self._followed.values() for each in followers]
+        try:
+            revoked = await asyncio.to_thread(self._revoked_of, {each.key_id for each in everyone})
+        except Exception as error:
+            self._complain(error)
+            return
+        for subscription in everyone:
+            if subscription.key_id in revoked:
+                subscription.revoke()
 
     def _complain(self, error: Exception) -> None:
         if not isinstance(error, DATABASE_AWAY):
@@ -216,7 +255,11 @@ class SyncMode:
         self._limit_s = limit_s
 
     async def hold(self, task: Task, leaves: Callable[[], Coroutine[Any, Any, None]]) -> HeldAnswer:
-        """Wait for the end of ``task``, at most until the limit or until ``leaves`` returns."""
+        """Wait for the end of ``task``, at most until the limit or until ``leaves`` returns.
+
+        Raises:
+            KeyRevoked: there is nothing to tell its user any more.
+        """
         answer = await self._answer(task, leaves)
         metrics.SYNC_ANSWERS.labels("too_early" if answer.too_early else "ended").inc()
         return answer
@@ -260,6 +303,8 @@ class SyncMode:
     async def _end_of(self, subscription: Subscription) -> HeldAnswer | None:
         """The task once it has ended or was deleted; None when the server stops."""
         while await subscription.wait() and not self._subscriptions.is_closed:
+            if subscription.is_revoked:
+                raise KeyRevoked
             glance = subscription.seen
             if isinstance(glance, Glance) and not glance.status.is_terminal:
                 continue

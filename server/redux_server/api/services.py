@@ -88,7 +88,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     present = Presenter(settings, signer)
     disk = disk_space(settings)
     find = Coalescer(store.get, name="find")
-    poller = TaskPoller(store.glance)
+    poller = TaskPoller(store.glance, revoked_of=keys.revoked_of)
     held_requests = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
     bounds = Bounds(settings.max_queue, settings.max_open_per_key)
     accept = partial(store.accept, max_open=bounds.of_all, max_open_per_key=bounds.of_a_key)

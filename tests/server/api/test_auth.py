@@ -1,5 +1,6 @@
 """Keys: how they are stored, recognised, revoked; and what the middleware lets through."""
 
+import asyncio
 import hashlib
 import json
 import random
@@ -14,7 +15,9 @@ from sqlalchemy import Engine, event
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from redux_server.api import auth
 from redux_server.api.auth import KEY_PREFIX, AuthMiddleware, KeyFileError, KeyRing, read_keys_file
+from redux_server.errors import Unauthorized
 from server.in_process import Clock
 
 FILE_KEY = "a-key-of-sixteen"
@@ -357,3 +360,65 @@ def test_key_in_another_header_does_not_pass_but_is_told_where_to_put_it() -> No
     status, body = Door().knock("/api/v3/x", (b"x-api-key", b"right"))
     assert status == 401
     assert "Authorization: Bearer" in json.loads(body)["message"]
+
+
+# --- keys that are revoked meanwhile --------------------------------------------------------------
+
+
+def test_keys_that_nobody_can_use_any_more_are_known(
+    database: Engine, ring: KeyRing, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"me:{FILE_KEY}")
+    ring.create("stays")
+    ring.create("goes")
+    stays, goes = (key.id for key in ring.list())
+    ring.revoke(goes)
+    with_file = KeyRing(database, file=str(file))
+    assert with_file.revoked_of({stays, goes, "file:me"}) == {goes}
+    assert with_file.revoked_of({"file:me"}) == with_file.revoked_of(set()) == set()
+    assert ring.revoked_of({"file:me", "never there"}) == {"file:me", "never there"}
+
+
+@pytest.mark.parametrize("is_revoked", [False, True])
+def test_a_body_that_took_its_time_counts_only_if_the_key_still_does(
+    is_revoked: bool, ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_CACHE_S", 0.0)  # which is how long such a body took, or more
+    key, bodies = ring.create("me"), []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        while message.get("more_body"):
+            message = await receive()
+        bodies.append(message["body"])
+
+    messages: list[Any] = [
+        {"type": "http.request", "body": b"a", "more_body": True},
+        {"type": "http.request", "body": b"b", "more_body": False},
+    ]
+
+    async def receive() -> Any:
+        if len(messages) == 1 and is_revoked:
+            ring.revoke(ring.list()[0].id)
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    header = (b"authorization", f"Bearer {key}".encode())
+    scope = {"type": "http", "path": "/api/v3/x", "headers": [header]}
+    middleware = AuthMiddleware(app, recognise=ring.recognise)
+    if is_revoked:
+        with pytest.raises(Unauthorized):
+            asyncio.run(middleware(scope, receive, send))
+    else:
+        asyncio.run(middleware(scope, receive, send))
+    assert bodies == ([] if is_revoked else [b"b"])
+
+
+@pytest.mark.parametrize("key", ["", "frs_wrong"])
+def test_refusals_tell_the_caller_what_to_do_and_no_command_of_the_operator(key: str) -> None:
+    text = auth._refusal(key)
+    assert "Authorization: Bearer <key>" in text and "whoever runs this server" in text
+    assert "flux-redux" not in text

@@ -12,8 +12,17 @@ import pytest
 import structlog
 from sqlalchemy.exc import OperationalError
 
+from redux_server.api.auth import KeyRing
 from redux_server.api.coalescer import Coalescer
-from redux_server.api.following import Subscriptions, SyncMode, TaskPoller, TooManySubscriptions
+from redux_server.api.following import (
+    EVERY_S,
+    KEYS_EVERY_S,
+    Subscription,
+    Subscriptions,
+    SyncMode,
+    TaskPoller,
+    TooManySubscriptions,
+)
 from redux_server.tasks.store import Glance, TaskStore
 from redux_server.tasks.task import Outcome, Status, Task
 from server.in_process import SUBMIT, Api, end_next
@@ -454,3 +463,41 @@ def test_two_may_wait_for_one_task() -> None:
         assert not any(each.too_early for each in await asyncio.gather(*both))
 
     run(scene)
+
+
+def test_held_request_of_a_revoked_key_is_refused_and_its_task_goes_on(api: Api) -> None:
+    key = api.services.keys.create("other")
+    revoked = next(each.id for each in api.services.keys.list() if each.name == "other")
+
+    def revoke() -> None:
+        until = time.monotonic() + PATIENCE_S
+        while api.services.store.queue_state().waiting == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        KeyRing(api.services.keys._database).revoke(revoked)  # as another process does
+
+    thread = threading.Thread(target=revoke)
+    thread.start()
+    answer = api.post(SUBMIT, json=BODY, key=key)
+    thread.join()
+    assert answer.status_code == 401 and "revoked while the request was held" in answer.text
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert api.services.store.queue_state().waiting == 1
+
+
+def test_keys_are_looked_at_often_enough_to_end_within_two_seconds() -> None:
+    assert KEYS_EVERY_S + 2 * EVERY_S < 2
+
+
+def test_a_database_that_is_away_revokes_nothing() -> None:
+    async def follow() -> None:
+        def away(_: Any) -> Any:
+            raise OperationalError("", {}, Exception("away"))
+
+        poller = TaskPoller(lambda ids: {}, revoked_of=away, every_s=0.001)
+        subscription = Subscription("task", "key")
+        poller.add(subscription)
+        await subscription.wait()
+        assert not subscription.is_revoked
+        poller.close()
+
+    asyncio.run(follow())

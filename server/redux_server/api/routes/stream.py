@@ -153,6 +153,8 @@ class EventWriter:
             if found.status.is_terminal:
                 return
             found = await self._next(found)
+            if self._subscription.is_revoked:
+                return  # who comes back is told why
 
     async def _next(self, task: Task) -> Task | None:
         """The task after news of it, or after a while without."""

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from e2e.live import LiveServer, a_picture, data_uri, wait_until
+from redux_server.api.auth import KeyRing
 from redux_server.api.following import Subscriptions
 from redux_server.api.routes import stream
 from redux_server.tasks.store import TaskStore
@@ -260,6 +261,26 @@ def opened(api: Api) -> float:
     return REGISTRY.get_sample_value("flux_redux_event_streams") or 0.0
 
 
+def test_stream_of_a_revoked_key_ends_though_nothing_happens(api: Api) -> None:
+    """By what the database says: whoever revokes a key is another process."""
+    key = api.services.keys.create("other")
+    task_id, mine = submit(api, key=key)["id"], submit(api)["id"]
+    revoked = next(each.id for each in api.services.keys.list() if each.name == "other")
+
+    async def follow() -> None:
+        async with Reader(api, mine) as other, Reader(api, task_id, key=key) as reader:
+            await reader.see(lambda events: bool(events))
+            KeyRing(api.services.keys._database).revoke(revoked)
+            assert reader.running and other.running
+            await asyncio.wait_for(asyncio.shield(reader.running), 10)
+            assert [event.name for event in reader.events] == ["progress"]
+            await other.see(lambda events: bool(events))
+            assert not other.running.done(), "the streams of others go on"
+
+    api._runner.run(follow())
+    assert len(api.services.streams) == 0
+
+
 def test_client_that_leaves_frees_its_stream(api: Api) -> None:
     task_id = new_task(api)
     before = opened(api)
@@ -363,7 +384,7 @@ def test_live_stream_of_a_real_task(live: LiveServer) -> None:
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server of its own, with a task in it that takes its time."""
     data_dir = tmp_path_factory.mktemp("slow") / "data"
-    flags = ("--fetch-allow", "127.0.0.1", "--drain-timeout-s", "1")
+    flags = ("--fetch-allow", "127.0.0.1:*", "--drain-timeout-s", "1")
     with LiveServer(data_dir, *flags, model="fake-slow") as server:
         yield server
 
