@@ -27,7 +27,7 @@ from redux_pipelines.contract.types import (
 )
 from redux_pipelines.contract.validation import check_request
 from redux_pipelines.errors import OutputError
-from redux_pipelines.images.rgb import to_rgb
+from redux_pipelines.images.rgb import grey, to_rgb
 from redux_pipelines.jobs import Job, Row, images_per_request, only, rows_of
 
 SLOW_STEP_S = 0.02
@@ -74,8 +74,13 @@ class FakePipeline:
         return CompileReport("off", 0, ("the fake model has nothing to compile",), {})
 
     def preprocess(self, request: GenerationRequest) -> GenerationRequest:
-        """The request as it is: nothing of it takes long."""
-        return request
+        """The request with the mean colours of its pictures, which are all that is looked at."""
+        check_request(request)
+        return replace(
+            request,
+            image=_mean(request.image, request.mask),
+            images=tuple(_mean(each) for each in request.images),
+        )
 
     def generate(self, request: GenerationRequest) -> Generator[Progress | Result, None, None]:
         """Check the request at once; then yield a ``Progress`` per step and one ``Result``."""
@@ -131,29 +136,32 @@ class FakePipeline:
 
 def _seen(request: GenerationRequest) -> bytes:
     """What is looked at: the first picture's mean colour, and what else there is to know."""
-    masked = _rgb(request.image)
-    if request.mask is not None:
-        mask = to_rgb(request.mask).convert("L").resize(masked.size)
-        masked = Image.composite(masked, Image.new("RGB", masked.size), mask)
+    means = [_mean(request.image, request.mask), *(_mean(each) for each in request.images)]
+    colours = [mean.pixels.tobytes() for mean in means]
     steered = weights_of(request), request.redux_pooling, request.fit
     if steered == ((1.0,), MAX_POOLING, "squash"):
-        return _mean_colour(masked)
-    means = [_mean_colour(masked), *(_mean_colour(_rgb(each)) for each in request.images)]
-    return b"".join(means) + repr(steered).encode()
+        return colours[0]
+    return b"".join(colours) + repr(steered).encode()
+
+
+def _mean(
+    picture: Image.Image | PreprocessedPicture, mask: Image.Image | None = None
+) -> PreprocessedPicture:
+    """One pixel: the mean colour of what ``mask`` leaves of a picture."""
+    if isinstance(picture, PreprocessedPicture):
+        return picture
+    rgb = to_rgb(picture)
+    if mask is not None:
+        seen = Image.new("RGB", rgb.size)
+        seen.paste(rgb, mask=grey(mask).resize(rgb.size))
+        rgb = seen
+    return PreprocessedPicture(rgb.resize((1, 1), Image.Resampling.BOX))
 
 
 def _picture(request: GenerationRequest, seed: int, seen: bytes) -> Image.Image | OutputError:
     if SPOILED in request.prompt:
         return OutputError(f"told to make no picture of prompts that contain {SPOILED!r}")
     return _plain(request, seed, seen)
-
-
-def _rgb(picture: Image.Image | PreprocessedPicture) -> Image.Image:
-    return to_rgb(picture.pixels if isinstance(picture, PreprocessedPicture) else picture)
-
-
-def _mean_colour(rgb: Image.Image) -> bytes:
-    return rgb.resize((1, 1), Image.Resampling.BOX).tobytes()
 
 
 def _plain(request: GenerationRequest, seed: int, seen: bytes) -> Image.Image:

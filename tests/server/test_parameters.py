@@ -462,10 +462,10 @@ def test_download_has_the_type_of_the_kind(kind: str, api: Api) -> None:
 
 def test_a_picture_that_cannot_be_had_is_named(bench: Bench) -> None:
     class Broken(Images):
-        def load(self, reference: str) -> Image.Image:
+        def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
             if reference == OTHER_URL:
                 raise FetchError("status", "The host answered 404.")
-            return super().load(reference)
+            return super().load(reference, use)
 
     task = bench.done(images=Broken(), parameters={"images": [OTHER_URL]})
     assert task.outcome is not None
@@ -475,7 +475,7 @@ def test_a_picture_that_cannot_be_had_is_named(bench: Bench) -> None:
 def test_errors_of_the_first_picture_stay_as_they_are() -> None:
     gone = ImageGone("The input image is no longer kept by this server.")
 
-    def load(reference: str) -> Image.Image:
+    def load(reference: str, use: Callable[[Image.Image], Any]) -> Any:
         raise gone
 
     for given in ({"image": "x"}, {"image": "x", "mask": "y"}):

@@ -41,11 +41,11 @@ class Images:
         self.raises = raises
         self.loaded: list[str] = []
 
-    def load(self, reference: str) -> Image.Image:
+    def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
         self.loaded.append(reference)
         if self.raises is not None:
             raise self.raises
-        return Image.new("RGB", (32, 32), "gray")
+        return use(Image.new("RGB", (32, 32), "gray"))
 
 
 class Safety:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from redux_pipelines.contract.types import Fit, PreprocessedPicture
 from redux_pipelines.errors import WeightsError
-from redux_pipelines.images.rgb import to_rgb
+from redux_pipelines.images.rgb import grey, to_rgb
 from redux_pipelines.lru import LRU, digest, tensor_bytes
 
 CACHE_BYTES = 64 * 2**20
@@ -187,8 +187,10 @@ def frame(picture: Image.Image, into: Frame) -> Image.Image:
     """An RGB picture in its frame, by PIL's bicubic resampling."""
     left, top, *_ = map(round, into.box(picture.size))
     width, height = (max(1, round(part)) for part in into.seen)
-    seen = picture.crop((left, top, left + width, top + height))  # else its edges would show
-    inner = seen.resize(into.inner, Image.Resampling.BICUBIC)
+    if (left, top, width, height) != (0, 0, *picture.size):
+        # a copy: with a box to resize from, what is beyond its edges would show
+        picture = picture.crop((left, top, left + width, top + height))
+    inner = picture.resize(into.inner, Image.Resampling.BICUBIC)
     return _middle(inner, Image.new("RGB", into.size, PAPER))
 
 
@@ -197,7 +199,7 @@ def coverage(into: Frame, mask: Image.Image | None = None) -> Image.Image:
 
     The mask is stretched over the picture, whatever its size, and goes the same way.
     """
-    given = Image.new("L", (1, 1), 255) if mask is None else to_rgb(mask).convert("L")
+    given = Image.new("L", (1, 1), 255) if mask is None else grey(mask)
     inner = given.resize(into.inner, Image.Resampling.BOX, box=into.box(given.size))
     return _middle(inner, Image.new("L", into.size, 0))
 

@@ -37,20 +37,41 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright, opaque, 8-bit RGB copy without metadata.
+    """An upright, opaque, 8-bit RGB copy without metadata; a picture that is so already, itself.
 
     The EXIF orientation is applied, transparency is flattened onto white. 16-bit values are scaled
     down; 32-bit integers too if any exceeds 255; floats are 0…1 unless any exceeds 1, else 0…255.
     Of an animation the current frame is taken. Raises ``ImageError`` for pixels that cannot be
     decoded.
     """
+    if image.mode == "RGB" and is_bare(image):
+        return image
     try:
         image.load()
-        rgb = _flatten(_to_8_bit(_upright(image)))
+        rgb = opaque_rgb(_upright(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"the picture cannot be decoded: {error}") from error
     rgb.info = {}
     return rgb
+
+
+def is_bare(image: Image.Image) -> bool:
+    """Whether it is pixels alone: of no file any more, and with no word on how to see them."""
+    return type(image) is Image.Image and not image.info
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """The grey levels of ``to_rgb``, mode ``L``; a picture that is so already, itself."""
+    return image if image.mode == "L" and is_bare(image) else to_rgb(image).convert("L")
+
+
+def opaque_rgb(image: Image.Image) -> Image.Image:
+    """What ``to_rgb`` makes of the pixels, which are loaded, wherever up is.
+
+    Pixel by pixel, so that a picture can be had in parts, unless its mode is ``I`` or ``F``. One
+    that is RGB already is returned as it is.
+    """
+    return _flatten(_to_8_bit(image))
 
 
 def encode_png(image: Image.Image, provenance: Mapping[str, str]) -> bytes:
@@ -101,7 +122,7 @@ def _scaled_to_l(values: "np.ndarray", white: float) -> Image.Image:
 
 def _flatten(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")

@@ -1,11 +1,13 @@
 """Turn a caller's bytes into an RGB picture, or say what is wrong with them.
 
 The bytes are decoded in a process of their own that is small, confined and killed at a limit (see
-``decode_child``); what it answers is checked as strictly as the bytes were. Knows nothing of where
-the bytes came from.
+``decode_child``); what it answers is checked as strictly as the bytes were. All decoders of this
+process and the pictures that come of them share one budget of memory. Knows nothing of where the
+bytes came from.
 """
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -14,29 +16,44 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import structlog
 from PIL import Image, features
 
 from redux_pipelines.errors import ImageError
-from redux_server.pictures import decode_child
+from redux_server.pictures import decode_child, dimensions
 from redux_server.pictures.decode_child import HEADER_BYTES, STRIP_BYTES, Order
+from redux_server.pictures.memory_budget import MemoryBudget, NoMemoryInTime
 
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 16
 LIMIT_S = 10.0
 STARVED_FACTOR = 6  # so many times longer may a picture take on a machine that has no time for it
-MEMORY_BYTES = 1536 * 2**20
+MEMORY = MemoryBudget(800 * 2**20)
+"""What decoding may use of this machine's memory: all processes at a time, and their pictures."""
+WAIT_S = 120.0  # for a turn
+PAUSES_S = (0.1, 1.0)  # before a decoder that was lost is started again
 PIPE_BYTES = 2**20
+# What a decoder holds at its peak for each pixel: 4 bytes of Pillow, and what its codec needs.
+# Measured at 36 MP, over kinds of each format (of AVIF with 8 bits; what 10 bits need is added).
+# Here the picture and a copy of it come after that, and are less.
+_BYTES_PER_PIXEL = {"AVIF": 22, "BMP": 8, "GIF": 8, "JPEG": 13, "PNG": 9, "WEBP": 18}
+_BESIDE_PIXELS_BYTES = 64 * 2**20  # interpreter, stacks of two threads, tables, a strip
 # Nothing of ours, secrets least of all. Threads would reserve address space per processor core.
 CHILD_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
+T = TypeVar("T")
+_log = structlog.get_logger("redux_server.pictures.decode")
 _AVIF_BRANDS = (b"avif", b"avis")
+# By the kernel, which has no memory left, or by a person. A picture causes none of these.
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT)
 _ACCEPTED_MAGIC = (
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n")),
     ("JPEG", re.compile(rb"\xff\xd8\xff")),
@@ -73,6 +90,22 @@ class DecodeError(ImageError):
         super().__init__(public_message)
         self.reason = reason
         self.public_message = public_message
+
+
+class DecoderUnavailable(Exception):
+    """It is the machine, not the picture: this one may well be decoded later."""
+
+
+class _Lost(Exception):
+    """A decoding process that did not come to its end, through no fault of the picture."""
+
+
+class _Larger(Exception):
+    """A picture that has more pixels than its header seemed to say."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__(pixels)
+        self.pixels = pixels
 
 
 def accepted_formats() -> tuple[str, ...]:
@@ -114,29 +147,118 @@ def decode_image(
 
     Raises:
         DecodeError: the bytes are no acceptable picture.
+        DecoderUnavailable: there was no memory for it in time, or decoders were killed each time.
         RuntimeError: the decoding process could not start (an installation fault).
+    """
+    return decode_and(lambda image: image, data, max_pixels=max_pixels, limit_s=limit_s)
+
+
+def decode_and(
+    use: Callable[[Image.Image], T],
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    limit_s: float = LIMIT_S,
+    memory: MemoryBudget = MEMORY,
+    wait_s: float = WAIT_S,
+) -> T:
+    """What ``use`` makes of the picture in ``data``, whose memory is reserved until then.
+
+    Raises as ``decode_image`` does, and what ``use`` does.
     """
     format_name = sniff(data)
     if format_name is None:
         raise _format_error(data)
-    order = Order(
-        format=format_name,
-        max_pixels=max_pixels,
-        min_side=MIN_SIDE,
-        memory_bytes=MEMORY_BYTES,
-        limit_s=limit_s,
-        import_path=_import_path(),
-    )
-    with _Child(order) as child:
+    at_least = 0
+    pixels = min(dimensions.pixels(format_name, data) or max_pixels, max_pixels)
+    while True:
+        needed = max(at_least, _needed_bytes(format_name, pixels, len(data)))
+        order = Order(
+            format=format_name,
+            max_pixels=max_pixels,
+            min_side=MIN_SIDE,
+            memory_bytes=min(needed, memory.total_bytes),
+            limit_s=limit_s,
+            import_path=_import_path(),
+            expected_pixels=pixels,
+        )
+        try:
+            return _use_in_turn(use, data, order, memory, wait_s)
+        except _Larger as error:
+            pixels = error.pixels
+        except DecodeError as error:
+            if error.reason != "memory" or needed >= memory.total_bytes:
+                raise
+            at_least = memory.total_bytes  # an unusual file: with all that there is
+
+
+def _needed_bytes(format_name: str, pixels: int, file_bytes: int) -> int:
+    """The memory of a decoder and its picture, of whose file there are copies here and there."""
+    return _BYTES_PER_PIXEL[format_name] * pixels + 2 * file_bytes + _BESIDE_PIXELS_BYTES
+
+
+def _use_in_turn(
+    use: Callable[[Image.Image], T], data: bytes, order: Order, memory: MemoryBudget, wait_s: float
+) -> T:
+    """``use`` the picture; a process that is lost is started again, once for each pause."""
+    for pause_s in (*PAUSES_S, None):
+        try:
+            with memory.reserve(order.memory_bytes, wait_s=wait_s):
+                return use(_decoded(data, order))
+        except NoMemoryInTime:
+            raise DecoderUnavailable(
+                f"{wait_s:g} s were not enough for a turn: other pictures are being decoded in all "
+                f"of the {memory.total_bytes >> 20:,} MiB that there are for it"
+            ) from None
+        except _Lost as lost:
+            if pause_s is None:
+                raise DecoderUnavailable(str(lost)) from lost
+            _log.warning("a decoding process was lost and is started again", reason=str(lost))
+            time.sleep(pause_s)
+    raise AssertionError("the last pause is None")
+
+
+def _decoded(data: bytes, order: Order) -> Image.Image:
+    try:
+        child = _Child(order)
+    except OSError as error:  # no process, descriptor or memory is left
+        raise _Lost(f"a decoding process could not be started: {error.strerror}") from error
+    with child:
         child.send(data)
-        size = _checked_size(child.read_header(), order)
-        return child.read_image(size)
+        header = child.read_header()
+        _note_confinement(header)
+        size = _checked_size(header, order)
+        try:
+            return child.read_image(size)
+        except MemoryError:
+            raise _Lost("there was no memory for a picture that was decoded") from None
+
+
+def confinement_gap() -> str:
+    """Why decoders of this machine are not held to a list of system calls, or ``""``.
+
+    Decodes a picture to find out. Raises as ``decode_image`` does.
+    """
+    picture = io.BytesIO()
+    Image.new("L", (MIN_SIDE, MIN_SIDE)).save(picture, "BMP")
+    decode_image(picture.getvalue())
+    return next(iter(_gaps), "")
+
+
+_gaps: dict[str, None] = {}
+
+
+def _note_confinement(header: dict[str, Any]) -> None:
+    gap = str(header.get("unconfined") or "")[:200]
+    if gap and not _gaps:  # once: it is the same for each
+        _gaps[gap] = None
+        _log.warning("pictures are decoded without a filter for system calls", reason=gap)
 
 
 @cache
 def _import_path() -> tuple[str, ...]:
     """The folders that hold what the child imports, be it installed, editable or neither."""
-    specs = [find_spec(name) for name in ("PIL", "numpy", "redux_pipelines")]
+    specs = [find_spec(name) for name in ("PIL", "numpy", "redux_pipelines", "redux_server")]
     found = [Path(spec.origin).absolute().parents[1] for spec in specs if spec and spec.origin]
     return tuple(dict.fromkeys(map(str, found)))
 
@@ -165,9 +287,13 @@ def _format_error(data: bytes) -> DecodeError:
 def _checked_size(header: dict[str, Any], order: Order) -> tuple[int, int]:
     """Read the child's verdict as untrusted input; return (width, height) or raise."""
     if "setup" in header:
-        raise RuntimeError(f"the decoding process could not start: {header['setup']}")
+        reason = f"the decoding process could not start: {header['setup']}"
+        raise _Lost(reason) if header.get("passing") else RuntimeError(reason)
     if "error" in header:
-        raise _refusal(str(header["error"]), _numbers(header.get("numbers")), order)
+        numbers = _numbers(header.get("numbers"))
+        if header["error"] == "larger" and order.expected_pixels < sum(numbers) <= order.max_pixels:
+            raise _Larger(sum(numbers))
+        raise _refusal(str(header["error"]), numbers, order)
     size = _numbers(header.get("size"))
     # EXIF may have turned the picture, so each limit must hold both ways round: they do.
     if len(size) != 2 or min(size) < order.min_side or size[0] * size[1] > order.max_pixels:
@@ -216,6 +342,7 @@ class _Child:
         self._order = order
         self._began_at = time.monotonic()
         self._ends_at = self._began_at + order.limit_s
+        self._has_answered = False
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -269,6 +396,7 @@ class _Child:
         """The first line of the answer, as far as it is a JSON object."""
         line = bytearray(HEADER_BYTES)
         self._fill(memoryview(line))
+        self._has_answered = True
         try:
             header = json.loads(line)
         except ValueError:
@@ -310,8 +438,12 @@ class _Child:
             return Path(f"/proc/{self._process.pid}/schedstat").read_text()
         return ""
 
-    def _early_end(self) -> DecodeError:
+    def _early_end(self) -> DecodeError | _Lost:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)
-        slow = self._process.returncode == -signal.SIGXCPU
-        return _refusal("slow" if slow else "broken", [], self._order)
+        status = self._process.returncode
+        if status in _KILLED:
+            return _Lost(f"a decoding process was killed ({signal.Signals(-status).name})")
+        if status and status > 0 and not self._has_answered:
+            return _Lost(f"a decoding process ended before it began (exit status {status})")
+        return _refusal("slow" if status == -signal.SIGXCPU else "broken", [], self._order)

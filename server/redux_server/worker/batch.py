@@ -6,12 +6,15 @@ made, does not touch the others. Knows no store, no leases beyond ``LeasedTask``
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import structlog
+from PIL import Image
 
 from redux_pipelines.contract.types import (
     GenerationRequest,
@@ -25,13 +28,20 @@ from redux_pipelines.images.files import encode
 from redux_pipelines.images.safety import black_out
 from redux_server import metrics
 from redux_server.net.guard import FetchError
-from redux_server.pictures.decode import DecodeError
+from redux_server.pictures.decode import DecodeError, DecoderUnavailable
 from redux_server.storage.blobs import BlobStore, StorageError
 from redux_server.tasks.task import Code, Outcome, Status
-from redux_server.worker.inputs import ImageGone, ImageLoader, generation_request, load_pictures
+from redux_server.worker.inputs import (
+    ImageGone,
+    ImageLoader,
+    Seen,
+    generation_request,
+    load_pictures,
+)
 from redux_server.worker.leased import Abandoned, Cancelled, LeasedTask, logged_together
 from redux_server.worker.outputs import Postponed, RetryingStore, provenance
 
+_UNREAD = "The input picture could not be read"
 _log = structlog.get_logger("redux_server.worker.batch")
 
 
@@ -118,14 +128,26 @@ class BatchRunner:
         given = leased.task.input
         try:
             with leased.logged(), leased.timed("fetch"):
-                pictures = load_pictures(self._images.load, given)
+                pictures = load_pictures(self._images.load, given, partial(self._see, given))
                 # here, for on its own thread the device would wait for it
-                return self._pipeline.preprocess(generation_request(given, pictures))
+                request = self._pipeline.preprocess(generation_request(given, pictures))
+                # Of a mask that was applied, all that still counts is that there was one.
+                mask = request.mask and Image.new("L", (1, 1))
+                return replace(request, mask=mask)
         except StorageError as error:  # of the input picture
             self._blobs.note_failure(1)
-            return Postponed(f"its picture could not be read: {error}")
+            return Postponed(f"its picture could not be read: {error}", _UNREAD)
+        except (DecoderUnavailable, MemoryError) as error:
+            return Postponed(f"its picture could not be decoded: {error}", _UNREAD)
         except Exception as error:
             return error
+
+    def _see(
+        self, given: Mapping[str, Any], picture: Image.Image, mask: Image.Image | None
+    ) -> Seen:
+        """What the pipeline needs of a picture: little of a large one, which can go."""
+        fit = {"fit": given["fit"]} if "fit" in given else {}
+        return self._pipeline.preprocess(GenerationRequest(image=picture, mask=mask, **fit)).image
 
     def _on_device(
         self,

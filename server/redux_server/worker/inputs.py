@@ -6,18 +6,23 @@ Knows no store of tasks and no device.
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from PIL.Image import Image
 
-from redux_pipelines.contract.types import GenerationRequest
+from redux_pipelines.contract.types import GenerationRequest, PreprocessedPicture
+from redux_pipelines.images.rgb import grey
 from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import FetchError
 from redux_server.parameters import parse_size
-from redux_server.pictures.decode import DecodeError, decode_image
+from redux_server.pictures.decode import DecodeError, decode_and
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
 
+T = TypeVar("T")
+Seen = Image | PreprocessedPicture
+See = Callable[[Image, Image | None], Seen]
+"""What is kept of a picture, given its mask if it has one."""
 _BLOB = "blob:"
 _SAME = ("prompt", "seed", "num_inference_steps", "guidance_scale", "num_images")
 _IF_GIVEN = ("quality", "redux_strength", "redux_pooling", "fit", "empty_prompt")
@@ -35,16 +40,19 @@ class ImageLoader:
         self._signer = signer
         self._fetcher = fetcher
 
-    def load(self, reference: str) -> Image:
-        """The picture, upright RGB without metadata.
+    def load(self, reference: str, use: Callable[[Image], T]) -> T:
+        """What ``use`` makes of the picture, upright RGB without metadata.
+
+        The picture itself should not outlive ``use``: what memory pictures have is bounded.
 
         Raises:
             ImageGone: a blob or file URL of ours that was deleted.
             redux_server.net.fetch.FetchError: the URL was refused or could not be fetched.
             redux_server.pictures.decode.DecodeError: the bytes are no usable picture.
+            redux_server.pictures.decode.DecoderUnavailable: they could not be decoded now.
             redux_server.storage.blobs.StorageError: our own store does not answer.
         """
-        return decode_image(self._read(reference))
+        return decode_and(use, self._read(reference))
 
     def _read(self, reference: str) -> bytes:
         is_blob = reference.startswith(_BLOB)
@@ -62,8 +70,8 @@ class ImageLoader:
 class Pictures(NamedTuple):
     """The pictures of a request."""
 
-    image: Image
-    images: tuple[Image, ...] = ()
+    image: Seen
+    images: tuple[Seen, ...] = ()
     mask: Image | None = None
 
 
@@ -80,10 +88,21 @@ def generation_request(given: Mapping[str, Any], pictures: Pictures) -> Generati
     )
 
 
-def load_pictures(load: Callable[[str], Image], given: Mapping[str, Any]) -> Pictures:
-    """The pictures that ``given`` refers to; several side by side, so that a slow one costs once.
+class Load(Protocol):
+    """``ImageLoader.load``."""
 
-    Raises what ``load`` does, with the name of the picture where it is not ``image``.
+    def __call__(self, reference: str, use: Callable[[Image], T], /) -> T:
+        """What ``use`` makes of the picture."""
+        ...
+
+
+def load_pictures(
+    load: Load, given: Mapping[str, Any], see: See = lambda image, mask: image
+) -> Pictures:
+    """What ``see`` makes of each picture that ``given`` refers to, and the mask in grey.
+
+    Several side by side, so that a slow one costs once; but the mask is needed for the first.
+    Raises what ``load`` and ``see`` do, with the name of the picture where it is not ``image``.
     """
     references = {"image": given["image"]}
     for index, reference in enumerate(given.get("images", ())):
@@ -91,19 +110,27 @@ def load_pictures(load: Callable[[str], Image], given: Mapping[str, Any]) -> Pic
     if "mask" in given:
         references["mask"] = given["mask"]
     if len(references) == 1:
-        return Pictures(load(given["image"]))
+        return Pictures(load(given["image"], lambda image: see(image, None)))
 
-    def load_named(name: str) -> Image:
+    def load_named(name: str, use: Callable[[Image], T]) -> T:
         try:
-            return load(references[name])
+            return load(references[name], use)
         except (FetchError, DecodeError, ImageGone) as error:
             raise _named(name, error) from error
 
+    def load_seen(name: str) -> Seen:
+        # Without a mask that cannot be had, its own error comes first.
+        covering = None
+        if mask and name == "image" and mask.exception() is None:
+            covering = mask.result()
+        return load_named(name, lambda image: see(image, covering))
+
     with ThreadPoolExecutor(len(references), thread_name_prefix="picture") as threads:
-        loaded = dict(zip(references, threads.map(load_named, references), strict=True))
-    mask = loaded.pop("mask", None)
-    image, *images = loaded.values()
-    return Pictures(image, tuple(images), mask)
+        mask = None
+        if "mask" in references:
+            mask = threads.submit(load_named, "mask", grey)
+        image, *images = threads.map(load_seen, [name for name in references if name != "mask"])
+    return Pictures(image, tuple(images), mask.result() if mask else None)
 
 
 def _named(name: str, error: FetchError | DecodeError | ImageGone) -> Exception:

@@ -17,6 +17,7 @@ from redux_server import metrics
 from redux_server.storage.disk import Ballast
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Code, Outcome, Task
+from redux_server.worker.outputs import Postponed
 
 MAX_STARTS = 20  # of a task whose images cannot be stored, before it is given up
 _PAUSES_S = (0.2, 1.0, 5.0)
@@ -105,15 +106,15 @@ class EndRecorder:
             lambda: self._store.give_back(task.id, task.attempt, error=text, has_crashed=True)
         )
 
-    def postpone(self, leased: LeasedTask, reason: str) -> None:
+    def postpone(self, leased: LeasedTask, postponed: Postponed) -> None:
         """Return a task that cannot end now, so that it is neither failed nor lost."""
         task = leased.task
         if task.attempt >= MAX_STARTS:
-            text = f"The images could not be stored in {task.attempt} attempts."
+            text = f"{postponed.public} in {task.attempt} attempts."
             self.finish(leased, Outcome.failure(Code.INTERNAL, text))
             return
         delay_s = min(300.0, 5.0 * 2.0 ** min(task.attempt - 1, 6))
-        _log.warning("task returned for later", reason=reason, delay_s=delay_s)
+        _log.warning("task returned for later", reason=str(postponed), delay_s=delay_s)
         self._persist(lambda: self._store.give_back(task.id, task.attempt, delay_s=delay_s))
 
     def _persist(self, action: Callable[[], bool]) -> bool | None:

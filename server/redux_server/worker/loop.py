@@ -144,7 +144,7 @@ class Worker:
             for leased, outcome in self._runner.work(group, waits, has_left=self.wake):
                 if isinstance(outcome, Postponed):
                     with leased.logged():
-                        self._recorder.postpone(leased, str(outcome))
+                        self._recorder.postpone(leased, outcome)
                 elif outcome is not None:
                     with leased.logged():
                         self._recorder.finish(leased, outcome)

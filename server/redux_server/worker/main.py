@@ -36,6 +36,8 @@ from redux_server.dispatch.presence import (
 )
 from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import AddressPolicy
+from redux_server.pictures.decode import confinement_gap
+from redux_server.private_files import make_new_files_private, private_folder
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import BlobStore, StorageError
 from redux_server.storage.opening import open_ballast, open_pictures
@@ -76,6 +78,8 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     With ``is_supervised``, each line on standard input means "there is work", and its end means
     "your supervisor is gone: finish and leave".
     """
+    make_new_files_private()
+    private_folder(settings.data_dir)
     supervisor = _Supervisor()
     if is_supervised:
         supervisor.listen()
@@ -101,9 +105,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
         announce(WorkerState.LOADING)
         with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
             try:
-                blobs = open_pictures(settings)
-                blobs.check()
-                pipeline, safety = device_thread.submit(load_model, settings, device).result()
+                blobs, (pipeline, safety) = _load(settings, device, device_thread)
             except Exception as error:
                 announce(WorkerState.FAILED, _reason(error))
                 _log.error("cannot start", reason=str(error), exc_info=error)
@@ -128,6 +130,25 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
                 _end_if_lost(worker, announce)
         presence.leave(name)
     return 0
+
+
+def _load(
+    settings: ServerSettings, device: str, device_thread: Executor
+) -> tuple[BlobStore, tuple[Pipeline, SafetyChecker]]:
+    """What the worker needs that may not be there; raises whatever tells so."""
+    blobs = open_pictures(settings)
+    blobs.check()
+    loading = device_thread.submit(load_model, settings, device)
+    _check_decoder()
+    return blobs, loading.result()
+
+
+def _check_decoder() -> None:
+    """Have the log say, once and early, what decoding lacks on this machine."""
+    try:
+        confinement_gap()
+    except Exception as error:
+        _log.error("pictures cannot be decoded", exc_info=error)
 
 
 def _stop_at_signals(worker: Worker) -> None:

@@ -20,7 +20,14 @@ _log = structlog.get_logger("redux_server.worker.outputs")
 
 
 class Postponed(Exception):
-    """The store of pictures is away or full. The task is as good as it was, but for later."""
+    """Something is away or full that a task needs. It is as good as it was, but for later.
+
+    ``public`` is what its owner is told if that never ends, as in "``public`` in 20 attempts."
+    """
+
+    def __init__(self, reason: str, public: str = "The images could not be stored") -> None:
+        super().__init__(reason)
+        self.public = public
 
 
 class RetryingStore:

@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import struct
@@ -14,7 +15,15 @@ import pytest
 from PIL import Image, features
 
 from redux_server.pictures import decode
-from redux_server.pictures.decode import DecodeError, accepted_formats, decode_image, sniff
+from redux_server.pictures.decode import (
+    DecodeError,
+    DecoderUnavailable,
+    accepted_formats,
+    decode_and,
+    decode_image,
+    sniff,
+)
+from redux_server.pictures.memory_budget import MemoryBudget
 from server.hostile_images import bombs, chunk, encoded, gradient, mutated
 
 RETRY_WORDS = ("timeout", "connection", "http 5", "http 429")
@@ -412,10 +421,179 @@ def test_a_child_that_cannot_start_is_our_fault(monkeypatch, tmp_path):
         decode_image(encoded(gradient(), "PNG"))
 
 
-def test_memory_limit_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(decode, "MEMORY_BYTES", 200 * 2**20)
-    error = refusal(png(6000, 6000, b"".join(b"\0" + bytes(18000) for _ in range(6000))))
-    assert error.reason == "memory" and "200 MiB" in str(error)
+def test_memory_limit_is_a_clear_error():
+    data = png(6000, 6000, b"".join(b"\0" + bytes(18000) for _ in range(6000)))
+    with pytest.raises(DecodeError, match="more than 100 MiB") as caught:
+        decode_and(lambda image: image, data, memory=MemoryBudget(100 * 2**20))
+    assert caught.value.reason == "memory"
+
+
+# --- the machine, not the picture -----------------------------------------------------------------
+
+
+@pytest.fixture
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(decode, "PAUSES_S", (0.0, 0.0))
+
+
+def dying_at_first(monkeypatch, tmp_path, deaths, times):
+    """A decoder that dies so at its first ``times`` starts, and is the real one afterwards."""
+    real = decode.decode_child.__file__
+    died = tmp_path / "died"
+    fake_child(
+        monkeypatch,
+        tmp_path,
+        f"""
+import pathlib, signal
+died = pathlib.Path({str(died)!r})
+count = int(died.read_text()) if died.exists() else 0
+if count < {times}:
+    died.write_text(str(count + 1))
+    {deaths}
+    time.sleep(60)
+sys.path.insert(0, {os.path.dirname(real)!r})
+import decode_child
+decode_child.main()
+""",
+    )
+    return died
+
+
+@pytest.mark.usefixtures("without_pauses")
+@pytest.mark.parametrize(
+    "death",
+    [
+        "os.kill(os.getpid(), signal.SIGKILL)",  # as the OOM killer does
+        "sys.stdin.buffer.read(); os.kill(os.getpid(), signal.SIGKILL)",
+        header('{"size": [64, 48]}') + "; os.write(1, bytes(9)); os.kill(os.getpid(), 9)",
+        "signal.signal(15, signal.SIG_DFL); os.kill(os.getpid(), 15)",
+        "sys.exit(1)",  # an interpreter that found no memory to begin with
+        header('{"setup": "OSError(24)", "passing": true}') + "; sys.exit()",
+    ],
+    ids=["at once", "with the file", "amid its answer", "politely", "too early", "full"],
+)
+def test_a_decoder_that_was_killed_is_started_again(death, monkeypatch, tmp_path):
+    died = dying_at_first(monkeypatch, tmp_path, death, times=2)
+    assert_close(decode_image(encoded(gradient(), "PNG")), gradient(), tolerance=1)
+    assert died.read_text() == "2"
+
+
+@pytest.mark.usefixtures("without_pauses")
+def test_decoders_that_are_killed_each_time_are_no_damaged_picture(monkeypatch, tmp_path):
+    died = dying_at_first(monkeypatch, tmp_path, "os.kill(os.getpid(), 9)", times=99)
+    with pytest.raises(DecoderUnavailable, match="SIGKILL"):
+        decode_image(encoded(gradient(), "PNG"))
+    assert died.read_text() == "3", "three tries"
+
+
+@pytest.mark.usefixtures("without_pauses")
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE])
+def test_a_machine_that_starts_no_process_is_no_damaged_picture(number, monkeypatch):
+    real, tries = subprocess.Popen, []
+
+    def popen(*args, **options):
+        tries.append(1)
+        if len(tries) <= failures:
+            raise OSError(number, os.strerror(number))
+        return real(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    failures = 2
+    assert decode_image(encoded(gradient(), "PNG")).size == (64, 48)
+    failures = 99
+    with pytest.raises(DecoderUnavailable, match="could not be started"):
+        decode_image(encoded(gradient(), "PNG"))
+
+
+@pytest.mark.parametrize("death", ["os.abort()", "os.kill(os.getpid(), 11)"])
+def test_a_decoder_that_crashes_is_not_started_again(death, monkeypatch, tmp_path):
+    died = dying_at_first(monkeypatch, tmp_path, death, times=99)
+    assert refusal(encoded(gradient(), "PNG")).reason == "broken"
+    assert died.read_text() == "1"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def sparse(width, height):
+    """A small file of a large picture with an alpha channel."""
+    rows = zlib.compressobj(1)
+    body = b"".join(rows.compress(bytes(1 + 4 * width)) for _ in range(height)) + rows.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", body), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def peak_bytes(pid):
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("it has ended")
+
+
+def test_a_decoder_needs_no_more_than_was_reserved_for_it(monkeypatch):
+    peaks, read = [], decode._Child.read_image
+
+    def noting(child, size):
+        image = read(child, size)
+        peaks.append((peak_bytes(child._process.pid), child._order.memory_bytes))
+        return image
+
+    monkeypatch.setattr(decode._Child, "read_image", noting)
+    decode_image(sparse(2500, 2000))
+    [(peak, reserved)] = peaks
+    assert 20 * 2**20 < peak < reserved + 32 * 2**20  # with the interpreter, which is shared
+    assert reserved < 120 * 2**20, "a third of what it was with a copy for each step"
+
+
+def test_pictures_in_the_works_never_need_more_than_there_is(monkeypatch):
+    budget, room = MemoryBudget(250 * 2**20), []
+    data = sparse(3000, 2000)
+
+    def use(image):
+        room.append(budget.free_bytes)
+        return image.size
+
+    with ThreadPoolExecutor(4) as pool:
+        tries = [pool.submit(decode_and, use, data, memory=budget) for _ in range(4)]
+        assert [each.result() for each in tries] == [(3000, 2000)] * 4
+    reserved = decode._needed_bytes("PNG", 6_000_000, len(data))
+    assert set(room) <= {250 * 2**20 - 2 * reserved, 250 * 2**20 - reserved}
+    assert budget.free_bytes == budget.total_bytes, "all was given back"
+
+
+def test_a_turn_that_does_not_come_is_no_damaged_picture():
+    budget = MemoryBudget(2**20)
+    with budget.reserve(1, wait_s=0), pytest.raises(DecoderUnavailable, match=r"0.01 s .* turn"):
+        decode_and(lambda image: image, encoded(gradient(), "PNG"), memory=budget, wait_s=0.01)
+    assert budget.free_bytes == budget.total_bytes
+
+
+@pytest.mark.parametrize("seen", [None, 16 * 16, 10**9])
+def test_a_header_that_was_misread_changes_nothing(seen, monkeypatch):
+    """What the decoder itself finds counts, and it asks for more memory before it needs some."""
+    monkeypatch.setattr(decode.dimensions, "pixels", lambda *_: seen)
+    picture = gradient(1500, 1000)
+    assert_close(decode_image(encoded(picture, "PNG")), picture, tolerance=1)
+    assert "49,000,000 pixels" in str(refusal(png(7000, 7000)))
+
+
+def test_an_unusual_picture_may_have_all_memory_that_there_is(monkeypatch):
+    """One that needs more than its kind does: here of a kind that needs nothing, by our table."""
+    monkeypatch.setattr(decode, "_BYTES_PER_PIXEL", {"PNG": 0})
+    monkeypatch.setattr(decode, "_BESIDE_PIXELS_BYTES", 2**20)
+    limits, init = [], decode._Child.__init__
+
+    def noting(child, order):
+        limits.append(order.memory_bytes)
+        init(child, order)
+
+    monkeypatch.setattr(decode._Child, "__init__", noting)
+    with pytest.raises(DecodeError, match="needs more than 2 MiB"):
+        decode_and(lambda image: image, sparse(2500, 2000), memory=MemoryBudget(2 * 2**20))
+    budget = MemoryBudget(100 * 2**20)
+    assert decode_and(lambda image: image.size, sparse(2500, 2000), memory=budget) == (2500, 2000)
+    assert limits[-1] == 100 * 2**20 > 10 * limits[-2]
 
 
 def test_the_child_sees_no_environment_and_can_open_nothing(monkeypatch, tmp_path):
@@ -426,21 +604,21 @@ def test_the_child_sees_no_environment_and_can_open_nothing(monkeypatch, tmp_pat
         monkeypatch,
         tmp_path,
         f"""
-import errno, importlib.util, resource, socket
+import errno, importlib.util, socket
 spec = importlib.util.spec_from_file_location("child", {real!r})
 child = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(child)
-child._confine(child.Order(**json.loads(sys.argv[1])))
+order = child.Order(**json.loads(sys.argv[1]))
+sys.path.extend(order.import_path)
+child._load_code("PNG", b"")
+child._confine(order)
 def fails(function, *arguments):
     try:
         function(*arguments)
     except OSError as error:
-        return error.errno == errno.EMFILE
+        return error.errno == errno.EPERM
 assert fails(open, "/etc/passwd") and fails(socket.socket) and fails(os.pipe)
 assert "REDUX_SECRET" not in os.environ
-assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
-assert resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0)
-assert os.getsid(0) == os.getpid()
 sys.stdin.buffer.read()
 child._write_header({{"error": "small", "numbers": [7, 7]}})
 """,

@@ -344,8 +344,10 @@ def test_input_that_is_gone_and_one_that_cannot_be_read_are_told_apart(
 ) -> None:
     fetcher = ImageFetcher(AddressPolicy.from_entries(()))
     with pytest.raises(ImageGone):
-        ImageLoader(services.blobs, services.signer, fetcher).load("blob:none/input")
+        ImageLoader(services.blobs, services.signer, fetcher).load(
+            "blob:none/input", lambda image: image
+        )
     with aws(CLOSED):
         away = open_blobs(url, tmp_path)
         with pytest.raises(StorageError):
-            ImageLoader(away, services.signer, fetcher).load("blob:none/input")
+            ImageLoader(away, services.signer, fetcher).load("blob:none/input", lambda image: image)

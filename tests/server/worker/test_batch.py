@@ -24,11 +24,13 @@ from redux_pipelines.errors import DeviceError, DeviceMemoryError, OutputError, 
 from redux_pipelines.fake import FakePipeline
 from redux_pipelines.loading.load import load_pipeline
 from redux_server.net.guard import FetchError
-from redux_server.pictures.decode import DecodeError
+from redux_server.pictures.decode import DecodeError, DecoderUnavailable
 from redux_server.tasks.task import Status
 from redux_server.worker import loop as worker_module
 from redux_server.worker.inputs import ImageGone
+from server.in_process import Clock
 from server.worker_bench import (
+    INPUT,
     OTHER,
     Bench,
     GatedPipeline,
@@ -246,10 +248,10 @@ def test_a_database_that_goes_away_meanwhile_costs_no_more_than_the_others(bench
 class Choosy(Images):
     """Has no picture for references that contain "bad"."""
 
-    def load(self, reference: str) -> Image.Image:
+    def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
         if "bad" in reference:
             raise FetchError("dns", "The host 'bad' has no usable address.")
-        return super().load(reference)
+        return super().load(reference, use)
 
 
 def test_a_picture_that_cannot_be_had_fails_its_task_alone(bench: Bench) -> None:
@@ -273,9 +275,9 @@ def test_pictures_of_a_batch_are_fetched_side_by_side(bench: Bench) -> None:
     everyone = threading.Barrier(3, timeout=20)
 
     class Meeting(Images):
-        def load(self, reference: str) -> Image.Image:
+        def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
             everyone.wait()  # breaks, and fails the task, if they come one after the other
-            return super().load(reference)
+            return super().load(reference, use)
 
     tasks = submit(bench, "a", "b", "c")
     assert bench.worker(images=Meeting(), max_batch_size=3).step()
@@ -410,11 +412,11 @@ def test_a_lane_that_hangs_does_not_keep_a_lost_device(
     hangs, go_on = threading.Event(), threading.Event()
 
     class Hanging(Images):
-        def load(self, reference: str) -> Image.Image:
+        def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
             if "slow" in reference:
                 hangs.set()
                 go_on.wait(30)
-            return super().load(reference)
+            return super().load(reference, use)
 
     class Failing(FakePipeline):
         def generate_batch(self, requests: Sequence[GenerationRequest]) -> Any:
@@ -481,7 +483,7 @@ def test_checker_that_breaks_fails_the_task_and_shows_nothing(bench: Bench) -> N
 class Large:
     """Loads a picture of six megapixels; of ten where it is a mask."""
 
-    def load(self, reference: str) -> Image.Image:
+    def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
         size = (4000, 2500) if "mask" in reference else (3000, 2000)
         return Image.linear_gradient("L").resize(size).convert("RGB")
 
@@ -583,3 +585,43 @@ def test_broken_pipeline_fails_the_task_with_a_public_text_and_a_private_log(
     (line,) = [line for line in lines if line["event"] == "task failed"]
     assert private in str(line["exc_info"])
     assert ended("5000", "failed") == before + 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DecoderUnavailable("a decoding process was killed (SIGKILL)"), MemoryError("no more")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_picture_that_could_not_be_decoded_now_is_tried_later(
+    bench: Bench, clock: Clock, error: Exception
+) -> None:
+    """A decoder that the kernel kills for want of memory says nothing about the picture."""
+    (task,) = submit(bench, "a")
+    bench.worker(images=Images(raises=error)).step()
+    assert statuses(bench, [task]) == "p", "returned"
+    clock.now += 60
+    bench.worker().step()
+    assert statuses(bench, [task]) == "c"
+
+
+def test_what_is_kept_of_large_pictures_is_small(bench: Bench) -> None:
+    """Of each only what the encoder sees, of a mask that there was one: until a turn comes."""
+    kept: list[GenerationRequest] = []
+
+    class Large(Images):
+        def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
+            return use(Image.new("RGB", (2000, 1500), "gray"))
+
+    class Keeping(FakePipeline):
+        def generate_batch(self, requests: Sequence[GenerationRequest]) -> Any:
+            kept.extend(requests)
+            return super().generate_batch(requests)
+
+    url = INPUT["image"]
+    parameters = {"images": [url, url], "mask": url}
+    task = bench.done(images=Large(), pipeline=Keeping(), parameters=parameters)
+    assert task.status is Status.COMPLETED
+    [request] = kept
+    assert request.mask is not None
+    sizes = [each.pixels.size for each in request.pictures]  # type: ignore[union-attr]
+    assert sizes == [(1, 1)] * 3 and request.mask.size == (1, 1)

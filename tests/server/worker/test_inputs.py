@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from PIL.Image import Image
 
 from e2e.live import a_picture
 from redux_server.net.guard import FetchError
@@ -29,6 +30,10 @@ class Fetcher:
         return self.answer
 
 
+def as_it_is(image: Image) -> Image:
+    return image
+
+
 @pytest.fixture
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
     return Blobs(tmp_path_factory.mktemp("blobs"))
@@ -50,7 +55,7 @@ def loader(blobs: Blobs, signer: Signer, fetcher: Fetcher) -> ImageLoader:
 
 
 def test_foreign_url_is_fetched(loader: ImageLoader, fetcher: Fetcher) -> None:
-    image = loader.load("https://example.com/a.png?b=c")
+    image = loader.load("https://example.com/a.png?b=c", as_it_is)
     assert (image.size, image.mode, image.getpixel((0, 0))) == ((30, 20), "RGB", (255, 0, 0))
     assert fetcher.asked == ["https://example.com/a.png?b=c"]
 
@@ -59,7 +64,7 @@ def test_inline_picture_is_read_from_the_store(
     loader: ImageLoader, blobs: Blobs, fetcher: Fetcher
 ) -> None:
     blobs.put("abc/input", a_picture(40, 50))
-    assert loader.load("blob:abc/input").size == (40, 50)
+    assert loader.load("blob:abc/input", as_it_is).size == (40, 50)
     assert fetcher.asked == []
 
 
@@ -77,7 +82,7 @@ def test_our_own_url_is_read_from_the_store_by_any_host_and_even_after_its_time(
     blobs.put(KEY, a_picture(40, 50))
     url = host + signer.path(KEY, clock.now + 60)
     clock.now += age_s
-    assert loader.load(url).size == (40, 50)
+    assert loader.load(url, as_it_is).size == (40, 50)
     assert fetcher.asked == []
 
 
@@ -86,7 +91,7 @@ def test_url_that_only_looks_like_ours_is_fetched(
 ) -> None:
     blobs.put(KEY, a_picture(40, 50))
     path = re.sub(r"/files/\w+/", f"/files/{'0' * 32}/", signer.path(KEY, clock.now + 60))
-    assert loader.load("https://example.com" + path).size == (30, 20)
+    assert loader.load("https://example.com" + path, as_it_is).size == (30, 20)
     assert len(fetcher.asked) == 1
 
 
@@ -96,17 +101,17 @@ def test_deleted_picture_of_ours_is_told(
 ) -> None:
     reference = "http://host" + signer.path(KEY, clock.now + 60) if is_url else f"blob:{KEY}"
     with pytest.raises(ImageGone, match="no longer kept"):
-        loader.load(reference)
+        loader.load(reference, as_it_is)
     assert fetcher.asked == []
 
 
 def test_reason_of_the_fetcher_is_passed_on(loader: ImageLoader, fetcher: Fetcher) -> None:
     fetcher.answer = FetchError("dns", "The host has no usable address.")
     with pytest.raises(FetchError, match="no usable address"):
-        loader.load("https://nowhere.example/a.png")
+        loader.load("https://nowhere.example/a.png", as_it_is)
 
 
 def test_what_is_fetched_must_be_a_picture(loader: ImageLoader, fetcher: Fetcher) -> None:
     fetcher.answer = b"<!DOCTYPE html><html></html>"
     with pytest.raises(DecodeError, match="HTML page"):
-        loader.load("https://example.com/a.png")
+        loader.load("https://example.com/a.png", as_it_is)

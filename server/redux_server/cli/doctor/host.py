@@ -23,6 +23,8 @@ from redux_server.cli.doctor.findings import Finding, Level, check_space, existi
 from redux_server.database.connection import DatabaseUnusable, shown
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
+from redux_server.pictures.decode import confinement_gap
+from redux_server.private_files import is_open_to_others
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import StorageError
 from redux_server.storage.buckets import BlobUrlError, BucketBlobs
@@ -71,6 +73,12 @@ def check_data_dir(settings: ServerSettings) -> Iterator[Finding]:
     is_new = "" if place == folder else " (serve will create it)"
     kind = filesystem_of(place)
     yield Finding(Level.OK, "data dir", f"{folder}{is_new}, on {kind}")
+    if place == folder and is_open_to_others(folder):
+        text = (
+            "others may look into it: serve closes it if it is its owner's and no home directory "
+            "(chmod 700 does so now)"
+        )
+        yield Finding(Level.NOTE, "data dir", text)
     if kind in NETWORK_FILESYSTEMS:
         text = f"{kind} is a network file system, where SQLite's locks fail; use a local disk"
         yield Finding(Level.NOTE, "data dir", text)
@@ -98,6 +106,19 @@ def filesystem_of(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) ->
         if target.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), right.split()[0]
     return kind
+
+
+def check_confinement(_settings: ServerSettings) -> Iterator[Finding]:
+    """Whether the kernel holds the process that decodes strangers' pictures to a list of calls."""
+    gap = confinement_gap()
+    if gap:
+        text = (
+            f"no filter for system calls ({gap}): code that breaks a picture decoder could reach "
+            "files and the network as this user; run the server in a container or a machine apart"
+        )
+        yield Finding(Level.NOTE, "decoding", text)
+    else:
+        yield Finding(Level.OK, "decoding", "in processes held to a list of system calls (seccomp)")
 
 
 def check_pictures(settings: ServerSettings) -> Iterator[Finding]:

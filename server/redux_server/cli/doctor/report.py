@@ -17,6 +17,7 @@ from redux_server.cli.doctor.gpu import (
 from redux_server.cli.doctor.host import (
     check_api_keys,
     check_cluster,
+    check_confinement,
     check_data_dir,
     check_packages,
     check_pictures,
@@ -79,6 +80,7 @@ CHECKS: tuple[Check, ...] = (
     check_model,
     check_safety_checker,
     check_data_dir,
+    check_confinement,
     check_pictures,
     check_cluster,
     check_port,

@@ -201,3 +201,12 @@ def test_a_database_of_several_machines_is_named(
     found = only(host.check_cluster(replace(settings, database_url=postgres_url)))
     assert (found.level, found.subject) == (Level.OK, "database")
     assert found.text.startswith("postgresql+psycopg://")
+
+
+@pytest.mark.parametrize(("gap", "level"), [("", Level.OK), ("the kernel has none", Level.NOTE)])
+def test_confinement_of_decoders_is_told(
+    gap: str, level: Level, settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "confinement_gap", lambda: gap)
+    found = only(host.check_confinement(settings))
+    assert found.level is level and found.subject == "decoding" and gap in found.text
