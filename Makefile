@@ -17,7 +17,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
-        soak check lint format types imports dockerfile bench bench-server bench-files bench-engine \
+        soak mutate check lint format types imports dockerfile bench bench-server bench-files bench-engine \
         bench-attention bench-products bench-host bench-kernels bench-growth bench-roofline bench-mini \
         gpu-report gpu-bundle gpu-tables train-mini eval-mini eval-approximations eval-controls docs \
         docs-build docs-reference docker clean
@@ -142,6 +142,10 @@ chaos: $(DEV)  ## kill everything at random under load, and see what clients los
 
 soak: $(DEV)  ## mix all faults for 10 seeds x 2 minutes, and check what clients saw (ARGS="--help")
 	@cd tests && ../$(BIN)/python -m chaos.run soak --out ../bench-results $(ARGS)
+
+# In a copy of the project, so that a fault cannot stay.
+mutate: $(DEV)  ## plant faults, one at a time, and see whether the tests notice (ARGS="signing no-fence")
+	@cd tests && ../$(BIN)/python -m mutation.run $(ARGS)
 
 check: lint types imports dockerfile docs-build  ## run every static check (make -k check: do not stop at the first)
 

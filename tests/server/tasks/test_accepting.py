@@ -19,6 +19,7 @@ from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import (
     Created,
     FreePlaces,
+    KeyConflict,
     KeyFull,
     NewTask,
     NoRoom,
@@ -184,6 +185,28 @@ def test_stores_side_by_side_make_one_task_per_key_and_keep_the_bound(
     assert kinds.count(NoRoom) == 4 * 12
     assert kinds.count(Replayed) == 8 * 11
     assert count_rows(either_database) == 8
+
+
+@pytest.mark.parametrize("is_one_batch", [True, False])
+def test_idempotency_keys_of_different_api_keys_are_different(
+    database: Engine, clock: Clock, is_one_batch: bool
+) -> None:
+    """Also where requests of several users are accepted with one commit."""
+    store = TaskStore(database, clock=clock)
+
+    def asked(key_id: str, digest: str) -> NewTask:
+        return NewTask(
+            key_id=key_id, model="m", input={}, idempotency_key="order 66", digest=digest
+        )
+
+    wanted = [asked("a", "1"), asked("b", "1"), asked("c", "2"), asked("a", "1"), asked("b", "2")]
+    batches = [wanted] if is_one_batch else [[each] for each in wanted]
+    answers = [answer for batch in batches for answer in store.accept(batch, max_open=100)]
+    created = [answer.task for answer in answers[:3] if isinstance(answer, Created)]
+    assert [task.key_id for task in created] == ["a", "b", "c"]
+    assert isinstance(answers[3], Replayed) and answers[3].task.id == created[0].id
+    assert isinstance(answers[4], KeyConflict)
+    assert count_rows(database) == 3
 
 
 # --- open tasks per key ---------------------------------------------------------------------------
