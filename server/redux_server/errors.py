@@ -98,6 +98,14 @@ def no_database() -> Unavailable:
     return Unavailable("The database does not answer.", headers={"Retry-After": "2"})
 
 
+def wrong_tables() -> Unavailable:
+    """What is said where the database has other tables than we need; its log tells the operator."""
+    return Unavailable(
+        "The server's database has tables of another version; its operator has to upgrade it.",
+        headers={"Retry-After": "60"},
+    )
+
+
 def no_json(example: str) -> BadRequest:
     """What is said of a body that is not JSON."""
     return BadRequest(

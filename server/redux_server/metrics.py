@@ -1,17 +1,25 @@
-"""Prometheus metrics. Worker processes write theirs to a folder that the API process reads.
+"""Prometheus metrics, in memory alone: a full disk must neither end nor falsify them.
 
-``redux_server.cli.main`` sets the folder up, which must come before this module is imported.
+A supervised worker reports its own over a pipe (``Reporter``); the API process adds them to its own
+(``WorkerReports``). ``redux_server.cli.main`` sees to it that prometheus_client keeps no files.
 """
 
+import json
+import os
+import select
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from prometheus_client import (
+    REGISTRY,
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    Metric,
+    disable_created_metrics,
     generate_latest,
-    multiprocess,
     start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily
@@ -19,6 +27,8 @@ from prometheus_client.registry import Collector
 
 from redux_pipelines.contract.types import CacheStats
 
+disable_created_metrics()  # type: ignore[no-untyped-call]
+_PREFIX = "flux_redux_"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
 TASKS = Counter("flux_redux_tasks", "Tasks ended, by how.", ["status", "reason"])
@@ -52,21 +62,12 @@ SYNC_ANSWERS = Counter(
 TICKETS = Counter("flux_redux_tickets", "Notes to workers that there is work.", ["result"])
 CACHE_HITS = Counter("flux_redux_cache_hits", "Found in a worker's cache.", ["cache"])
 CACHE_MISSES = Counter("flux_redux_cache_misses", "Not found in a worker's cache.", ["cache"])
-CACHE_BYTES = Gauge(
-    "flux_redux_cache_bytes",
-    "Held by the workers' caches.",
-    ["cache"],
-    multiprocess_mode="livesum",
-)
-COMPILED = Gauge(
-    "flux_redux_compiled_workers", "Workers that run compiled code.", multiprocess_mode="livesum"
-)
+CACHE_BYTES = Gauge("flux_redux_cache_bytes", "Held by the workers' caches.", ["cache"])
+COMPILED = Gauge("flux_redux_compiled_workers", "Workers that run compiled code.")
 COMPILE_FAILURES = Counter(
     "flux_redux_compile_failures", "Starts after which a worker runs without what it should have."
 )
-STREAMS = Gauge(
-    "flux_redux_event_streams", "Streams that follow a task.", multiprocess_mode="livesum"
-)
+STREAMS = Gauge("flux_redux_event_streams", "Streams that follow a task.")
 HTTP = Histogram(
     "flux_redux_http_request_duration_seconds",
     "Answers of the API.",
@@ -119,9 +120,152 @@ def serve(host: str, port: int) -> None:
     start_http_server(port, addr=host)
 
 
-def exposition(gauges: Gauges) -> bytes:
-    """All metrics in Prometheus' text format, ``gauges`` among them."""
+# --- What workers report --------------------------------------------------------------------------
+
+_Key = tuple[str, tuple[tuple[str, str], ...]]  # a sample's name and its labels
+_Samples = dict[_Key, float]
+
+
+def report() -> bytes:
+    """All that this process has counted, as a line of JSON: ``[[name, labels, value], ...]``."""
+    found = [
+        [sample.name, sample.labels, sample.value]
+        for family in REGISTRY.collect()
+        if family.name.startswith(_PREFIX)
+        for sample in family.samples
+    ]
+    return json.dumps(found, separators=(",", ":")).encode() + b"\n"
+
+
+class Reporter:
+    """Writes this process's metrics to a pipe: a line whenever they have changed, and at the end.
+
+    ``descriptor`` is ours alone. A reader that does not read costs a worker nothing but its
+    latest numbers: nothing here waits for it for longer than it is told.
+    """
+
+    def __init__(self, descriptor: int, *, every_s: float = 0.5) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._last = self._rest = b""
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        """Report from a thread of its own, until ``close``."""
+        self._thread.start()
+
+    def close(self, *, patience_s: float = 1.0) -> None:
+        """Report once more; the reader has ``patience_s`` to take it."""
+        self._ending.set()
+        self._send(patience_s)
+
+    def _run(self) -> None:
+        while not self._ending.wait(self._every_s):
+            self._send(0.0)
+
+    def _send(self, patience_s: float) -> None:
+        with self._lock:
+            try:
+                self._write(patience_s)  # a line that was cut is ended first
+                now = report()
+                if not self._rest and now != self._last:
+                    self._last = self._rest = now
+                    self._write(patience_s)
+            except OSError:  # who reads has ended, and we soon will
+                self._ending.set()
+
+    def _write(self, patience_s: float) -> None:
+        while self._rest:
+            try:
+                self._rest = self._rest[os.write(self._descriptor, self._rest) :]
+            except BlockingIOError:
+                if not select.select([], [self._descriptor], [], patience_s)[1]:
+                    return
+
+
+class WorkerReports:
+    """What the workers of this server have counted. For use from any thread.
+
+    Of a worker that has ended, counters stay (added up, so that they need no more room however many
+    there were) and gauges go: it holds nothing any more.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._latest: dict[str, _Samples] = {}
+        self._ended: defaultdict[_Key, float] = defaultdict(float)
+
+    def receive(self, worker: str, line: bytes) -> None:
+        """Take what ``worker`` reports.
+
+        Raises:
+            ValueError: it is no report.
+        """
+        try:
+            samples = {
+                (str(name), tuple(sorted(labels.items()))): float(value)
+                for name, labels, value in json.loads(line)
+            }
+        except (TypeError, AttributeError):
+            raise ValueError("no report of metrics") from None
+        with self._lock:
+            self._latest[worker] = samples
+
+    def end(self, worker: str) -> None:
+        """Note that ``worker`` has ended; another may come under its name."""
+        gauges = {family.name for family in REGISTRY.collect() if family.type == "gauge"}
+        with self._lock:
+            for key, value in self._latest.pop(worker, {}).items():
+                if key[0] not in gauges:
+                    self._ended[key] += value
+
+    def total(self) -> _Samples:
+        """The sum over all workers that there are or were."""
+        with self._lock:
+            total = self._ended.copy()
+            for samples in self._latest.values():
+                for key, value in samples.items():
+                    total[key] += value
+        return total
+
+
+class _Everyone(Collector):
+    """This process's own metrics and those of its workers, added up."""
+
+    def __init__(self, workers: WorkerReports) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        """Prometheus entry."""
+        reported = self._workers.total()
+        for family in REGISTRY.collect():
+            if not family.name.startswith(_PREFIX):
+                continue
+            samples = {
+                (each.name, tuple(sorted(each.labels.items()))): each.value
+                for each in family.samples
+            }
+            names = _sample_names(family)
+            # In the order of the report: a histogram's buckets stand together, the least first.
+            for key in [key for key in reported if key[0] in names]:
+                samples[key] = samples.get(key, 0.0) + reported[key]
+            family.samples = []
+            for (name, labels), value in samples.items():
+                family.add_sample(name, dict(labels), value)
+            yield family
+
+
+def _sample_names(family: Metric) -> frozenset[str]:
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
+    return frozenset(family.name + end for end in suffixes.get(family.type, ("",)))
+
+
+def exposition(gauges: Gauges, workers: WorkerReports) -> bytes:
+    """All metrics in Prometheus' text format, ``gauges`` and those of ``workers`` among them."""
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(_Everyone(workers))
     registry.register(_Now(gauges))
     return generate_latest(registry)

@@ -314,6 +314,11 @@ class ServerSettings(ModelSettings):
         return self.data_dir / "blobs"
 
     @property
+    def temporary_dir(self) -> Path:
+        """Where all is kept that need not outlive its process."""
+        return self.data_dir / "tmp"
+
+    @property
     def ballast_path(self) -> Path:
         """A file that is there to be deleted when the disk is full."""
         return self.data_dir / "ballast"

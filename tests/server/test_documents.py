@@ -131,10 +131,7 @@ def shown_names(metric: Any) -> list[str]:
     return [f"{found.name}{total}" for found in metric.describe()]
 
 
-def test_every_metric_is_under_monitoring_and_no_other(
-    api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+def test_every_metric_is_under_monitoring_and_no_other(api: Api) -> None:
     counted = [each for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)]
     read = re.findall(r"^# TYPE (flux_redux_\w+) gauge", api.get("/metrics").text, re.MULTILINE)
     there_are = {name for metric in counted for name in shown_names(metric)} | set(read)

@@ -36,8 +36,8 @@ from redux_server.api.routes import (
     uploads,
 )
 from redux_server.api.services import Services
-from redux_server.database.connection import DATABASE_AWAY
-from redux_server.errors import ApiError, error_response, no_database
+from redux_server.database.connection import DATABASE_AWAY, WrongTables
+from redux_server.errors import ApiError, error_response, no_database, wrong_tables
 from redux_server.pictures.inline import MAX_BYTES
 
 BODY_LIMIT = MAX_BYTES * 4 // 3 + 2**20
@@ -81,6 +81,7 @@ def build_app(services: Services) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _client_left)
     for kind in DATABASE_AWAY:
         app.add_exception_handler(kind, _database_away)
+    app.add_exception_handler(WrongTables, _wrong_tables)
     app.add_exception_handler(Exception, _unexpected)
     return app
 
@@ -101,6 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.accept.close()
         services.find.close()
         services.reservations.close()
+        services.storage_threads.close()
 
 
 async def _api_error(_request: Request, error: Exception) -> JSONResponse:
@@ -110,6 +112,11 @@ async def _api_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _database_away(request: Request, _error: Exception) -> JSONResponse:
     return await _api_error(request, no_database())
+
+
+async def _wrong_tables(request: Request, error: Exception) -> JSONResponse:
+    _log.error("the database cannot be used", reason=str(error))
+    return await _api_error(request, wrong_tables())
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

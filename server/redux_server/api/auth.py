@@ -12,17 +12,19 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 from sqlalchemy import Engine, insert, select, update
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from redux_server.database.connection import DATABASE_AWAY, reader
+from redux_server.database.connection import DATABASE_AWAY, WrongTables, reader
 from redux_server.database.tables import keys
-from redux_server.errors import Unauthorized, Unavailable, error_response
+from redux_server.errors import Unauthorized, Unavailable, error_response, wrong_tables
 
 KEY_PREFIX = "frs_"
 _MAX_FILE_NAME = 59  # with what we put before it, what the column of a task's key takes
 _CACHE_S = 2.0  # how long a revoked key may still pass
 _CACHE_SIZE = 1024
+_log = structlog.get_logger("redux_server.api.auth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,13 @@ class KeyRing:
     def remembers(self, key: str) -> bool:
         """Whether ``recognise`` would answer without asking the database."""
         cached = self._cache.get(_digest(key))
-        return cached is not None and self._clock() - cached[0] < _CACHE_S
+        return cached is not None and 0 <= self._clock() - cached[0] < _CACHE_S
 
     def recognise(self, key: str) -> str | None:
         """The id of the owner of ``key``, or None."""
         digest = _digest(key)
         cached = self._cache.get(digest)
-        if cached is not None and self._clock() - cached[0] < _CACHE_S:
+        if cached is not None and 0 <= self._clock() - cached[0] < _CACHE_S:
             return cached[1]
         owner = self._look_up(digest)
         if len(self._cache) >= _CACHE_SIZE:
@@ -203,6 +205,9 @@ class AuthMiddleware:
                 key_id = self._recognise(key) if key else None
             else:
                 key_id = await asyncio.to_thread(self._recognise, key)
+        except WrongTables as error:
+            _log.error("the database cannot be used", reason=str(error))
+            raise wrong_tables() from None
         except DATABASE_AWAY:
             raise Unavailable(
                 "The key cannot be checked: the database does not answer.",

@@ -1,6 +1,8 @@
 """What the API process does on its own: deletes what is old, reads gauges."""
 
 import asyncio
+import contextlib
+import math
 import time
 
 import structlog
@@ -8,6 +10,7 @@ import structlog
 from redux_server.api.services import Services
 from redux_server.dispatch.presence import WorkerState
 from redux_server.metrics import Gauges
+from redux_server.storage.temporary import remake_temporary_folder
 from redux_server.tasks.task import TASK_ID
 
 SWEEP_EVERY_S = 300.0
@@ -19,7 +22,7 @@ _log = structlog.get_logger("redux_server.api.housekeeping")
 
 
 def start(services: Services) -> "asyncio.Task[None]":
-    """Sweep now and every few minutes, and keep the ballast on board, until cancelled."""
+    """Sweep now and every few minutes, and keep ballast and folders there, until cancelled."""
 
     async def both() -> None:
         await asyncio.gather(_sweep_forever(services), _hold_ballast(services))
@@ -27,12 +30,32 @@ def start(services: Services) -> "asyncio.Task[None]":
     return asyncio.create_task(both())
 
 
+def sweep_all(services: Services) -> None:
+    """Delete all whose time is over, unless the date cannot be believed."""
+    if not services.clock_guard.believes():
+        _log.error(
+            "the date has jumped, so nothing is deleted until it is put right, or has gone on for "
+            "an hour",
+            jumped_by_days=round(services.clock_guard.jump_s / 86400, 1),
+        )
+        return
+    found = {"count": sweep(services)}
+    sweep_idempotency_keys(services)
+    services.presence.forget_gone(FORGET_WORKERS_S)
+    if services.store_owner.look(lambda: _tasks_before(services, math.inf)):
+        found["strays"] = sweep_strays(services)
+        # Their dates are those of the machine, or the bucket, that stored them.
+        found["uploads"] = services.uploads.sweep(_file_now(services))
+    if any(found.values()):
+        _log.info("deleted old tasks", **found)
+
+
 def sweep(services: Services) -> int:
     """Delete tasks that ended longer ago than they are kept, with their files; returns how many.
 
     One whose webhook is still to be delivered waits for that.
     """
-    oldest = time.time() - services.settings.retention_hours * 3600
+    oldest = services.clock() - services.settings.retention_hours * 3600
     deleted = 0
     while ids := services.store.ended_before(oldest):
         for task_id in ids:
@@ -47,8 +70,7 @@ def sweep_strays(services: Services) -> int:
 
     A picture sent inline is stored before its task is accepted, and the process may die between.
     """
-    old = services.blobs.tasks_before(time.time() - STRAY_AFTER_S)
-    names = [name for name in sorted(old) if TASK_ID.fullmatch(name)]
+    names = _tasks_before(services, _file_now(services) - STRAY_AFTER_S)
     strays = []
     for start_ in range(0, len(names), 500):
         batch = names[start_ : start_ + 500]
@@ -59,9 +81,21 @@ def sweep_strays(services: Services) -> int:
     return len(strays)
 
 
+def _tasks_before(services: Services, when: float) -> list[str]:
+    return sorted(filter(TASK_ID.fullmatch, services.blobs.tasks_before(when)))
+
+
+def _file_now(services: Services) -> float:
+    """What to compare the dates of files with, which other clocks than the database's wrote.
+
+    The earlier of the two: nothing is deleted that is old by one of them alone.
+    """
+    return min(services.clock(), time.time())
+
+
 def sweep_idempotency_keys(services: Services) -> int:
     """Free the idempotency keys that are a day old; returns how many."""
-    return services.idempotency.forget(time.time() - IDEMPOTENCY_KEYS_KEPT_S)
+    return services.idempotency.forget(services.clock() - IDEMPOTENCY_KEYS_KEPT_S)
 
 
 def gauges(services: Services) -> Gauges:
@@ -85,19 +119,22 @@ def own_gauges(services: Services, *, is_database_up: bool) -> Gauges:
     return {
         ("database_up", "Whether the database answers."): float(is_database_up),
         ("disk_free_bytes", "Free space where the data is."): services.disk.free_bytes(),
+        (
+            "clock_jump_seconds",
+            "By how much the date is off from when it was last believed; while it is not, nothing "
+            "is deleted for its age.",
+        ): services.clock_guard.jump_s,
+        (
+            "pictures_foreign",
+            "Whether the store of pictures belongs to another database.",
+        ): float(services.store_owner.is_foreign),
     }
 
 
 async def _sweep_forever(services: Services) -> None:
     while True:
         try:
-            deleted = await asyncio.to_thread(sweep, services)
-            strays = await asyncio.to_thread(sweep_strays, services)
-            await asyncio.to_thread(sweep_idempotency_keys, services)
-            await asyncio.to_thread(services.presence.forget_gone, FORGET_WORKERS_S)
-            uploads = await asyncio.to_thread(services.uploads.sweep)
-            if deleted or strays or uploads:
-                _log.info("deleted old tasks", count=deleted, strays=strays, uploads=uploads)
+            await asyncio.to_thread(sweep_all, services)
         except Exception as error:  # a full disk today must not end the sweeps of tomorrow
             _log.error("sweep failed", exc_info=error)
         await asyncio.sleep(SWEEP_EVERY_S)
@@ -105,5 +142,11 @@ async def _sweep_forever(services: Services) -> None:
 
 async def _hold_ballast(services: Services) -> None:
     while True:
-        await asyncio.to_thread(services.ballast.hold)
+        await asyncio.to_thread(_hold, services)
         await asyncio.sleep(BALLAST_EVERY_S)
+
+
+def _hold(services: Services) -> None:
+    services.ballast.hold()
+    with contextlib.suppress(OSError):  # a full disk: at the next time
+        remake_temporary_folder()

@@ -3,7 +3,7 @@
 The one module that knows how the API process's services fit together. Starts nothing.
 """
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,15 +24,18 @@ from redux_server.api.following import (
 from redux_server.api.http_server import Draining
 from redux_server.api.limits import QueueReservations, RateLimit
 from redux_server.api.prediction import Presenter
-from redux_server.database.clock import clock_of
+from redux_server.database.clock import ClockGuard, clock_of
 from redux_server.dispatch.choice import Dispatch, build_dispatch
 from redux_server.dispatch.presence import Presence
+from redux_server.metrics import WorkerReports
 from redux_server.pictures.uploads import Uploads
 from redux_server.settings import ServerSettings
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.disk import Ballast, DiskSpace
 from redux_server.storage.opening import disk_space, open_ballast
+from redux_server.storage.owner import StoreOwner, database_id
 from redux_server.storage.signing import Signer, signing_secret
+from redux_server.storage.threads import StorageThreads
 from redux_server.tasks.accepting import Bounds, IdempotencyKeys, free_places
 from redux_server.tasks.listing import History
 from redux_server.tasks.queue_position import QueuePositions
@@ -54,8 +57,12 @@ class Services:
     keys: KeyRing
     rate: RateLimit
     upload_rate: RateLimit
+    clock: Callable[[], float]
+    clock_guard: ClockGuard
     presence: Presence
     blobs: BlobStore
+    storage_threads: StorageThreads
+    store_owner: StoreOwner
     signer: Signer
     present: Presenter
     webhooks: Webhooks
@@ -68,6 +75,7 @@ class Services:
     ballast: Ballast
     uploads: Uploads
     bodies: Bodies
+    worker_reports: WorkerReports
     dispatch: Dispatch
     draining: Draining = field(default_factory=Draining)
 
@@ -83,8 +91,15 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     store = TaskStore(
         database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
     )
-    keys = KeyRing(database, file=settings.api_keys_file)
-    signer = Signer(signing_secret(database), clock=time.time)
+    keys = KeyRing(database, file=settings.api_keys_file, clock=clock)
+    signer = Signer(signing_secret(database), clock=clock)
+    storage_threads, worker_reports = StorageThreads(), WorkerReports()
+    store_owner = StoreOwner(
+        blobs,
+        database_id(database),
+        knows_any=lambda ids: any(store.get(ids)),
+        where=settings.blob_url or str(settings.blobs_dir),
+    )
     present = Presenter(settings, signer)
     disk = disk_space(settings)
     find = Coalescer(store.get, name="find")
@@ -102,8 +117,12 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         keys=keys,
         rate=RateLimit(settings.rate_limit),
         upload_rate=RateLimit(settings.rate_limit),
+        clock=clock,
+        clock_guard=ClockGuard(database, clock=clock),
         presence=presence,
         blobs=blobs,
+        storage_threads=storage_threads,
+        store_owner=store_owner,
         signer=signer,
         present=present,
         webhooks=build_webhooks(settings, database, store, present, clock=clock),
@@ -114,7 +133,16 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         sync_mode=SyncMode(held_requests, find, limit_s=settings.sync_timeout_s),
         disk=disk,
         ballast=open_ballast(settings),
-        uploads=Uploads(settings, blobs=blobs, signer=signer, disk=disk, folder=settings.data_dir),
-        bodies=Bodies(settings.data_dir, disk),
-        dispatch=build_dispatch(settings, database, store, presence),
+        uploads=Uploads(
+            settings,
+            blobs=blobs,
+            threads=storage_threads,
+            signer=signer,
+            disk=disk,
+            folder=settings.temporary_dir,
+            clock=clock,
+        ),
+        bodies=Bodies(settings.temporary_dir, disk),
+        worker_reports=worker_reports,
+        dispatch=build_dispatch(settings, database, store, presence, worker_reports),
     )

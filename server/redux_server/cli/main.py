@@ -6,7 +6,6 @@ web framework, nor ``serve`` for torch.
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,15 +31,17 @@ from redux_server.settings import (
     build,
     names_of,
 )
+from redux_server.storage.temporary import use_temporary_folder
 
 EXIT_USAGE = 2
+_SERVERS = ("serve", "worker")  # they keep what is temporary in the data directory
 _LICENCE = (
     "FLUX.1 [dev] and FLUX.1 Redux [dev] weights are licensed for non-commercial use only; "
     "with Redux that goes for [schnell] too."
 )
 _REQUEST = "The request"
 _PICTURES = "What of the pictures counts, and how much"
-_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+_METRICS_FOLDER = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
 
 
 class Flag:
@@ -85,11 +86,12 @@ class Verb:
         Raises:
             UsageError: a setting that cannot be used, or what the verb itself refuses.
         """
+        _keep_metrics_in_memory()
         if self.settings is None:
             return self.load()(**given)
         settings = build(self.settings, given, os.environ)
-        if self.name == "serve":
-            _share_metrics()
+        if self.name in _SERVERS and isinstance(settings, ServerSettings):
+            _use_temporary_folder(settings)
         names = names_of(self.settings)
         return self.load()(settings, **{k: v for k, v in given.items() if k not in names})
 
@@ -366,18 +368,26 @@ def version() -> int:
     return 0
 
 
-def _share_metrics() -> None:
-    """Let the processes of one server share their counters, through files in a temporary folder.
+def _use_temporary_folder(settings: ServerSettings) -> None:
+    """Keep in the data directory what is temporary, before a library looks for where else.
 
-    The environment names the folder, so child processes find it. prometheus_client decides when it
-    is first imported whether values live in memory or in files, so this has to run before.
+    Raises:
+        UsageError: nothing can be kept there.
     """
-    import atexit
-    import shutil
-    import tempfile
+    try:
+        use_temporary_folder(settings.temporary_dir)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use {error.filename or settings.temporary_dir}: {error.strerror}; choose "
+            "another --data-dir, or make room there"
+        ) from None
 
-    assert "prometheus_client" not in sys.modules, "too late: metrics are already in memory"
-    if _METRICS_FOLDER not in os.environ:
-        folder = tempfile.mkdtemp(prefix="flux-redux-metrics-")
-        os.environ[_METRICS_FOLDER] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+def _keep_metrics_in_memory() -> None:
+    """Have no process of ours keep its counters in mapped files, as this variable would ask for.
+
+    A full disk ends a process that touches a new page of such a file. prometheus_client looks for
+    it when it is first imported, which every verb does later.
+    """
+    for name in _METRICS_FOLDER:
+        os.environ.pop(name, None)

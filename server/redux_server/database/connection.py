@@ -9,6 +9,7 @@ Knows no table.
 import errno
 import os
 import random
+import re
 import sqlite3
 import time
 import zlib
@@ -16,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from redux_server.private_files import private_file
@@ -40,7 +47,20 @@ _TIMEOUTS: dict[str, Any] = {
     " -c idle_in_transaction_session_timeout=60000",
 }
 _BUSY_TIMEOUT = f"PRAGMA busy_timeout={LOCK_TIMEOUT_S * 1000:.0f}"
+_WRONG_TABLES = ("42P01", "42703")  # undefined_table, undefined_column
+_LACKS = re.compile(r"no such (table|column)|has no column named")
 _jitter = random.Random()  # the global one is for whoever seeds it
+
+
+class WrongTables(SQLAlchemyError):
+    """The database answers, but lacks a table or a column that this version needs."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the database's tables are not those of this version of flux-redux ({reason}); stop "
+            "its servers and workers, install one version everywhere, run `flux-redux db upgrade`, "
+            "or restore the database from a backup"
+        )
 
 
 class DatabaseUnusable(UsageError):
@@ -58,6 +78,7 @@ def connect(url: str) -> Engine:
     create = _sqlite_engine if parsed.get_backend_name() == "sqlite" else _postgres_engine
     try:
         database = create(parsed)
+        event.listen(database, "handle_error", _tell_wrong_tables)
         with database.connect():
             return database
     except ImportError:
@@ -126,6 +147,18 @@ def take_turns(db: Connection, what: str) -> None:
         db.execute(select(func.pg_advisory_xact_lock(zlib.crc32(what.encode()))))
 
 
+def _tell_wrong_tables(context: Any) -> None:
+    """Raise ``WrongTables`` for what is no trouble of a database that may be back in a moment.
+
+    To SQLite that is an ``OperationalError``, as a disk that is full is; PostgreSQL has codes.
+    """
+    error = context.original_exception
+    code = getattr(error, "sqlstate", None)
+    text = str(error).split("\n")[0]
+    if code in _WRONG_TABLES or (code is None and _LACKS.search(text)):
+        raise WrongTables(text)
+
+
 # --- SQLite ---------------------------------------------------------------------------------------
 
 
@@ -156,6 +189,7 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     for pragma in (
         "synchronous=FULL",
         "foreign_keys=ON",
+        "temp_store=MEMORY",  # not in the system's /tmp, which may be full
         "journal_size_limit=67108864",
     ):
         connection.execute(f"PRAGMA {pragma}")

@@ -65,6 +65,7 @@ def open_database(url: str) -> Engine:
 def _have_our_tables(database: Engine) -> None:
     found = schema_version(database)
     if found == SCHEMA_VERSION:
+        _refuse_gaps(database)
         return
     refuse_newer(database, found)
     if is_sqlite(database):
@@ -75,6 +76,23 @@ def _have_our_tables(database: Engine) -> None:
         f"{shown(database.url)} {what}, and this version of flux-redux needs {SCHEMA_VERSION}; "
         "run `flux-redux db upgrade` with the same --database-url"
     )
+
+
+def _refuse_gaps(database: Engine) -> None:
+    """Stop before tables that say their version and are not what it has, as after half a restore.
+
+    Raises:
+        DatabaseUnusable: a table or a column is missing.
+    """
+    with reader(database).connect() as db:
+        found = inspect(db).get_multi_columns()
+    there = {(name, column["name"]) for (_, name), columns in found.items() for column in columns}
+    needed = {(table.name, column.name) for table in metadata.sorted_tables for column in table.c}
+    if missing := sorted(f"{table}.{column}" for table, column in needed - there):
+        raise DatabaseUnusable(
+            f"{shown(database.url)} says that its tables have version {SCHEMA_VERSION}, but lacks "
+            f"{', '.join(missing[:5])}; restore it from a backup"
+        )
 
 
 def _bring_up_to_date(database: Engine) -> None:

@@ -10,6 +10,7 @@ from redux_server.database.clock import clock_of
 from redux_server.database.connection import parse
 from redux_server.dispatch.local import LocalWorkers
 from redux_server.dispatch.presence import Presence
+from redux_server.metrics import WorkerReports
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.signing import signing_secret
 from redux_server.tasks.store import TaskStore
@@ -79,11 +80,15 @@ def _check_broker(url: str) -> None:
 
 
 def build_dispatch(
-    settings: ServerSettings, database: Engine, store: TaskStore, presence: Presence
+    settings: ServerSettings,
+    database: Engine,
+    store: TaskStore,
+    presence: Presence,
+    reports: WorkerReports,
 ) -> Dispatch:
     """What the API process dispatches by. Celery is loaded only where it is used."""
     if settings.dispatch == "local":
-        return LocalWorkers(settings, store, presence)
+        return LocalWorkers(settings, store, presence, reports)
     if settings.dispatch == "sql":
         return NoDispatch()
     from redux_server.dispatch.celery import (

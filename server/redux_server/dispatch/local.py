@@ -20,10 +20,13 @@ from redux_server.dispatch.presence import (
     Presence,
     WorkerState,
 )
+from redux_server.metrics import WorkerReports
 from redux_server.settings import ServerSettings, UsageError, to_environment
 from redux_server.tasks.store import TaskStore
 
 _MAX_PAUSE_S = 30.0
+_MAX_REPORT_BYTES = 4 * 2**20
+_LAST_REPORT_S = 1.0
 _HEALTHY_S = 60.0  # a worker that lived this long is restarted at once
 _WORKER = (sys.executable, "-m", "redux_server", "worker", "--supervised")
 _log = structlog.get_logger("redux_server.dispatch.local")
@@ -33,7 +36,11 @@ class LocalWorkers:
     """Starts a worker per device, wakes them when work arrives, restarts those that die.
 
     A worker's tasks are taken back the moment its process is gone, not when its lease runs out.
-    ``command`` starts a worker; its settings come by the environment.
+    ``command`` starts a worker; its settings come by the environment. What it writes to its
+    standard output are ``reports`` of its metrics.
+
+    Another server may have a worker of the same device and data directory: a second one, or one
+    that ends. Ours waits for it then, and what it said of itself is not changed from here.
     """
 
     def __init__(
@@ -41,12 +48,14 @@ class LocalWorkers:
         settings: ServerSettings,
         store: TaskStore,
         presence: Presence,
+        reports: WorkerReports,
         *,
         command: Sequence[str] = _WORKER,
     ) -> None:
         self._settings = settings
         self._store = store
         self._presence = presence
+        self._reports = reports
         self._command = command
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._supervisors: list[asyncio.Task[None]] = []
@@ -91,7 +100,7 @@ class LocalWorkers:
             started = time.monotonic()
             try:
                 # What a worker of before last said of itself must not count for this one.
-                await asyncio.to_thread(self._say, device, "starting")
+                await asyncio.to_thread(self._say_if_free, device, "starting")
                 code = await self._run_one(device)
                 released = await asyncio.to_thread(self._take_back, device, code)
                 _log.log(
@@ -108,7 +117,7 @@ class LocalWorkers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
         with contextlib.suppress(SQLAlchemyError):
-            await asyncio.to_thread(self._presence.leave, self._name(device))
+            await asyncio.to_thread(self._leave, device)
 
     def _take_back(self, device: str, code: int) -> int:
         # A server that was killed leaves its worker to finish. Ours then only waited for the
@@ -122,6 +131,14 @@ class LocalWorkers:
             self._say(device, f"ended with code {code}, is being restarted")
         return self._store.release(name, has_crashed=has_crashed)
 
+    def _say_if_free(self, device: str, detail: str) -> None:
+        if is_free(lock_path(self._settings, device)):
+            self._say(device, detail)
+
+    def _leave(self, device: str) -> None:
+        if is_free(lock_path(self._settings, device)):
+            self._presence.leave(self._name(device))
+
     def _say(self, device: str, detail: str) -> None:
         self._presence.announce(self._name(device), device, WorkerState.LOADING, detail)
 
@@ -132,6 +149,8 @@ class LocalWorkers:
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_MAX_REPORT_BYTES,
             env={
                 # Idle OpenMP threads that spin would take the cores from the API and each other.
                 "OMP_WAIT_POLICY": "PASSIVE",
@@ -142,12 +161,28 @@ class LocalWorkers:
             start_new_session=True,
         )
         self._processes[device] = process
+        assert process.stdin is not None and process.stdout is not None
+        reading = asyncio.create_task(self._read_reports(device, process.stdout))
         try:
-            if self._stopping.is_set() and process.stdin is not None:
+            if self._stopping.is_set():
                 process.stdin.close()
-            return await process.wait()
+            code = await process.wait()
+            await asyncio.wait([reading], timeout=_LAST_REPORT_S)  # it may be on its way
+            return code
         finally:
+            reading.cancel()
+            self._reports.end(device)
             del self._processes[device]
+
+    async def _read_reports(self, device: str, pipe: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                line = await pipe.readline()
+                if not line:
+                    return
+                self._reports.receive(device, line)
+            except ValueError as error:  # no report, or one that is too long
+                _log.warning("a worker's metrics cannot be read", device=device, reason=str(error))
 
 
 def worker_devices(setting: str, parallel: int = 1) -> list[str]:

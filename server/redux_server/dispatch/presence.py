@@ -49,9 +49,11 @@ class Presence:
         self._reader = reader(database)
         self._silent_s = silent_s
         self._clock = clock
+        self._said: dict[str, tuple[str, WorkerState, str]] = {}
 
     def announce(self, worker_id: str, device: str, state: WorkerState, detail: str = "") -> None:
         """Add or replace a worker's row."""
+        self._said[worker_id] = device, state, detail
         values = {
             "device": device,
             "state": state,
@@ -64,11 +66,15 @@ class Presence:
                 db.execute(insert(workers), {"id": worker_id, **values})
 
     def heartbeat(self, worker_id: str) -> None:
-        """Say that a worker still lives."""
+        """Say that a worker still lives.
+
+        One that was taken for gone meanwhile, and forgotten, says again what it said last.
+        """
+        mine = workers.c.id == worker_id
         with self._database.begin() as db:
-            db.execute(
-                update(workers).where(workers.c.id == worker_id).values(heartbeat_at=self._clock())
-            )
+            changed = db.execute(update(workers).where(mine).values(heartbeat_at=self._clock()))
+        if not changed.rowcount and (said := self._said.get(worker_id)) is not None:
+            self.announce(worker_id, *said)
 
     @contextmanager
     def kept_alive(self, worker_id: str, *, every_s: float = 5.0) -> Iterator[None]:
@@ -92,6 +98,7 @@ class Presence:
 
     def leave(self, worker_id: str) -> None:
         """Forget a worker."""
+        self._said.pop(worker_id, None)
         with self._database.begin() as db:
             db.execute(delete(workers).where(workers.c.id == worker_id))
 

@@ -5,8 +5,11 @@ nothing of pictures, tasks or the HTTP API. The rules on hosts and addresses are
 ``redux_server.net.guard``, the exchange under them in ``redux_server.net.client``.
 """
 
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from io import BytesIO
+from typing import IO
 from urllib.parse import urljoin
 
 import httpcore
@@ -48,12 +51,17 @@ _ADVICE: dict[Reason, str] = {
 
 
 class ImageFetcher:
-    """Fetches pictures by URL, each over fresh sockets of its own. Safe to share among threads."""
+    """Fetches pictures by URL, each over fresh sockets of its own. Safe to share among threads.
+
+    What is more than ``SPOOL_BYTES`` is kept in a file of ``open_file`` while it comes; by default
+    that is memory.
+    """
 
     def __init__(
         self,
         policy: AddressPolicy,
         *,
+        open_file: Callable[[], IO[bytes]] = BytesIO,
         deadline_s: float = 10.0,
         max_bytes: int = 20 * 2**20,
         max_redirects: int = 3,
@@ -61,6 +69,7 @@ class ImageFetcher:
         connector: Connector = connect,
         clock: Clock = time.monotonic,
     ) -> None:
+        self._open_file = open_file
         self._deadline_s = deadline_s
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
@@ -72,6 +81,7 @@ class ImageFetcher:
 
         Raises:
             FetchError: for every reason that lies with the URL, its host or the network.
+            OSError: this machine has no room for what comes.
         """
         deadline = Deadline(self._deadline_s, self._clock)
         try:
@@ -102,17 +112,25 @@ class ImageFetcher:
         _check_answer(response, target)
         if int(_header(response, b"content-length") or 0) > self._max_bytes:
             raise self._too_large(target)
-        size_bytes = 0
+        start, size_bytes, file = BytesIO(), 0, None
         # On disk beyond SPOOL_BYTES: many endless bodies at once must not fill the memory.
-        with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
+        with ExitStack() as files:
             for chunk in response.iter_stream():
                 size_bytes += len(chunk)
                 if size_bytes > self._max_bytes:
                     raise self._too_large(target)
                 deadline.remaining_s()
-                spool.write(chunk)
-            spool.seek(0)
-            return spool.read()
+                if file is None and size_bytes > SPOOL_BYTES:
+                    file = files.enter_context(self._open_file())
+                    _write_all(file, start.getbuffer())
+                if file is None:
+                    start.write(chunk)
+                else:
+                    _write_all(file, chunk)
+            if file is None:
+                return start.getvalue()
+            file.seek(0)
+            return file.read()
 
     def _too_large(self, target: Target) -> FetchError:
         return FetchError(
@@ -120,6 +138,12 @@ class ImageFetcher:
             f"The file at host {quoted(target.host)} has more than {self._max_bytes:,} bytes, the "
             "largest that is fetched.",
         )
+
+
+def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:  # a file without a buffer may take a part
+        rest = rest[file.write(rest) :]
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:

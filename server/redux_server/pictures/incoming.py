@@ -9,7 +9,6 @@ import mmap
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO
 
 import structlog
@@ -17,6 +16,7 @@ import structlog
 from redux_server import metrics
 from redux_server.errors import BadRequest, Unavailable
 from redux_server.pictures.decode import accepted_formats, refusal_of, sniff
+from redux_server.storage import temporary
 
 _BUFFER_BYTES = 128 * 2**10
 _SNIFFED_BYTES = 64
@@ -86,7 +86,7 @@ class Incoming:
 def nameless_file(folder: Path) -> Iterator[IO[bytes]]:
     """A file in ``folder`` that is gone when it is closed, by whatever."""
     with refused_by_store():
-        file = TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        file = temporary.nameless_file(folder)
     with file:
         yield file
 

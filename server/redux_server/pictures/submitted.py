@@ -23,6 +23,7 @@ from redux_server.pictures.incoming import mapped, nameless_file, refused_by_sto
 from redux_server.pictures.long_texts import LONG_BYTES, LongTexts
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
+from redux_server.storage.threads import StorageThreads
 
 _PICTURES = ("image", "images", "mask")
 _PORTS = {"http": 80, "https": 443}
@@ -62,6 +63,7 @@ async def store_pictures(
     task_id: str,
     blobs: BlobStore,
     *,
+    threads: StorageThreads,
     long_texts: LongTexts,
     folder: Path,
 ) -> dict[str, Any]:
@@ -83,7 +85,7 @@ async def store_pictures(
                 decoded[each.stored_as] = await asyncio.to_thread(
                     _decode, each, long_texts, folder, files
                 )
-        await _store(decoded, task_id, blobs)
+        await _store(decoded, task_id, blobs, threads)
     noted = [
         f"blob:{task_id}/{each.stored_as}" if each.stored_as in decoded else each.sent
         for each in given
@@ -96,11 +98,13 @@ async def store_pictures(
     return pictures
 
 
-async def forget_pictures(given: dict[str, Any], task_id: str, blobs: BlobStore) -> None:
+async def forget_pictures(
+    given: dict[str, Any], task_id: str, blobs: BlobStore, threads: StorageThreads
+) -> None:
     """Delete what ``store_pictures`` put; URLs put nothing, and their refusal must stay cheap."""
     noted = [given["image"], *given.get("images", ()), given.get("mask", "")]
     if any(each.startswith("blob:") for each in noted):
-        await _delete(task_id, blobs)
+        await _delete(task_id, blobs, threads)
 
 
 def sent_pictures(wanted: PredictionRequest) -> Iterator[tuple[str, str]]:
@@ -129,15 +133,17 @@ def _decode(given: _Given, texts: LongTexts, folder: Path, files: contextlib.Exi
     return files.enter_context(mapped(file, size_bytes))
 
 
-async def _store(decoded: dict[str, _Bytes], task_id: str, blobs: BlobStore) -> None:
+async def _store(
+    decoded: dict[str, _Bytes], task_id: str, blobs: BlobStore, threads: StorageThreads
+) -> None:
     for name, data in decoded.items():
         try:
-            await asyncio.to_thread(blobs.put, f"{task_id}/{name}", data)
+            await threads(blobs.put, f"{task_id}/{name}", data)
         except OSError as error:
             metrics.REJECTED.labels("blobs").inc()
             _log.warning("an input picture could not be stored", reason=str(error))
             if len(decoded) > 1:
-                await _delete(task_id, blobs)
+                await _delete(task_id, blobs, threads)
             raise Unavailable(
                 "The picture could not be stored (disk full, or its store away); nothing was "
                 "started.",
@@ -145,9 +151,9 @@ async def _store(decoded: dict[str, _Bytes], task_id: str, blobs: BlobStore) -> 
             ) from None
 
 
-async def _delete(task_id: str, blobs: BlobStore) -> None:
+async def _delete(task_id: str, blobs: BlobStore, threads: StorageThreads) -> None:
     with contextlib.suppress(OSError):  # the sweep of strays will find it
-        await asyncio.to_thread(blobs.delete_under, task_id)
+        await threads(blobs.delete_under, task_id)
 
 
 def _is_url(sent: str) -> bool:

@@ -25,6 +25,7 @@ from redux_server.settings import ServerSettings
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.disk import DiskSpace, refuse_without_room
 from redux_server.storage.signing import Signer
+from redux_server.storage.threads import StorageThreads
 
 PREFIX = "upload-"
 TICKET_S = 3600.0
@@ -139,6 +140,7 @@ class Uploads:
         settings: ServerSettings,
         *,
         blobs: BlobStore,
+        threads: StorageThreads,
         signer: Signer,
         disk: DiskSpace,
         folder: Path,
@@ -148,6 +150,7 @@ class Uploads:
         self.tickets = UploadTickets(signer, clock=clock)
         self._kept_s = settings.upload_retention_hours * 3600
         self._blobs = blobs
+        self._in_thread = threads
         self._signer = signer
         self._disk = disk
         self._folder = folder
@@ -197,7 +200,7 @@ class Uploads:
             extension = EXTENSIONS[(sniff(bytes(data[:64])) or "").lower()]
             key = key_of(secrets.token_hex(16), extension)
             with refused_by_store():
-                await asyncio.to_thread(self._blobs.put, key, data)
+                await self._in_thread(self._blobs.put, key, data)
         return key
 
     async def redeem(self, ticket: UploadTicket, incoming: Incoming) -> None:
@@ -212,7 +215,7 @@ class Uploads:
             if len(data) != ticket.size_bytes:
                 raise ticket.wrong_size(f"{len(data):,}")
             with refused_by_store():
-                is_there = await asyncio.to_thread(self._create, ticket.key, data)
+                is_there = await self._in_thread(self._create, ticket.key, data)
         if not is_there:
             raise Conflict(
                 "Another file was stored with this upload URL, and stays; ask for another URL."
@@ -222,9 +225,9 @@ class Uploads:
         """The path at which anyone may fetch ``key``, as long as it is kept."""
         return self._signer.path(key, self._clock() + self._kept_s)
 
-    def sweep(self) -> int:
+    def sweep(self, now: float) -> int:
         """Delete what was stored longer ago than it is kept, and some grace; returns how many."""
-        old = self._blobs.tasks_before(self._clock() - self._kept_s - GRACE_S)
+        old = self._blobs.tasks_before(now - self._kept_s - GRACE_S)
         folders = sorted(name for name in old if name.startswith(PREFIX))
         for folder in folders:
             self._blobs.delete_under(folder)

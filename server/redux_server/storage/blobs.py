@@ -11,7 +11,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -25,6 +25,8 @@ from redux_server.private_files import private_folder
 if TYPE_CHECKING:  # obstore has them in its stubs only
     from obstore import GetOptions, GetResult
 
+MARKER = "flux-redux-store/database-id"
+"""The key of a blob that says whose store it is, see ``redux_server.storage.owner``."""
 _CHUNK_BYTES = 256 * 2**10
 _LIST_CHUNK = 1000  # what one request to S3 can list, and delete
 
@@ -161,11 +163,13 @@ class Blobs(ObjectBlobs):
         private_folder(folder)
         self._folder = folder
         self._keep_free_bytes = keep_free_bytes
+        self._was_marked = False
         super().__init__(LocalStore(folder, automatic_cleanup=True))
 
     def _write(
         self, key: str, data: bytes | memoryview, mode: Literal["create", "overwrite"]
     ) -> None:
+        self._check_there()
         if self._keep_free_bytes:
             free_bytes = shutil.disk_usage(self._folder).free
             if free_bytes - len(data) < self._keep_free_bytes:
@@ -179,13 +183,69 @@ class Blobs(ObjectBlobs):
 
     def get(self, key: str) -> bytes:
         """Read all of a file into memory; a link out of the folder leads nowhere."""
-        self._check_inside(key)
-        return super().get(key)
+        with self._told_from_away():
+            self._check_inside(key)
+            return super().get(key)
 
     async def open(self, key: str, *, first: int = 0, end: int | None = None) -> OpenBlob:
         """Read a file piece by piece; a link out of the folder leads nowhere."""
-        self._check_inside(key)
-        return await super().open(key, first=first, end=end)
+        with self._told_from_away():
+            self._check_inside(key)
+            return await super().open(key, first=first, end=end)
+
+    def delete_under(self, prefix: str) -> None:
+        """Delete a folder, with what a process that was killed has left in it.
+
+        obstore writes ``name#1`` before it is renamed to ``name``, and neither lists nor deletes
+        the former.
+        """
+        self._check_there()
+        if not _is_inside(self._folder, prefix) or not prefix.strip("./"):
+            return
+        path = self._folder / prefix
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            for above in list(path.relative_to(self._folder).parents)[:-1]:
+                (self._folder / above).rmdir()  # as long as nothing else is in there
+        except FileNotFoundError:  # another process deletes it too
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                text = f"cannot delete {path}: {error.strerror}"
+                raise StorageError(error.errno, text) from error
+
+    def tasks_before(self, when: float) -> set[str]:
+        """Look at every file there is, those of writes that were cut short too."""
+        self._check_there()
+        with os.scandir(self._folder) as entries:
+            tasks = [each for each in entries if each.is_dir(follow_symlinks=False)]
+        return {each.name for each in tasks if _newest(each.path) < when}
+
+    @contextmanager
+    def _told_from_away(self) -> Iterator[None]:
+        """Say of a blob that is not there that all are away, if they are."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._check_there()
+            raise
+
+    def _check_there(self) -> None:
+        """Raise ``StorageError`` where the folder is gone, or an empty one stands in its place.
+
+        That is so where a disk is not mounted: what is written there then would be lost later.
+        """
+        if not self._folder.is_dir():
+            text = "The folder of pictures is away"
+            raise StorageError(errno.ENOENT, text, str(self._folder))
+        is_marked = (self._folder / MARKER).exists()
+        if self._was_marked and not is_marked:
+            text = f"The folder has lost {MARKER} (is its disk mounted?)"
+            raise StorageError(errno.ENOENT, text, str(self._folder))
+        self._was_marked = is_marked
 
     def _check_inside(self, key: str) -> None:
         if not _is_inside(self._folder, key):
@@ -193,6 +253,7 @@ class Blobs(ObjectBlobs):
 
     def check(self) -> None:
         """Look whether this user may read and write the folder; writes nothing."""
+        self._check_there()
         if not os.access(self._folder, os.R_OK | os.W_OK | os.X_OK):
             raise StorageError(f"{self._folder} cannot be read and written by this user")
 
@@ -237,6 +298,19 @@ def _is_inside(folder: Path, key: str) -> bool:
         return (folder / key).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, links in a circle
         return False
+
+
+def _newest(folder: str) -> float:
+    """When a file in ``folder`` was last written, at any depth; of an empty one, the folder."""
+    times = [0.0]
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                times.append(os.lstat(f"{path}/{name}").st_mtime)
+    if len(times) == 1:
+        with suppress(FileNotFoundError):
+            times.append(os.lstat(folder).st_mtime)
+    return max(times)
 
 
 def _flush(path: Path) -> None:

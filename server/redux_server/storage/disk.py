@@ -41,12 +41,19 @@ class DiskSpace:
         self._free = free
 
     def free_bytes(self) -> int:
-        """Free bytes on the fullest disk."""
-        return min(self._free(folder) for folder in self._folders)
+        """Free bytes on the fullest disk; 0 where one is away."""
+        try:
+            return min(self._free(folder) for folder in self._folders)
+        except OSError:
+            return 0
 
     def complaint(self) -> str | None:
         """Why no task can be accepted now; None when there is room."""
-        if not self._floor_bytes or (free_bytes := self.free_bytes()) >= self._floor_bytes:
+        try:
+            free_bytes = min(self._free(folder) for folder in self._folders)
+        except OSError as error:
+            return f"a folder of the server cannot be used ({error.strerror})"
+        if free_bytes >= self._floor_bytes:
             return None
         return (
             f"the server's disk is nearly full ({free_bytes >> 20} MiB free, "
@@ -70,7 +77,8 @@ class Ballast:
             return False
         if shutil.disk_usage(self._path.parent).free < 2 * self._size_bytes:
             return False
-        growing = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        # One name for all who try: what one left behind that was killed is the next one's.
+        growing = self._path.with_name(f"{self._path.name}.growing")
         try:
             with open(growing, "wb") as file:
                 # Not truncate(): that makes a sparse file, which holds nothing.

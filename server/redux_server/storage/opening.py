@@ -27,7 +27,10 @@ def open_pictures(settings: ServerSettings) -> BlobStore:
 
 
 def disk_space(settings: ServerSettings) -> DiskSpace:
-    """The room in the data directory, and in the folder of pictures if there is one elsewhere."""
+    """The room in the data directory, and in the folder of pictures if there is one elsewhere.
+
+    What is temporary lies in the data directory, and needs no look of its own.
+    """
     folder = local_folder(settings.blob_url, settings.blobs_dir)
     folders = {settings.data_dir, folder or settings.data_dir}
     return DiskSpace(folders, floor_bytes=settings.min_free_disk * 2**20)

@@ -19,7 +19,6 @@ from redux_server.database.connection import reader
 from redux_server.errors import Gone, NotFound
 from redux_server.parameters import MAX_URL
 
-_IS_SIGNING = tables.secrets.c.name == "file-urls"
 _PATH = re.compile(r"/files/(?P<sig>[0-9a-f]{32})/(?P<exp>[0-9]{1,12})/(?P<key>[\w./-]{1,256})\Z")
 
 
@@ -87,14 +86,20 @@ class Signer:
 
 def signing_secret(database: Engine) -> bytes:
     """The secret behind file URLs: made at the first start, shared by all who use the database."""
+    return bytes.fromhex(shared_value(database, "file-urls"))
+
+
+def shared_value(database: Engine, name: str) -> str:
+    """64 random hex digits under ``name``, made when they are first asked for."""
+    query = select(tables.secrets.c.value).where(tables.secrets.c.name == name)
     with reader(database).connect() as db:
-        found = db.scalar(select(tables.secrets.c.value).where(_IS_SIGNING))
+        found = db.scalar(query)
     if found is not None:
-        return bytes.fromhex(found)
+        return str(found)
     try:
         with database.begin() as db:
             value = secrets.token_hex(32)
-            db.execute(insert(tables.secrets), {"name": "file-urls", "value": value})
+            db.execute(insert(tables.secrets), {"name": name, "value": value})
     except IntegrityError:  # another process was first
-        return signing_secret(database)
-    return bytes.fromhex(value)
+        return shared_value(database, name)
+    return value

@@ -29,7 +29,9 @@ from redux_pipelines.images.safety import black_out
 from redux_server import metrics
 from redux_server.net.guard import FetchError
 from redux_server.pictures.decode import DecodeError, DecoderUnavailable
+from redux_server.pictures.inline import MAX_BYTES
 from redux_server.storage.blobs import BlobStore, StorageError
+from redux_server.storage.disk import is_full
 from redux_server.tasks.task import Code, Outcome, Status
 from redux_server.worker.inputs import (
     ImageGone,
@@ -58,7 +60,8 @@ class BatchRunner:
     """Makes the images of tasks with one pipeline.
 
     ``device`` has one thread, on which alone the pipeline runs: what torch compiles and captures
-    belongs to the thread that made it.
+    belongs to the thread that made it. ``check_room`` raises ``OSError`` where so many bytes cannot
+    be kept while a picture is fetched.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class BatchRunner:
         pipeline: Pipeline,
         safety: SafetyChecker,
         blobs: BlobStore,
+        check_room: Callable[[int], None] = lambda _: None,
         worker_id: str = "worker",
         device: Executor | None = None,
         force_safety: bool = False,
@@ -81,7 +85,9 @@ class BatchRunner:
         self._stopping = threading.Event()
         self.device_is_idle = threading.Event()  # cleared while a group is on the device
         self.device_is_idle.set()
-        self._blobs = RetryingStore(blobs, worker_id=worker_id, stopping=self._stopping)
+        self._blobs = RetryingStore(
+            blobs, worker_id=worker_id, stopping=self._stopping, check_room=check_room
+        )
 
     def stop(self) -> None:
         """Begin nothing more on the device; what is there is finished."""
@@ -139,6 +145,9 @@ class BatchRunner:
             return Postponed(f"its picture could not be read: {error}", _UNREAD)
         except (DecoderUnavailable, MemoryError) as error:
             return Postponed(f"its picture could not be decoded: {error}", _UNREAD)
+        except OSError as error:  # of this machine, no fault of the picture's
+            self._blobs.note_no_room(MAX_BYTES)
+            return Postponed(f"there was nowhere to keep its picture: {error}", _UNREAD)
         except Exception as error:
             return error
 
@@ -286,6 +295,8 @@ def _outcome_of(leased: LeasedTask, error: Exception) -> Outcome | Postponed | N
                 return Outcome.failure(Code.MEDIA_ACCESS_FAILED, str(error))
             case ReduxError():
                 return Outcome.failure(Code.TASK_FAILED, str(error))
+            case OSError() if is_full(error):
+                return Postponed(f"this machine's disk is full: {error}")
         _log.error("task failed", exc_info=error)
         return Outcome.failure(
             Code.INTERNAL, "The worker could not make this image; its log says why."

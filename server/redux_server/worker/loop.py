@@ -98,6 +98,10 @@ class Worker:
         """True once nothing more is claimed."""
         return self._stopping.is_set()
 
+    def wait_until_stopping(self) -> None:
+        """Return when nothing more is claimed."""
+        self._stopping.wait()
+
     def stop(self) -> None:
         """Claim nothing more; what is on the device is finished. Callable from a signal handler."""
         self._stopping.set()

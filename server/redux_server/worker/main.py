@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NoReturn
 
 import structlog
@@ -42,13 +42,18 @@ from redux_server.settings import ServerSettings, UsageError
 from redux_server.storage.blobs import BlobStore, StorageError
 from redux_server.storage.opening import open_ballast, open_pictures
 from redux_server.storage.signing import Signer, signing_secret
+from redux_server.storage.temporary import check_room, nameless_file
 from redux_server.tasks.store import TaskStore
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.inputs import ImageLoader
 from redux_server.worker.loop import POLL_S, Worker
 from redux_server.worker.model import check_parallel, describe_model, load_model
 
-_WAITING = "waiting for the previous worker of this device to end"
+_WAITING = (
+    "another worker has this device and data directory, of a second server or of one that ends; "
+    "waiting for its end"
+)
+_ENDING = "finishes what it has begun, and ends"
 _SLOW_POLL_S = 3.0  # of a worker that gets tickets, of which some may be lost
 _DEFER_S = 1.2 * POLL_S  # every idle worker has looked by then
 _log = structlog.get_logger("redux_server.worker.main")
@@ -76,7 +81,7 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     A device that is lost ends the process from here, with ``EXIT_DEVICE_FAILED``.
 
     With ``is_supervised``, each line on standard input means "there is work", and its end means
-    "your supervisor is gone: finish and leave".
+    "your supervisor is gone: finish and leave"; standard output is for metrics.
     """
     make_new_files_private()
     private_folder(settings.data_dir)
@@ -96,11 +101,11 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
         presence.announce(name, device, state, detail)
 
     def say_waiting() -> None:
-        announce(WorkerState.LOADING, _WAITING)
+        # To the log alone: the row in the database is that of who has the device.
         _log.warning(_WAITING, device=device)
 
     path = lock_path(settings, device)
-    with presence.kept_alive(name), device_lock(path, before_waiting=say_waiting):
+    with device_lock(path, before_waiting=say_waiting), presence.kept_alive(name):
         store.release(name)  # left by a predecessor that died: the lock says it is gone
         announce(WorkerState.LOADING)
         with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
@@ -109,8 +114,9 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
             except Exception as error:
                 announce(WorkerState.FAILED, _reason(error))
                 _log.error("cannot start", reason=str(error), exc_info=error)
+                supervisor.close()
                 return EXIT_CANNOT_LOAD
-            signer = Signer(signing_secret(database), clock=time.time)
+            signer = Signer(signing_secret(database), clock=clock)
             worker = Worker(
                 name,
                 store=store,
@@ -126,7 +132,9 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
             announce(WorkerState.READY, describe_model(pipeline, settings))
             _log.info("worker ready", device=device, model=pipeline.info.name)
             with _tickets(settings, database, worker, wanted=has_tickets):
-                worker.run()
+                with _told_when_stopping(worker, announce):
+                    worker.run()
+                supervisor.close()
                 _end_if_lost(worker, announce)
         presence.leave(name)
     return 0
@@ -149,6 +157,26 @@ def _check_decoder() -> None:
         confinement_gap()
     except Exception as error:
         _log.error("pictures cannot be decoded", exc_info=error)
+
+
+@contextlib.contextmanager
+def _told_when_stopping(
+    worker: Worker, announce: Callable[[WorkerState, str], None]
+) -> Iterator[None]:
+    """Say so as soon as the worker takes no more tasks, though it may finish some for a minute."""
+
+    def wait() -> None:
+        worker.wait_until_stopping()
+        with contextlib.suppress(SQLAlchemyError):
+            announce(WorkerState.LOADING, _ENDING)
+
+    thread = threading.Thread(target=wait, name="stopping", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        worker.stop()
+        thread.join()
 
 
 def _stop_at_signals(worker: Worker) -> None:
@@ -220,11 +248,14 @@ def _runner(
     blobs, signer = pictures
     pipeline, safety = model
     policy = AddressPolicy.from_entries(settings.fetch_allow_entries)
+    temporary = settings.temporary_dir
+    fetcher = ImageFetcher(policy, open_file=partial(nameless_file, temporary))
     return BatchRunner(
-        images=ImageLoader(blobs, signer, ImageFetcher(policy)),
+        images=ImageLoader(blobs, signer, fetcher),
         pipeline=pipeline,
         safety=safety,
         blobs=blobs,
+        check_room=partial(check_room, temporary),
         worker_id=worker_id,
         device=device,
         force_safety=settings.force_safety_checker,
@@ -232,15 +263,24 @@ def _runner(
 
 
 class _Supervisor:
-    """The other end of standard input, while we wait, load and work."""
+    """The other end of standard input and output, while we wait, load and work."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._attaching = threading.Lock()
+        self._reporter: metrics.Reporter | None = None
 
     def listen(self) -> None:
-        """Start to pass on what it says."""
+        """Start to pass on what it says, and to report metrics; what we print goes to the log."""
+        self._reporter = metrics.Reporter(os.dup(sys.stdout.fileno()))
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self._reporter.start()
         threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
+
+    def close(self) -> None:
+        """Report the last metrics."""
+        if self._reporter is not None:
+            self._reporter.close()
 
     def attach(self, worker: Worker) -> None:
         """From now on there is someone to tell."""

@@ -34,14 +34,25 @@ class RetryingStore:
     """Puts and probes; shared by a worker's lanes.
 
     After a failure ``wait_until_usable`` holds up whoever would begin new work, whose images would
-    have nowhere to go either, until a probe as large as what failed gets through.
+    have nowhere to go either, until a probe as large as what failed gets through. So it does where
+    there was no room for a picture that came in; ``check_room`` raises ``OSError`` while there is
+    none.
     """
 
-    def __init__(self, blobs: BlobStore, *, worker_id: str, stopping: threading.Event) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        *,
+        worker_id: str,
+        stopping: threading.Event,
+        check_room: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._blobs = blobs
         self._probe = f"probe/{worker_id.replace('/', '-').replace(':', '-')}"  # a folder
         self._stopping = stopping
+        self._check_room = check_room
         self._failed_bytes = 0
+        self._wanted_bytes = 0
 
     def put(self, key: str, data: bytes, *, check_wanted: Callable[[], None]) -> None:
         """Store ``data``; ``check_wanted`` is called before each try and may raise.
@@ -63,12 +74,28 @@ class RetryingStore:
         """Remember that the store did not do its work, with so many bytes."""
         self._failed_bytes = max(1, size_bytes)
 
+    def note_no_room(self, size_bytes: int) -> None:
+        """Remember that so many bytes that came in could not be kept meanwhile."""
+        self._wanted_bytes = size_bytes
+
     def wait_until_usable(self) -> None:
-        """Return at once unless the last thing heard of the store was a failure."""
-        while self._failed_bytes and not self._stopping.is_set() and not self._try():
+        """Return at once unless the last thing heard of the store, or of room, was a failure."""
+        while not self._stopping.is_set() and not (self._has_room() and self._try()):
             self._stopping.wait(PROBE_EVERY_S)
 
+    def _has_room(self) -> bool:
+        if self._wanted_bytes:
+            try:
+                self._check_room(self._wanted_bytes)
+            except OSError as error:
+                _log.warning("there is still no room for pictures", reason=str(error))
+                return False
+            self._wanted_bytes = 0
+        return True
+
     def _try(self) -> bool:
+        if not self._failed_bytes:
+            return True
         try:
             self._blobs.put(f"{self._probe}/now", bytes(self._failed_bytes))
             self._blobs.delete_under(self._probe)

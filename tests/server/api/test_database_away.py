@@ -2,16 +2,16 @@
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from redux_server.api.routes import service
 from redux_server.dispatch.presence import WorkerState
-from server.in_process import SUBMIT, Api
+from server.in_process import SUBMIT, URL, Api, submit
 
 AWAY = [
     OperationalError("SELECT", {}, Exception("server closed the connection")),
@@ -19,12 +19,6 @@ AWAY = [
     PoolTimeout("QueuePool limit reached"),
 ]
 EACH = pytest.mark.parametrize("error", AWAY, ids=lambda error: type(error).__name__)
-
-
-@pytest.fixture
-def shared_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The folder that a process that serves makes at its start; here an empty one."""
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
 
 
 def failing(error: Exception) -> Callable[..., Any]:
@@ -61,7 +55,7 @@ def test_readyz_does_not_wait_for_a_frozen_database(
 
 @EACH
 def test_metrics_are_shown_without_what_the_database_would_tell(
-    api: Api, error: Exception, shared_metrics: None, monkeypatch: pytest.MonkeyPatch
+    api: Api, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = api.get("/metrics").text
     assert "flux_redux_database_up 1.0" in before and "flux_redux_num_tasks_waiting" in before
@@ -74,7 +68,7 @@ def test_metrics_are_shown_without_what_the_database_would_tell(
 
 
 def test_metrics_do_not_wait_for_a_frozen_database(
-    api: Api, shared_metrics: None, monkeypatch: pytest.MonkeyPatch
+    api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "DATABASE_PATIENCE_S", 0.2)
     thaws, read = threading.Event(), api.services.store.queue_state
@@ -151,3 +145,35 @@ def test_a_picture_stays_while_its_task_may_be_stored(
     answer = api.post(SUBMIT, json={"image": "R0lGODlhAQABAAAAACwAAAAAAQABAAA="})
     assert answer.status_code == 503
     assert bool(list(api.services.settings.blobs_dir.rglob("input"))) is is_broken
+
+
+# --- Tables of another version --------------------------------------------------------------------
+
+
+def test_a_missing_column_is_said_to_be_one(
+    api: Api, database: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = submit(api)
+    with database.begin() as db:
+        db.execute(text("ALTER TABLE tasks RENAME COLUMN crashes TO crashed"))
+        db.execute(text("ALTER TABLE workers RENAME COLUMN detail TO details"))
+    path = f"/api/v3/predictions/{task['id']}/result"
+    for answer in (api.get(path), api.post(SUBMIT, json=URL)):
+        assert answer.status_code == 503
+        assert "tables of another version" in answer.json()["message"]
+        assert "upgrade" in answer.json()["message"]
+    assert "run `flux-redux db upgrade`" in capsys.readouterr().out
+    ready = api.get("/readyz")
+    assert ready.status_code == 503
+    assert "db upgrade" in ready.json()["reason"] and "detail" in ready.json()["reason"]
+    assert api.get("/metrics").status_code == 200
+
+
+def test_a_key_that_cannot_be_looked_for_is_no_database_that_is_away(
+    api: Api, database: Engine
+) -> None:
+    with database.begin() as db:
+        db.execute(text("ALTER TABLE keys RENAME COLUMN digest TO digests"))
+    answer = api.get("/api/v3/predictions/0/result", key="frs_never-seen-before")
+    assert answer.status_code == 503
+    assert "tables of another version" in answer.json()["message"]

@@ -1,19 +1,26 @@
 """Sweeps: what is deleted when, and what stays."""
 
+import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, select
 
 from e2e.live import a_picture, wait_until
 from redux_server.api import housekeeping
-from redux_server.api.services import Services
+from redux_server.api.services import Services, assemble
+from redux_server.database.clock import ClockGuard
+from redux_server.database.migration import open_database
 from redux_server.database.tables import idempotency
+from redux_server.dispatch.presence import Presence, WorkerState
 from redux_server.parameters import MODELS, PredictionRequest
+from redux_server.pictures.uploads import PREFIX as UPLOADS
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import NewTask, Task
-from server.in_process import Api, complete
+from server.in_process import Api, Clock, complete
 
 
 def at(database: Engine, age_hours: float) -> TaskStore:
@@ -107,3 +114,105 @@ def test_server_sweeps_when_it_starts(
     old = ended_task(services, database, age_hours=2)
     api = build_api(services)
     wait_until(lambda: api.get("/livez") and services.store.get([old.id]) == [None], 10)
+
+
+# --- A wrong date, another's pictures -------------------------------------------------------------
+
+DAY = 24 * 3600.0
+
+
+def test_nothing_is_deleted_while_the_date_is_not_believed(
+    build_services: Callable[..., Services], database: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(time.time())
+    services = build_services(retention_hours=1.0, upload_retention_hours=1.0)
+    services = with_clock(services, database, clock)
+    task = ended_task(services, database, age_hours=0)
+    stray, upload = f"{'5' * 32}/input", f"{UPLOADS}{'6' * 32}/picture.png"
+    new = NewTask("k", "m", {}, idempotency_key="key")
+    TaskStore(database, clock=clock).accept([new], max_open=9)
+    services.presence.announce("w", "cpu", WorkerState.READY)
+    for key in (stray, upload):
+        services.blobs.put(key, a_picture())
+    housekeeping.sweep_all(services)
+    clock.now += 8 * DAY
+    housekeeping.sweep_all(services)
+    for key in (f"{task.id}/1/0.png", f"{task.id}/input", stray, upload):
+        assert services.blobs.get(key) == a_picture()
+    assert services.store.get([task.id]) != [None]
+    with database.connect() as db:
+        assert list(db.scalars(select(idempotency.c.key))) == ["key"]
+    assert len(services.presence.all()) == 1
+    assert "the date has jumped" in capsys.readouterr().out
+    read = housekeeping.own_gauges(services, is_database_up=True)
+    values = {name: value for (name, _), value in read.items()}
+    assert values["clock_jump_seconds"] == pytest.approx(8 * DAY, abs=60)
+    clock.now -= 8 * DAY
+    housekeeping.sweep_all(services)
+    assert services.clock_guard.jump_s == 0
+    assert services.store.get([task.id]) != [None]
+
+
+def test_what_is_old_by_the_date_of_this_machine_alone_stays(
+    build_services: Callable[..., Services], database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node whose date is wrong, over a database whose date is right."""
+    services = with_clock(build_services(), database, Clock(time.time()))
+    task = ended_task(services, database, age_hours=0)
+    stray, upload = f"{'5' * 32}/input", f"{UPLOADS}{'6' * 32}/picture.png"
+    for key in (stray, upload):
+        services.blobs.put(key, a_picture())
+    ahead = time.time() + 60 * DAY
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    housekeeping.sweep_all(services)
+    monkeypatch.undo()
+    for key in (f"{task.id}/1/0.png", stray, upload):
+        assert services.blobs.get(key) == a_picture()
+    assert services.store.get([task.id]) != [None]
+
+
+def with_clock(services: Services, database: Engine, clock: Clock) -> Services:
+    """The same, but ``clock`` is the database's."""
+    guard = ClockGuard(database, clock=clock)
+    presence = Presence(database, clock=clock)
+    return replace(services, clock=clock, clock_guard=guard, presence=presence)
+
+
+def test_pictures_of_another_database_are_left_alone_and_that_is_said(
+    build_services: Callable[..., Services],
+    database: Engine,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = build_services(upload_retention_hours=1.0, retention_hours=1.0)
+    theirs = ended_task(first, database, age_hours=0)
+    upload = f"{UPLOADS}{'6' * 32}/picture.png"
+    first.blobs.put(upload, a_picture())
+    housekeeping.sweep_all(first)
+    for path in first.settings.blobs_dir.rglob("*"):
+        os.utime(path, (1, 1))
+    other = open_database(f"sqlite:///{tmp_path / 'other.db'}")
+    second = assemble(first.settings, other, first.blobs)
+    ours = ended_task(second, other, age_hours=2)
+    housekeeping.sweep_all(second)
+    assert first.blobs.get(f"{theirs.id}/1/0.png") == a_picture()
+    assert first.blobs.get(upload) == a_picture()
+    assert "belong to another database" in capsys.readouterr().out
+    read = housekeeping.own_gauges(second, is_database_up=True)
+    assert {name: value for (name, _), value in read.items()}["pictures_foreign"] == 1
+    with pytest.raises(FileNotFoundError):  # its own tasks it knows
+        second.blobs.get(f"{ours.id}/1/0.png")
+    other.dispose()
+
+
+def test_what_a_killed_process_left_of_a_picture_is_swept_with_its_folder(
+    build_services: Callable[..., Services],
+) -> None:
+    services = build_services()
+    half = services.settings.blobs_dir / ("5" * 32) / "1" / "0.png#1"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    os.utime(half, (time.time() - 7200,) * 2)
+    services.store_owner.look(list)
+    assert housekeeping.sweep_strays(services) == 1
+    assert not half.parent.parent.exists()

@@ -7,7 +7,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,11 +60,8 @@ def fuzzed(
     build_services: Callable[..., Services],
     build_api: Callable[..., Api],
     database: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ) -> Api:
     """An API with a worker that says it is ready, and room for everything. It calls no webhook."""
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     services = build_services(max_queue=10**9)
     presence = Presence(database, silent_s=1e9)
     presence.announce("w", "cpu", WorkerState.READY, "as if")

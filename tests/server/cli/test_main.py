@@ -56,7 +56,7 @@ def called(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[Any, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Verb, "load", lambda _: note)
-        patch.setattr(main, "_share_metrics", lambda: None)
+        patch.setattr(main, "_use_temporary_folder", lambda _: None)
         assert run(arguments) == 0
     (call,) = calls
     return call

@@ -10,7 +10,14 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from e2e.live import free_port
 from redux_server.database import connection as module
-from redux_server.database.connection import DatabaseUnusable, parse, reader, shown
+from redux_server.database.connection import (
+    DATABASE_AWAY,
+    DatabaseUnusable,
+    WrongTables,
+    parse,
+    reader,
+    shown,
+)
 from redux_server.database.migration import open_database
 from redux_server.database.tables import keys, secrets
 from redux_server.tasks.store import TaskStore
@@ -157,3 +164,42 @@ def test_queue_bound_holds_when_several_api_nodes_accept_at_once(postgres_url: s
     assert TaskStore(engines[0]).queue_state().waiting == 50
     for engine in engines:
         engine.dispose()
+
+
+# --- Tables of another version --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", ["ALTER TABLE turned RENAME COLUMN value TO other", "DROP TABLE turned"]
+)
+@pytest.mark.parametrize(
+    "statement", ["SELECT value FROM turned", "INSERT INTO turned (value) VALUES (1)"]
+)
+def test_a_missing_table_or_column_is_no_database_that_is_away(
+    either_database: Engine, change: str, statement: str
+) -> None:
+    with either_database.begin() as db:
+        db.execute(text("DROP TABLE IF EXISTS turned"))
+        db.execute(text("CREATE TABLE turned (value INTEGER)"))
+        db.execute(text(change))
+    for use in (either_database.begin, reader(either_database).connect):
+        with pytest.raises(WrongTables, match="db upgrade") as caught, use() as db:
+            db.execute(text(statement))
+        assert not isinstance(caught.value, DATABASE_AWAY)
+        assert "turned" in str(caught.value) or "value" in str(caught.value)
+    with either_database.connect() as db:  # and the connection is as good as before
+        assert db.scalar(text("SELECT 1")) == 1
+
+
+def test_a_locked_database_is_away_and_not_of_another_version(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.1)
+    with database.begin(), pytest.raises(DATABASE_AWAY), database.begin():
+        pass
+
+
+def test_sqlite_keeps_what_is_temporary_in_memory(database: Engine) -> None:
+    """Sorting more than fits its cache would use the system's temporary folder."""
+    with database.connect() as db:
+        assert db.scalar(text("PRAGMA temp_store")) == 2

@@ -1,5 +1,6 @@
 """Tables made by an earlier version, brought up to date on either database."""
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -296,3 +297,13 @@ def test_alembic_is_not_loaded_for_a_database_that_is_up_to_date(tmp_path: Path)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert answer.stdout == "False\n"
+
+
+def test_tables_that_say_their_version_and_lack_a_column_are_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'tasks.db'}"
+    open_database(url).dispose()
+    with contextlib.closing(sqlite3.connect(tmp_path / "tasks.db")) as db:
+        db.execute("ALTER TABLE keys DROP COLUMN priority")
+        db.commit()
+    with pytest.raises(DatabaseUnusable, match=r"lacks keys\.priority; restore it from a backup"):
+        open_database(url)

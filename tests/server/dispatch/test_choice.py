@@ -17,6 +17,7 @@ from redux_server.dispatch import choice
 from redux_server.dispatch.choice import NoDispatch, build_dispatch, check_dispatch
 from redux_server.dispatch.local import LocalWorkers
 from redux_server.dispatch.presence import Presence
+from redux_server.metrics import WorkerReports
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.tasks.store import TaskStore
 
@@ -72,9 +73,9 @@ def test_passwords_are_not_shown_with_the_settings() -> None:
 
 def test_each_engine_is_what_it_is_called(database: Engine) -> None:
     store, presence = TaskStore(database), Presence(database)
-    local = build_dispatch(settings(), database, store, presence)
+    local = build_dispatch(settings(), database, store, presence, WorkerReports())
     assert isinstance(local, LocalWorkers)
-    sql = build_dispatch(settings(dispatch="sql"), database, store, presence)
+    sql = build_dispatch(settings(dispatch="sql"), database, store, presence, WorkerReports())
     assert isinstance(sql, NoDispatch)
 
 
@@ -91,7 +92,8 @@ def test_a_broker_that_is_away_neither_fails_nor_delays_anything(database: Engin
     from redux_server.dispatch.celery import Turns
 
     away = settings(dispatch="celery", broker_url=f"amqp://guest@127.0.0.1:{free_port()}//")
-    dispatch = build_dispatch(away, database, TaskStore(database), Presence(database))
+    store, presence = TaskStore(database), Presence(database)
+    dispatch = build_dispatch(away, database, store, presence, WorkerReports())
 
     async def use() -> tuple[float, float]:
         await dispatch.start()

@@ -18,6 +18,7 @@ from redux_server.dispatch import local as engine_module
 from redux_server.dispatch.device import device_lock, lock_path, worker_id
 from redux_server.dispatch.local import LocalWorkers, devices, worker_devices
 from redux_server.dispatch.presence import Presence, WorkerState
+from redux_server.metrics import WorkerReports
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import NewTask, Status
@@ -84,9 +85,10 @@ def play(
 ) -> Notes:
     notes = Notes(settings.data_dir)
     options = {"command": (sys.executable, "-I", "-S", "-c", STUB + stub), **options}
+    reports = options.pop("reports", WorkerReports())
 
     async def run(presence: Presence) -> None:
-        workers = LocalWorkers(settings, store, presence, **options)
+        workers = LocalWorkers(settings, store, presence, reports, **options)
         await workers.start()
         try:
             await scenario(workers, notes)
@@ -415,11 +417,57 @@ def test_a_dead_worker_does_not_stay_ready(settings: ServerSettings, store: Task
         assert presence.all() == []  # and a stopped server has none
 
 
+REPORT = """
+import json
+for hits in (1, 4):
+    print(json.dumps([["flux_redux_cache_hits_total", {"cache": "x"}, hits]]), flush=True)
+"""
+
+
+def test_what_workers_report_is_kept_when_they_end(
+    settings: ServerSettings, store: TaskStore
+) -> None:
+    reports = WorkerReports()
+
+    def total() -> float:
+        return sum(reports.total().values())
+
+    async def scenario(_: LocalWorkers, notes: Notes) -> None:
+        await notes.wait_for("started", 2)  # one has died
+        await until(lambda: total() >= 8)
+
+    odd = "print('Loading weights ...', flush=True)\n" + REPORT
+    play(settings, store, odd + DIE, scenario, reports=reports)
+    assert total() % 4 == 0
+    assert reports._latest == {}
+
+
+def test_a_second_server_leaves_the_firsts_worker_as_it_is(
+    settings: ServerSettings, store: TaskStore
+) -> None:
+    """It has the same name, for it has the same device and data directory."""
+    seen: list[WorkerState] = []
+
+    async def scenario(_: LocalWorkers, notes: Notes) -> None:
+        await notes.wait_for("started", 2)
+        seen.extend(worker.state for worker in presence.all())
+
+    name, path = worker_id(settings.data_dir, "cpu"), lock_path(settings, "cpu")
+    with (
+        presence_of(settings) as presence,
+        device_lock(path, before_waiting=lambda: pytest.fail("it was free")),
+    ):
+        presence.announce(name, "cpu", WorkerState.READY, "of the first")
+        play(settings, store, DIE, scenario)
+        assert seen == [WorkerState.READY]
+        assert [each.detail for each in presence.all()] == ["of the first"]
+
+
 def test_stop_before_start_and_twice_is_harmless(
     settings: ServerSettings, store: TaskStore
 ) -> None:
     async def run(presence: Presence) -> None:
-        workers = LocalWorkers(settings, store, presence)
+        workers = LocalWorkers(settings, store, presence, WorkerReports())
         workers.wake()
         await workers.stop()
         await workers.stop()

@@ -133,3 +133,15 @@ def test_workers_that_were_silent_for_long_are_forgotten(presence: Presence, clo
     clock.now += 3550
     assert presence.forget_gone(3600) == 1
     assert states(presence) == {"silent": WorkerState.GONE}
+
+
+def test_a_worker_that_was_forgotten_says_again_what_it_said(
+    presence: Presence, clock: Clock
+) -> None:
+    """Its machine slept for an hour, or another process took its row for one that is gone."""
+    presence.announce("a", "cpu", WorkerState.LOADING)
+    presence.announce("a", "cpu", WorkerState.READY, "mini")
+    clock.now += 3700
+    assert presence.forget_gone(3600) == 1
+    presence.heartbeat("a")
+    assert presence.all() == [WorkerStatus("a", "cpu", WorkerState.READY, "mini")]

@@ -4,6 +4,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -475,7 +476,8 @@ def test_endless_bodies_in_parallel_do_not_fill_the_memory():
     def fetch(port):
         reasons.append(refusal(fetcher, f"http://127.0.0.1:{port}/").reason)
 
-    reasons, peak, fetcher = [], 0, ImageFetcher(LOOPBACK, deadline_s=60)
+    reasons, peak = [], 0
+    fetcher = ImageFetcher(LOOPBACK, open_file=tempfile.TemporaryFile, deadline_s=60)
     with server(serve) as port:
         threads = [threading.Thread(target=fetch, args=(port,)) for _ in range(32)]
         before = resident_bytes()

@@ -28,13 +28,13 @@ DEADLINE_S = 10.0
 SLACK_S = 5.0  # for a machine that is busy with something else
 
 CODE = """
-import json, sys, threading, time
+import json, sys, tempfile, threading, time
 from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import AddressPolicy, FetchError
 from redux_server.settings import ServerSettings
 
 allowed = ServerSettings(fetch_allow="127.0.0.1:*").fetch_allow_entries
-fetcher = ImageFetcher(AddressPolicy.from_entries(allowed))
+fetcher = ImageFetcher(AddressPolicy.from_entries(allowed), open_file=tempfile.TemporaryFile)
 
 def resident():
     with open("/proc/self/statm") as file:

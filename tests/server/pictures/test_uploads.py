@@ -54,6 +54,7 @@ def build(
         services = build_services(**settings)
         parts: dict[str, Any] = {
             "blobs": blobs or services.blobs, "signer": services.signer,
+            "threads": services.storage_threads,
             "disk": disk or services.disk, "folder": services.settings.data_dir,
         }  # fmt: skip
         ours = Uploads(services.settings, **parts, clock=clock)
@@ -434,24 +435,24 @@ def test_uploads_are_kept_for_their_time_and_an_hour_and_then_swept(
     given = ticket(api)
     put(api, given)
     clock.now += 5 * 3600 - 60
-    assert housekeeping.sweep_strays(api.services) == api.services.uploads.sweep() == 0
+    assert housekeeping.sweep_strays(api.services) == api.services.uploads.sweep(clock()) == 0
     assert len(kept(api)) == 2
     clock.now += 3600
-    assert api.services.uploads.sweep() == 0
+    assert api.services.uploads.sweep(clock()) == 0
     clock.now += 120
-    assert api.services.uploads.sweep() == 2
+    assert api.services.uploads.sweep(clock()) == 2
     assert not kept(api)
     assert api.get(path_of(url), key="").status_code == 404
 
 
-def test_sweeps_of_other_things_leave_uploads_alone_however_old(api: Api) -> None:
+def test_sweeps_of_other_things_leave_uploads_alone_however_old(api: Api, clock: Clock) -> None:
     form(api)
     for path in api.services.settings.blobs_dir.rglob("*.png"):
         os.utime(path, (1, 1))
     assert housekeeping.sweep_strays(api.services) == 0
     assert housekeeping.sweep(api.services) == 0
     assert len(kept(api)) == 1
-    assert api.services.uploads.sweep() == 1
+    assert api.services.uploads.sweep(clock()) == 1
 
 
 # --- what is told of it ---------------------------------------------------------------------------

@@ -1,14 +1,18 @@
 """Pictures in a folder."""
 
+import asyncio
 import itertools
 import os
+import re
+import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from redux_server.storage.blobs import Blobs, StorageError
+from redux_server.storage.blobs import MARKER, Blobs, StorageError
 from redux_server.storage.disk import is_full
 from server.full_disk import MIB, fill
 
@@ -107,6 +111,103 @@ def test_link_out_of_the_folder_is_not_followed(blobs: Blobs, tmp_path: Path) ->
         with pytest.raises(FileNotFoundError):
             blobs.get(key)
     assert blobs.get("c/0.png") == b"inside"
+
+
+# --- What a killed process leaves -----------------------------------------------------------------
+
+
+@pytest.fixture
+def staged(blobs: Blobs, tmp_path: Path) -> Path:
+    """What is left of a write that was cut short two hours ago."""
+    path = tmp_path / "blobs" / "a" / "1" / "0.png#1"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - 7200,) * 2)
+    return path
+
+
+def test_obstore_writes_under_such_a_name_first(blobs: Blobs, tmp_path: Path) -> None:
+    """Killed in the middle of a write, again and again, until one leaves its file."""
+    data = bytes(16 * MIB)
+    for number in range(60):
+        child = os.fork()
+        if not child:
+            Blobs(tmp_path / "blobs").put(f"{number:032x}/1/0.png", data)
+            os._exit(0)
+        time.sleep(0.002 + 0.001 * (number % 20))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if left := [path.name for path in (tmp_path / "blobs").rglob("*") if "#" in path.name]:
+            assert re.fullmatch(r"0\.png#\d+", left[0])
+            return
+    pytest.skip("no write could be cut short here")
+
+
+def test_half_a_write_is_seen_and_deleted_with_its_task(blobs: Blobs, staged: Path) -> None:
+    assert blobs.tasks_before(time.time() - 3600) == {"a"}
+    blobs.put("a/2/0.png", b"x")
+    assert blobs.tasks_before(time.time() - 3600) == set()
+    blobs.delete_under("a")
+    assert not staged.parent.parent.exists()
+
+
+def test_an_empty_folder_is_as_old_as_itself(blobs: Blobs, staged: Path) -> None:
+    staged.unlink()
+    os.utime(staged.parent.parent, (time.time() - 7200,) * 2)
+    assert blobs.tasks_before(time.time() - 3600) == {"a"}
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "..", "../x", "/", "/etc", "a/../.."])
+def test_deleting_never_leaves_the_folder_nor_takes_all_of_it(
+    blobs: Blobs, tmp_path: Path, prefix: str
+) -> None:
+    blobs.put("a/1/0.png", b"x")
+    (tmp_path / "x").write_bytes(b"outside")
+    blobs.delete_under(prefix)
+    assert blobs.get("a/1/0.png") == b"x"
+    assert (tmp_path / "x").exists()
+
+
+def test_deleting_a_link_leaves_what_it_leads_to(blobs: Blobs, tmp_path: Path) -> None:
+    (tmp_path / "blobs" / "real").mkdir()
+    (tmp_path / "blobs" / "real" / "0.png").write_bytes(b"x")
+    (tmp_path / "blobs" / "link").symlink_to(tmp_path / "blobs" / "real")
+    blobs.delete_under("link")
+    assert blobs.get("real/0.png") == b"x"
+
+
+# --- A folder that is away ------------------------------------------------------------------------
+
+USES = {
+    "put": lambda blobs: blobs.put("a/1/0.png", b"x"),
+    "create": lambda blobs: blobs.create("a/1/0.png", b"x"),
+    "get": lambda blobs: blobs.get("a/1/0.png"),
+    "open": lambda blobs: asyncio.run(blobs.open("a/1/0.png")),
+    "delete_under": lambda blobs: blobs.delete_under("a"),
+    "tasks_before": lambda blobs: blobs.tasks_before(time.time()),
+    "check": lambda blobs: blobs.check(),
+}
+
+
+@pytest.mark.parametrize("empty_one_instead", [False, True], ids=["gone", "not mounted"])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_folder_that_is_away_is_no_folder_without_pictures(
+    blobs: Blobs, tmp_path: Path, use: Callable[[Blobs], object], empty_one_instead: bool
+) -> None:
+    folder = tmp_path / "blobs"
+    blobs.create(MARKER, b"mine")
+    blobs.put("a/1/0.png", b"x")
+    folder.rename(tmp_path / "elsewhere")
+    if empty_one_instead:
+        folder.mkdir()
+    with pytest.raises(StorageError, match=r"away|mounted"):
+        use(blobs)
+    if empty_one_instead:
+        assert list(folder.iterdir()) == [], "written where a disk is to be mounted"
+        folder.rmdir()
+    assert not folder.exists()
+    (tmp_path / "elsewhere").rename(folder)
+    assert blobs.get("a/1/0.png") == b"x"
 
 
 # --- A full disk ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from e2e.live import a_picture, data_uri
 from redux_server.api import housekeeping
 from redux_server.api.services import Services
-from redux_server.storage.blobs import StorageError
+from redux_server.storage.blobs import MARKER, StorageError
 from redux_server.storage.disk import Ballast, DiskSpace, is_full
 from redux_server.tasks.task import Outcome, Status
 from server.full_disk import MIB, fill
@@ -38,7 +38,7 @@ def test_below_the_floor_a_submit_is_refused_before_anything_is_written(
     disk = DiskSpace([Path("/x")], floor_bytes=512 * MIB, free=lambda _: free_mib * MIB)
     api = build_api(replace(services, disk=disk))
     answer = api.post(SUBMIT, json={"image": data_uri(a_picture())})
-    written = services.blobs.tasks_before(time.time() + 60)
+    written = services.blobs.tasks_before(time.time() + 60) - {MARKER.partition("/")[0]}
     if is_refused:
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) > 0

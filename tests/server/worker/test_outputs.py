@@ -1,9 +1,12 @@
 """A worker whose images find no room, or whose store is away: it waits, and loses no task."""
 
+import contextlib
 import errno
+import http.server
 import random
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,39 @@ from sqlalchemy.exc import OperationalError
 from redux_pipelines.fake import FakePipeline
 from redux_server.database.migration import open_database
 from redux_server.database.tables import secrets
+from redux_server.net.fetch import ImageFetcher
+from redux_server.net.guard import AddressPolicy
 from redux_server.storage.blobs import Blobs, StorageError
 from redux_server.storage.disk import Ballast, is_full
+from redux_server.storage.signing import Signer
+from redux_server.storage.temporary import check_room, nameless_file
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Created, NewTask, Outcome, Status
 from redux_server.worker.batch import BatchRunner
+from redux_server.worker.inputs import ImageLoader
 from redux_server.worker.leased import MAX_STARTS, EndRecorder, LeasedTask
 from redux_server.worker.loop import Worker
 from server.full_disk import MIB, fill
 from server.worker_bench import INPUT, ME, OTHER, Images, Safety
+from threaded import answering
+
+
+class Answering(http.server.ThreadingHTTPServer):
+    """A site with one file."""
+
+    def __init__(self, body: bytes) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
 
 
 class RefusingBlobs:
@@ -191,3 +218,73 @@ def write_until_refused(database: Engine) -> None:
         name = f"{random.getrandbits(128):x}"
         with database.begin() as db:
             db.execute(insert(secrets), {"name": name, "value": "x" * 128})
+
+
+# --- Room for what comes in -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE])
+def test_a_picture_that_this_machine_cannot_keep_comes_later_and_fails_nobody(
+    database: Engine, tmp_path: Path, clock: Any, number: int
+) -> None:
+    store, blobs = TaskStore(database, clock=clock), Blobs(tmp_path / "blobs")
+    images, checks = Images(raises=OSError(number, "as if")), []
+
+    def check_room(size_bytes: int) -> None:
+        checks.append(size_bytes)
+        if len(checks) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (task_id,) = submit(store)
+    worker = worker_on(store, blobs, images=images, check_room=check_room)
+    assert worker.step()
+    (task,) = store.get([task_id])
+    assert task is not None
+    assert (task.status, task.crashes, task.outcome) == (Status.PROCESSING, 0, None)
+    images.raises = None
+    clock.now += 5.5
+    assert worker.step()  # begins nothing before there is room
+    assert checks == [20 * MIB] * 3
+    (task,) = store.get([task_id])
+    assert task is not None
+    assert (task.status, task.attempt) == (Status.COMPLETED, 2)
+
+
+def test_a_fetched_picture_that_finds_no_room_is_postponed(
+    database: Engine, small_disk: Path, tmp_path: Path
+) -> None:
+    """Through the fetcher, on a real disk that is full."""
+    store, picture = TaskStore(database), random.Random(7).randbytes(2 * MIB)
+
+    policy = AddressPolicy.from_entries(["127.0.0.1"])
+    fetcher = ImageFetcher(policy, open_file=partial(nameless_file, small_disk / "tmp"))
+    blobs = Blobs(tmp_path / "blobs")
+    loader = ImageLoader(blobs, Signer(b"secret", clock=time.time), fetcher)
+    check_small = partial(check_room, small_disk / "tmp")
+    with answering(Answering(picture)) as site:
+        url = f"http://127.0.0.1:{site.server_address[1]}/a.png"
+        assert fetcher.fetch(url) == picture
+        fill(small_disk)
+        new = NewTask("key", "model", {**INPUT, "image": url})
+        store.accept([new], max_open=9)
+        worker_on(store, blobs, images=loader, check_room=check_small).step()
+    (task,) = store.get([new.id])
+    assert task is not None
+    assert (task.status, task.outcome) == (Status.PROCESSING, None)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_disk_that_is_full_while_an_image_is_made_fails_no_task(
+    database: Engine, tmp_path: Path
+) -> None:
+    class Full(FakePipeline):
+        def generate_batch(self, requests: Any) -> Any:
+            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/of-a-compiler")
+
+    store = TaskStore(database)
+    (task_id,) = submit(store)
+    worker_on(store, Blobs(tmp_path / "blobs"), pipeline=Full()).step()
+    (task,) = store.get([task_id])
+    assert task is not None
+    assert (task.status, task.outcome) == (Status.PROCESSING, None)

@@ -14,6 +14,7 @@ from PIL import Image
 from redux_server.database.migration import open_database
 from redux_server.dispatch.local import LocalWorkers
 from redux_server.dispatch.presence import EXIT_DEVICE_FAILED, Presence
+from redux_server.metrics import WorkerReports
 from redux_server.settings import ServerSettings
 from redux_server.storage.blobs import Blobs
 from redux_server.tasks.store import TaskStore
@@ -118,7 +119,7 @@ def test_a_poison_task_fails_and_its_batch_mates_complete(tmp_path: Path, death:
 
     async def run() -> None:
         command = (sys.executable, "-c", WORKER.replace("DIE", DEATHS[death]))
-        engine = LocalWorkers(settings, store, presence, command=command)
+        engine = LocalWorkers(settings, store, presence, WorkerReports(), command=command)
         await engine.start()
         try:
             await until(lambda: all(task.status.is_terminal for task in found()), 150)
@@ -158,7 +159,7 @@ def test_a_worker_that_lost_its_device_says_so_by_its_exit_code(tmp_path: Path) 
 
     async def run() -> None:
         command = (sys.executable, "-c", WORKER.replace("DIE", DEATHS["device lost"]))
-        engine = Once(settings, store, Presence(database), command=command)
+        engine = Once(settings, store, Presence(database), WorkerReports(), command=command)
         await engine.start()
         await until(lambda: bool(codes), 60)
         await engine.stop()

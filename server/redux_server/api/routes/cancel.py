@@ -93,13 +93,13 @@ async def delete_many(request: Request, services: ServicesDep) -> JSONResponse:
 async def _delete(ids: Sequence[str], request: Request, services: Services) -> int:
     known = sorted({task_id for task_id in ids if TASK_ID.fullmatch(task_id)})
     gone = await asyncio.to_thread(services.store.delete, known, key_id=request.state.key_id)
-    await asyncio.to_thread(_delete_files, gone, services)
+    await _delete_files(gone, services)
     return len(gone)
 
 
-def _delete_files(ids: Sequence[str], services: Services) -> None:
+async def _delete_files(ids: Sequence[str], services: Services) -> None:
     for task_id in ids:
         try:
-            services.blobs.delete_under(task_id)
+            await services.storage_threads(services.blobs.delete_under, task_id)
         except (OSError, BlobError) as error:  # the rows are gone: sweeps find what is left
             _log.error("could not delete files", task_id=task_id, exc_info=error)

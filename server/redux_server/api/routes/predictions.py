@@ -174,6 +174,7 @@ async def _store(new: NewTask, asked: _Asked, services: Services) -> Acceptance:
             asked.wanted,
             new.id,
             services.blobs,
+            threads=services.storage_threads,
             long_texts=asked.texts,
             folder=services.bodies.folder,
         )
@@ -183,7 +184,7 @@ async def _store(new: NewTask, asked: _Asked, services: Services) -> Acceptance:
     except DATABASE_AWAY as error:
         raise await _not_stored(new, error, services) from None
     if not isinstance(acceptance, Created):
-        await forget_pictures(new.input, new.id, services.blobs)
+        await forget_pictures(new.input, new.id, services.blobs, services.storage_threads)
     return acceptance
 
 
@@ -196,7 +197,7 @@ async def _not_stored(new: NewTask, error: Exception, services: Services) -> Una
             "with an Idempotency-Key a repeated request makes no second one."
         )
     else:
-        await forget_pictures(new.input, new.id, services.blobs)
+        await forget_pictures(new.input, new.id, services.blobs, services.storage_threads)
         text = "The task could not be stored (database busy, or disk full); nothing was started."
     return Unavailable(text, headers={"Retry-After": "5"})
 

@@ -18,7 +18,7 @@ from redux_server.api import housekeeping, openapi
 from redux_server.api.dependencies import ServicesDep
 from redux_server.api.middleware import policy
 from redux_server.api.services import Services
-from redux_server.database.connection import DATABASE_AWAY
+from redux_server.database.connection import DATABASE_AWAY, WrongTables
 from redux_server.dispatch.presence import WorkerState, WorkerStatus
 
 STATIC = "/static-offline-docs"
@@ -70,8 +70,9 @@ def probes() -> APIRouter:
         try:
             found = asyncio.to_thread(services.presence.all)
             workers = await asyncio.wait_for(found, DATABASE_PATIENCE_S)
-        except (TimeoutError, *DATABASE_AWAY):
-            reason = "the database does not answer"
+        except (TimeoutError, WrongTables, *DATABASE_AWAY) as error:
+            is_there = isinstance(error, WrongTables)
+            reason = str(error) if is_there else "the database does not answer"
             away = {"status": "not ready", "reason": reason, "workers": []}
             return JSONResponse(away, status_code=503)
         return _readiness(services, workers)
@@ -92,10 +93,10 @@ def probes() -> APIRouter:
         try:
             found = asyncio.to_thread(housekeeping.gauges, services)
             gauges = await asyncio.wait_for(found, DATABASE_PATIENCE_S)
-        except (TimeoutError, *DATABASE_AWAY):
+        except (TimeoutError, WrongTables, *DATABASE_AWAY):
             pass  # what was counted is known all the same
         gauges |= housekeeping.own_gauges(services, is_database_up=bool(gauges))
-        text = await asyncio.to_thread(metrics.exposition, gauges)
+        text = await asyncio.to_thread(metrics.exposition, gauges, services.worker_reports)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
