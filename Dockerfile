@@ -23,8 +23,8 @@
 # `docker stop --time 90`. It starts and reaps its workers and needs no init for them; --init is
 # for *their* children (torch.compile's helper processes), which a crashed worker leaves to PID 1.
 #
-# Rights: uid and gid 10001, no capabilities. It also runs with `--read-only --tmpfs /tmp
-# --cap-drop ALL --security-opt no-new-privileges`; all it writes is under /data and /tmp.
+# Rights: uid and gid 10001, no capabilities. It also runs with `--read-only
+# --cap-drop ALL --security-opt no-new-privileges`; all it writes is under /data.
 
 # --- what to install: changes only when the list of dependencies does, whatever else pyproject says
 FROM python:3.12-slim-bookworm AS requirements

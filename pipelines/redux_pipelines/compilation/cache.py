@@ -87,12 +87,26 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _keep_headers(folder: Path) -> None:
+    """Have torch keep there, too, the C++ headers that it compiles first on a CPU.
+
+    It keeps them in the temporary folder whatever it is told, which a worker has a new one of at
+    each start.
+    """
+    from torch._inductor import codecache
+
+    if hasattr(codecache, "_HEADER_DIR"):  # not every torch that we allow has it
+        codecache._HEADER_DIR = str(folder)
+        codecache._HEADER_LOCK_DIR = str(folder / "locks")
+
+
 class CodeFolder:
     """The folder in ``directory`` for compiled code that depends on ``facts``."""
 
     def __init__(self, directory: Path, facts: Facts) -> None:
         self._facts = json.dumps(dict(facts), sort_keys=True)
         self.path = directory / hashlib.sha256(self._facts.encode()).hexdigest()[:24]
+        self._headers = directory.with_name("headers")  # large, and the same for every network
 
     def use(self) -> bool:
         """Have torch find and keep code there from now on; whether it does.
@@ -105,6 +119,7 @@ class CodeFolder:
             logger.warning("compiled code is not kept in %s: %s", self.path, error)
             return False
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.path)
+        _keep_headers(self._headers)
         _prune(self.path.parent)
         return True
 
@@ -113,7 +128,7 @@ class CodeFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _make(self) -> None:
-        for folder in (self.path.parent, self.path):
+        for folder in (self.path.parent, self.path, self._headers):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _check_owner(folder.stat())
         if not (self.path / _FACTS).exists():

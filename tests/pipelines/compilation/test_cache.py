@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch._inductor import codecache
 
 from redux_pipelines.compilation import cache
 from redux_pipelines.compilation.cache import MAX_FOLDERS, CodeFolder, kept_code, machine_facts
@@ -133,3 +134,22 @@ def test_facts_name_the_processor_and_what_it_can_do(monkeypatch, tmp_path):
         seen.add(machine_facts(torch.device("cpu"))["processor"])
     assert len(seen) == 2
     assert all(each.startswith("An Example ") for each in seen)
+
+
+def test_headers_that_torch_compiles_first_are_kept_for_all_networks(tmp_path, monkeypatch):
+    """Not in the temporary folder, which a worker has a new one of at each start."""
+    for name in ("_HEADER_DIR", "_HEADER_LOCK_DIR"):
+        monkeypatch.setattr(codecache, name, "before", raising=False)
+    for number in range(2):
+        assert CodeFolder(tmp_path / "compile", {"n": str(number)}).use()
+        assert str(tmp_path / "headers") == codecache._HEADER_DIR
+        assert str(tmp_path / "headers" / "locks") == codecache._HEADER_LOCK_DIR
+    assert (tmp_path / "headers").stat().st_mode & 0o777 == 0o700
+
+
+def test_headers_that_others_could_have_written_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(codecache, "_HEADER_DIR", "before", raising=False)
+    (tmp_path / "headers").mkdir()
+    (tmp_path / "headers").chmod(0o777)
+    assert not CodeFolder(tmp_path / "compile", FACTS).use()
+    assert codecache._HEADER_DIR == "before"

@@ -20,15 +20,17 @@ import httpx
 from redux_server import __version__
 from redux_server.api.auth import KeyFileError, KeyRing, read_keys_file
 from redux_server.cli.doctor.findings import Finding, Level, check_space, existing
+from redux_server.database.clock import MAX_JUMP_S, clock_of, jump_since_believed
 from redux_server.database.connection import DatabaseUnusable, shown
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
 from redux_server.pictures.decode import confinement_gap
 from redux_server.private_files import is_open_to_others
 from redux_server.settings import ServerSettings, UsageError
-from redux_server.storage.blobs import StorageError
+from redux_server.storage.blobs import MARKER, StorageError
 from redux_server.storage.buckets import BlobUrlError, BucketBlobs
-from redux_server.storage.opening import local_folder
+from redux_server.storage.opening import local_folder, open_blobs
+from redux_server.storage.owner import database_id, marked_as
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "sqlalchemy", "fastapi")
 NETWORK_FILESYSTEMS = frozenset(
@@ -159,6 +161,45 @@ def check_cluster(settings: ServerSettings) -> Iterator[Finding]:
             yield Finding(Level.MISSING, "dispatch", str(error))
         else:
             yield Finding(Level.OK, "dispatch", settings.dispatch)
+
+
+def check_sweeps(settings: ServerSettings) -> Iterator[Finding]:
+    """Whether what is old would be deleted: the date is believed, and the pictures are ours."""
+    if not settings.database_url and not (settings.data_dir / "tasks.db").exists():
+        return
+    try:
+        database = open_database(settings.database)
+    except DatabaseUnusable:
+        return  # told already
+    try:
+        jump_s = jump_since_believed(database, clock_of(database)())
+        if abs(jump_s) > MAX_JUMP_S:
+            text = (
+                f"it is off by {jump_s / 86400:.1f} days from when a server last believed it, so "
+                "nothing old is deleted until it has gone on for an hour; put it right if it is "
+                "wrong"
+            )
+            yield Finding(Level.NOTE, "date", text)
+        found = _mark_of(settings)
+        if found is not None and found != (own_id := database_id(database)):
+            text = (
+                f"they belong to another database ({found}), so none is deleted for its age; use "
+                f"another --blob-url, or write {own_id} into {MARKER} there"
+            )
+            yield Finding(Level.NOTE, "pictures", text)
+    finally:
+        database.dispose()
+
+
+def _mark_of(settings: ServerSettings) -> str | None:
+    """Whose pictures they are; None where nobody has said so, or none are there yet."""
+    folder = local_folder(settings.blob_url, settings.blobs_dir)
+    if folder is not None and not folder.is_dir():
+        return None
+    try:
+        return marked_as(open_blobs(settings.blob_url, settings.blobs_dir))
+    except (BlobUrlError, OSError):
+        return None  # told already
 
 
 def check_port(settings: ServerSettings) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from redux_server.cli.doctor.host import (
     check_pictures,
     check_port,
     check_python,
+    check_sweeps,
 )
 from redux_server.cli.doctor.model import (
     check_compile,
@@ -83,6 +84,7 @@ CHECKS: tuple[Check, ...] = (
     check_confinement,
     check_pictures,
     check_cluster,
+    check_sweeps,
     check_port,
     check_api_keys,
 )

@@ -14,8 +14,11 @@ from redux_server.api.auth import KeyRing
 from redux_server.cli.doctor import host
 from redux_server.cli.doctor.findings import Finding, Level
 from redux_server.cli.doctor.host import check_floor, check_pictures
+from redux_server.database.clock import ClockGuard
 from redux_server.database.migration import open_database
 from redux_server.settings import ServerSettings
+from redux_server.storage.blobs import MARKER, Blobs
+from redux_server.storage.owner import database_id
 from server.cli.doctor.findings import levels, only
 from server.s3 import BUCKET, aws, s3_server
 
@@ -210,3 +213,39 @@ def test_confinement_of_decoders_is_told(
     monkeypatch.setattr(host, "confinement_gap", lambda: gap)
     found = only(host.check_confinement(settings))
     assert found.level is level and found.subject == "decoding" and gap in found.text
+
+
+# --- What is old ----------------------------------------------------------------------------------
+
+
+def test_nothing_is_said_of_sweeps_that_would_delete_what_is_old(
+    settings: ServerSettings, tmp_path: Path
+) -> None:
+    assert list(host.check_sweeps(settings)) == []
+    assert list(tmp_path.iterdir()) == [], "made something"
+    database = open_database(settings.database)
+    assert ClockGuard(database, clock=time.time).believes()
+    Blobs(settings.blobs_dir).create(MARKER, database_id(database).encode())
+    database.dispose()
+    assert list(host.check_sweeps(settings)) == []
+
+
+def test_a_date_that_has_jumped_is_noted(settings: ServerSettings) -> None:
+    database = open_database(settings.database)
+    assert ClockGuard(database, clock=lambda: time.time() - 3 * 86400).believes()
+    database.dispose()
+    finding = only(host.check_sweeps(settings))
+    assert (finding.level, finding.subject) == (Level.NOTE, "date")
+    assert "off by 3.0 days" in finding.text
+
+
+def test_pictures_of_another_database_are_noted_with_what_to_do(settings: ServerSettings) -> None:
+    database = open_database(settings.database)
+    own_id = database_id(database)
+    database.dispose()
+    Blobs(settings.blobs_dir).create(MARKER, b"f" * 32)
+    finding = only(host.check_sweeps(settings))
+    assert (finding.level, finding.subject) == (Level.NOTE, "pictures")
+    assert f"write {own_id} into {MARKER}" in finding.text
+    Blobs(settings.blobs_dir).put(MARKER, own_id.encode())
+    assert list(host.check_sweeps(settings)) == []
