@@ -94,12 +94,6 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     keys = KeyRing(database, file=settings.api_keys_file, clock=clock)
     signer = Signer(signing_secret(database), clock=clock)
     storage_threads, worker_reports = StorageThreads(), WorkerReports()
-    store_owner = StoreOwner(
-        blobs,
-        database_id(database),
-        knows_any=lambda ids: any(store.get(ids)),
-        where=settings.blob_url or str(settings.blobs_dir),
-    )
     present = Presenter(settings, signer)
     disk = disk_space(settings)
     find = Coalescer(store.get, name="find")
@@ -122,7 +116,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         presence=presence,
         blobs=blobs,
         storage_threads=storage_threads,
-        store_owner=store_owner,
+        store_owner=_owner(settings, database, blobs, store),
         signer=signer,
         present=present,
         webhooks=build_webhooks(settings, database, store, present, clock=clock),
@@ -145,4 +139,15 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         bodies=Bodies(settings.temporary_dir, disk),
         worker_reports=worker_reports,
         dispatch=build_dispatch(settings, database, store, presence, worker_reports),
+    )
+
+
+def _owner(
+    settings: ServerSettings, database: Engine, blobs: BlobStore, store: TaskStore
+) -> StoreOwner:
+    return StoreOwner(
+        blobs,
+        database_id(database),
+        knows_any=lambda ids: any(store.get(ids)),
+        where=settings.blob_url or str(settings.blobs_dir),
     )

@@ -100,10 +100,8 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     def announce(state: WorkerState, detail: str = "") -> None:
         presence.announce(name, device, state, detail)
 
-    def say_waiting() -> None:
-        # To the log alone: the row in the database is that of who has the device.
-        _log.warning(_WAITING, device=device)
-
+    # To the log alone: the row in the database is that of who has the device.
+    say_waiting = partial(_log.warning, _WAITING, device=device)
     path = lock_path(settings, device)
     with device_lock(path, before_waiting=say_waiting), presence.kept_alive(name):
         store.release(name)  # left by a predecessor that died: the lock says it is gone
@@ -113,9 +111,8 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
                 blobs, (pipeline, safety) = _load(settings, device, device_thread)
             except Exception as error:
                 announce(WorkerState.FAILED, _reason(error))
-                _log.error("cannot start", reason=str(error), exc_info=error)
                 supervisor.close()
-                return EXIT_CANNOT_LOAD
+                return _cannot_load(error)
             signer = Signer(signing_secret(database), clock=clock)
             worker = Worker(
                 name,
@@ -177,6 +174,11 @@ def _told_when_stopping(
     finally:
         worker.stop()
         thread.join()
+
+
+def _cannot_load(error: Exception) -> int:
+    _log.error("cannot start", reason=str(error), exc_info=error)
+    return EXIT_CANNOT_LOAD
 
 
 def _stop_at_signals(worker: Worker) -> None:
