@@ -257,7 +257,7 @@ def test_a_fetched_picture_that_finds_no_room_is_postponed(
     """Through the fetcher, on a real disk that is full."""
     store, picture = TaskStore(database), random.Random(7).randbytes(2 * MIB)
 
-    policy = AddressPolicy.from_entries(["127.0.0.1"])
+    policy = AddressPolicy.from_entries(["127.0.0.1:*"])
     fetcher = ImageFetcher(policy, open_file=partial(nameless_file, small_disk / "tmp"))
     blobs = Blobs(tmp_path / "blobs")
     loader = ImageLoader(blobs, Signer(b"secret", clock=time.time), fetcher)
