@@ -8,6 +8,8 @@ nothing of pictures, tasks or the HTTP API. The rules on hosts and addresses are
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import IO
 from urllib.parse import urljoin
@@ -35,6 +37,9 @@ _HEADERS = {
     "Accept-Encoding": "identity",
 }
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_BUSY = frozenset({429, 502, 503, 504})
+_PAUSE_S = 0.5  # before the second try, unless the host names a time
+_LONGEST_PAUSE_S = 5.0
 _ANOTHER_WAY = "send the picture as a data URI or upload it"
 _USUAL_ADVICE = f"Check the URL, or {_ANOTHER_WAY}."
 _ADVICE: dict[Reason, str] = {
@@ -50,11 +55,22 @@ _ADVICE: dict[Reason, str] = {
 }
 
 
+class _Busy(FetchError):
+    """The host asks to come again; after how many seconds, if it says so."""
+
+    def __init__(self, public_message: str, retry_after_s: float | None) -> None:
+        super().__init__("status", public_message)
+        self.retry_after_s = retry_after_s
+
+
 class ImageFetcher:
     """Fetches pictures by URL, each over fresh sockets of its own. Safe to share among threads.
 
     What is more than ``SPOOL_BYTES`` is kept in a file of ``open_file`` while it comes; by default
     that is memory.
+
+    A host that is busy, cannot be reached or breaks off is asked once more, within the deadline:
+    half a second later, or when its ``Retry-After`` says, if that is soon.
     """
 
     def __init__(
@@ -68,6 +84,7 @@ class ImageFetcher:
         resolver: Resolver = resolve,
         connector: Connector = connect,
         clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._open_file = open_file
         self._deadline_s = deadline_s
@@ -75,6 +92,7 @@ class ImageFetcher:
         self._max_redirects = max_redirects
         self._client = GuardedClient(policy, resolver=resolver, connector=connector)
         self._clock = clock
+        self._sleep = sleep
 
     def fetch(self, url: str) -> bytes:
         """Return the body that ``url`` leads to.
@@ -85,10 +103,20 @@ class ImageFetcher:
         """
         deadline = Deadline(self._deadline_s, self._clock)
         try:
-            return self._follow(url, deadline)
+            return self._follow_twice(url, deadline)
         except FetchError as error:
             advice = _ADVICE.get(error.reason, _USUAL_ADVICE)
             raise FetchError(error.reason, f"{error.public_message} {advice}") from error
+
+    def _follow_twice(self, url: str, deadline: Deadline) -> bytes:
+        try:
+            return self._follow(url, deadline)
+        except FetchError as error:
+            pause_s = _pause_after(error)
+            if pause_s is None or pause_s >= deadline.remaining_s():
+                raise
+        self._sleep(pause_s)
+        return self._follow(url, deadline)
 
     def _follow(self, url: str, deadline: Deadline) -> bytes:
         for _ in range(self._max_redirects + 1):
@@ -170,11 +198,34 @@ def _redirect_url(response: httpcore.Response, target: Target) -> str:
 def _check_answer(response: httpcore.Response, target: Target) -> None:
     host = quoted(target.host)
     if response.status != 200:
-        raise FetchError(
-            "status", f"The host {host} answered with status {response.status}, not with 200."
-        )
+        text = f"The host {host} answered with status {response.status}, not with 200."
+        if response.status in _BUSY:
+            raise _Busy(text, _retry_after_s(response))
+        raise FetchError("status", text)
     encoding = _header(response, b"content-encoding").strip().lower()
     if encoding not in ("", "identity"):
         raise FetchError(
             "encoding", f"The host {host} compressed its answer though asked for it as it is."
         )
+
+
+def _retry_after_s(response: httpcore.Response) -> float | None:
+    """What ``Retry-After`` says, as seconds from now (RFC 9110, 10.2.3); None for nothing."""
+    text = _header(response, b"retry-after").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:  # "-0000", which means UTC of an unknown place
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def _pause_after(error: FetchError) -> float | None:
+    """How long to wait before the next try; None if there is no point in one."""
+    if isinstance(error, _Busy):
+        wanted_s = _PAUSE_S if error.retry_after_s is None else error.retry_after_s
+        return wanted_s if wanted_s <= _LONGEST_PAUSE_S else None
+    return _PAUSE_S if error.reason == "connect" else None

@@ -59,7 +59,7 @@ class FakeWeb:
         self.replies = list(replies)
         self.answers = itertools.cycle([answers]) if isinstance(answers, tuple) else iter(answers)
         self.resolved, self.connected, self.tls, self.timeouts = [], [], [], []
-        self.sent, self.closed = b"", 0
+        self.sent, self.closed, self.slept = b"", 0, []
 
     def resolver(self, host, port):
         self.resolved.append((host, port))
@@ -73,6 +73,7 @@ class FakeWeb:
         return FakeStream(self, reply)
 
     def fetcher(self, policy=None, **options):
+        options = {"sleep": self.slept.append, **options}
         return ImageFetcher(
             policy or AddressPolicy(), resolver=self.resolver, connector=self.connector, **options
         )
@@ -199,7 +200,7 @@ def test_redirect_circles_end():
 
 @pytest.mark.parametrize("status", ["404 Not Found", "206 Partial", "204 No Content", "503 Busy"])
 def test_only_status_200_is_a_picture(status):
-    web = FakeWeb(answer(b"", "Content-Length: 0", status=status))
+    web = FakeWeb(*[answer(b"", "Content-Length: 0", status=status)] * 2)
     error = refusal(web.fetcher(), "http://h.example/?s3cret")
     assert error.reason == "status" and f"status {status[:3]}" in str(error)
 
@@ -263,7 +264,7 @@ def test_framing_cannot_multiply_the_bytes_read():
     ],
 )
 def test_broken_answers_are_refused(reply):
-    assert refusal(FakeWeb(reply).fetcher(), "http://h.example/").reason == "connect"
+    assert refusal(FakeWeb(reply, reply).fetcher(), "http://h.example/").reason == "connect"
 
 
 def test_next_checked_address_is_tried():
@@ -283,7 +284,7 @@ def test_unreachable_hosts():
     )
     error = refusal(web.fetcher(), "http://h.example/")
     assert error.reason == "connect" and "could not be reached" in str(error)
-    assert len(web.connected) == client.MAX_ADDRESSES_TRIED
+    assert len(web.connected) == 2 * client.MAX_ADDRESSES_TRIED  # once more, a little later
 
 
 @pytest.mark.parametrize("failure", [socket.gaierror(-2, "unknown"), UnicodeError("label")])
@@ -307,6 +308,77 @@ def test_retry_words_in_host_names_are_withheld():
     web = FakeWeb(answers=("10.0.0.1",))
     for name in ("timeout.example", "my-connection.example"):
         assert "withheld" in str(refusal(web.fetcher(), f"http://{name}/"))
+
+
+# Once more
+
+BUSY = ["429 Too Many", "502 Bad Gateway", "503 Busy", "504 Slow"]
+
+
+@pytest.mark.parametrize("status", BUSY)
+@pytest.mark.parametrize(
+    ("header", "slept"),
+    [("X: y", 0.5), ("Retry-After: 3", 3.0), ("Retry-After: soon", 0.5), ("Retry-After: -1", 0.5)],
+)
+def test_a_busy_host_is_asked_once_more_when_it_says(status, header, slept):
+    web = FakeWeb(answer(b"", "Content-Length: 0", header, status=status), with_length(PICTURE))
+    assert web.fetcher().fetch("http://h.example/") == PICTURE
+    assert web.slept == [slept] and len(web.connected) == 2
+
+
+def test_a_time_to_come_again_may_be_a_date():
+    passed = "Retry-After: Sun, 06 Nov 1994 08:49:37 GMT"
+    web = FakeWeb(answer(b"", passed, status="503 Busy"), with_length(PICTURE))
+    assert web.fetcher().fetch("http://h.example/") == PICTURE and web.slept == [0.0]
+    far = "Retry-After: Fri, 31 Dec 2199 23:59:59 -0000"
+    web = FakeWeb(answer(b"", far, status="503 Busy"), with_length(PICTURE))
+    assert refusal(web.fetcher(), "http://h.example/").reason == "status" and not web.slept
+
+
+@pytest.mark.parametrize("seconds", ["6", "86400", "9" * 40])
+def test_a_host_that_is_busy_for_long_is_not_waited_for(seconds):
+    busy = answer(b"", "Content-Length: 0", f"Retry-After: {seconds}", status="503 Busy")
+    web = FakeWeb(busy, with_length(PICTURE))
+    assert refusal(web.fetcher(), "http://h.example/").reason == "status"
+    assert web.slept == [] and len(web.connected) == 1
+
+
+def test_a_pause_that_ends_after_the_deadline_is_not_made():
+    busy = answer(b"", "Content-Length: 0", "Retry-After: 4", status="429 Too Many")
+    web = FakeWeb(busy, with_length(PICTURE))
+    assert refusal(web.fetcher(deadline_s=3.0), "http://h.example/").reason == "status"
+    assert web.slept == [] and len(web.connected) == 1
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [b"", answer(b"half", "Content-Length: 9"), httpcore.ConnectError("refused")],
+    ids=["reset", "broken off", "refused"],
+)
+def test_a_host_that_breaks_off_is_asked_once_more(failure):
+    web = FakeWeb(failure, with_length(PICTURE))
+    assert web.fetcher().fetch("http://h.example/") == PICTURE
+    assert web.slept == [0.5] and len(web.connected) == 2
+
+
+@pytest.mark.parametrize("failure", [b"", answer(b"", "Content-Length: 0", status=BUSY[2])])
+def test_nobody_is_asked_a_third_time(failure):
+    web = FakeWeb(failure, failure, with_length(PICTURE))
+    refusal(web.fetcher(), "http://h.example/")
+    assert len(web.connected) == 2
+
+
+def test_the_second_try_is_checked_like_the_first():
+    moved = answer(b"", "Content-Length: 0", status=BUSY[2])
+    web = FakeWeb(moved, with_length(PICTURE), answers=[["1.1.1.1"], ["127.0.0.1"]])
+    assert refusal(web.fetcher(), "http://rebind.example/").reason == "address"
+    assert web.connected == [("1.1.1.1", 80)]
+
+
+@pytest.mark.parametrize("status", ["404 Not Found", "401 No", "500 Broken"])
+def test_what_will_not_be_better_is_not_tried_again(status):
+    web = FakeWeb(answer(b"", "Content-Length: 0", status=status), with_length(PICTURE))
+    assert refusal(web.fetcher(), "http://h.example/").reason == "status" and not web.slept
 
 
 def test_advice_names_the_way_out():
