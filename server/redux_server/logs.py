@@ -10,15 +10,20 @@ import structlog
 def configure(*, format_: str, level: str) -> None:
     """Set up structlog and route the standard library's loggers through it.
 
-    ``format_`` is ``json`` or ``text``; ``level`` a name such as ``info``.
+    ``format_`` is ``json``, ``text`` or ``auto``, which is text for whoever reads along on a
+    terminal; ``level`` a name such as ``info``.
     """
     renderer: Any = structlog.processors.JSONRenderer()
-    if format_ == "text":
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    time = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    is_terminal = sys.stderr.isatty()
+    if format_ == "text" or (format_ == "auto" and is_terminal):
+        renderer = structlog.dev.ConsoleRenderer(colors=is_terminal)
+    if format_ == "auto" and is_terminal:  # the clock on the wall of whoever reads along
+        time = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        time,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
