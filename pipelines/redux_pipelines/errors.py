@@ -10,6 +10,7 @@ ReduxError
 ├── AttentionError no attention that was asked for, or none at all, can be used here
 ├── MemoryPlanError  a card is too small for a model, however its weights are placed
 └── WeightsError   a checkpoint is missing, incomplete or of the wrong kind
+    └── WeightsAway  the same, for now: another try may find it
 ```
 """
 
@@ -43,6 +44,10 @@ class DeviceError(ReduxError):
 
 class WeightsError(ReduxError):
     """A checkpoint that is missing, incomplete or of the wrong kind."""
+
+
+class WeightsAway(WeightsError):
+    """A checkpoint that cannot be had now, because of a network or a disk: it may be had later."""
 
 
 class MemoryPlanError(ReduxError):

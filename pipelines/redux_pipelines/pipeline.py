@@ -86,6 +86,7 @@ class ReduxPipeline:
         name: str,
         max_batch_size: int = 1,
         quality: Quality = "exact",
+        weights: str = "",
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
@@ -101,6 +102,7 @@ class ReduxPipeline:
             size_multiple=sampling.PATCH * components.autoencoder.factor,
             attention=components.denoiser.attention,
             parallel=components.parallel,
+            weights=weights,
         )
 
     @property

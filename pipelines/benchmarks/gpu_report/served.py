@@ -144,6 +144,8 @@ def _working(services: Any, pipeline: ReduxPipeline) -> Iterator[Any]:
 class _OneWorker:
     """A dispatch whose worker is there already."""
 
+    failure = ""
+
     def __init__(self, worker: Any) -> None:
         self._worker = worker
 

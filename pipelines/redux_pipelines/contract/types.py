@@ -131,7 +131,8 @@ class ModelInfo:
     """What was loaded, for logs, ``/readyz`` and provenance.
 
     ``compiled`` is what runs now: ``off`` too where compiling was asked for and failed.
-    ``parallel`` devices compute an image together, of which ``device`` is the first.
+    ``parallel`` devices compute an image together, of which ``device`` is the first. ``weights``
+    tells checkpoints apart (``redux_weights.identity``); empty for a model without any.
     """
 
     name: str
@@ -142,6 +143,7 @@ class ModelInfo:
     attention: str = ""
     compiled: CompileMode = "off"
     parallel: int = 1
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

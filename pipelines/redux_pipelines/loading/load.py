@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redux_pipelines.contract.types import PARALLEL, QUALITIES, LoadOptions, Pipeline, Quality
-from redux_pipelines.errors import WeightsError
+from redux_pipelines.errors import WeightsAway, WeightsError
 from redux_pipelines.fake import SLOW_STEP_S, FakePipeline
 from redux_weights.embedded import find_mini
+from redux_weights.identity import weights_digest
 from redux_weights.layout import BASE_FILES, REDUX_FILES, find_missing
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def _assemble(
         name=name,
         max_batch_size=how.max_batch_size,
         quality=_quality(how.quality, how.backend),
+        weights=weights_digest(base, redux),
     )
     logger.info("loaded %s", pipeline.info)
     return pipeline
@@ -222,7 +224,7 @@ def locate(
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if not _is_repository_id(str(source)):
+    if not is_repository_id(str(source)):
         raise WeightsError(
             f"{source} is neither a directory nor a hub repository id: "
             f"give {option} a directory in diffusers' layout"
@@ -230,13 +232,14 @@ def locate(
     return _download(str(source), patterns, option, revision)
 
 
-def _is_repository_id(source: str) -> bool:
+def is_repository_id(source: str) -> bool:
+    """Whether ``source`` is written as ``OWNER/NAME``, as repositories of the hub are."""
     owner, _, name = source.partition("/")
     return bool(owner and name) and "/" not in name and not source.startswith((".", "~"))
 
 
 def _download(repository: str, patterns: Sequence[str], option: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
@@ -253,17 +256,31 @@ def _download(repository: str, patterns: Sequence[str], option: str, revision: s
         reason = "it does not exist or needs a login: check the name, set HF_TOKEN"
         raise _weights_error(repository, reason, option) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        reason = (
-            "it is not in the local cache and the hub cannot be reached (or HF_HUB_OFFLINE is "
-            "set): connect, or download it elsewhere with `hf download`"
-        )
-        raise _weights_error(repository, reason, option) from error
+        is_chosen = constants.HF_HUB_OFFLINE or isinstance(error, errors.OfflineModeIsEnabled)
+        raise _not_cached(repository, option, is_offline=is_chosen) from error
     except OSError as error:  # every other hub, network or disk error derives from it
-        raise _weights_error(repository, f"{type(error).__name__}: {error}", option) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise _weights_error(repository, reason, option, WeightsAway) from error
 
 
-def _weights_error(repository: str, reason: str, option: str) -> WeightsError:
-    return WeightsError(
+def _not_cached(repository: str, option: str, *, is_offline: bool) -> WeightsError:
+    if is_offline:
+        reason = (
+            "it is not in the local cache and HF_HUB_OFFLINE is set: unset it, or download the "
+            "checkpoint elsewhere with `hf download`"
+        )
+        return _weights_error(repository, reason, option)
+    reason = (
+        "it is not in the local cache and the hub cannot be reached: connect, or download it "
+        "elsewhere with `hf download`"
+    )
+    return _weights_error(repository, reason, option, WeightsAway)
+
+
+def _weights_error(
+    repository: str, reason: str, option: str, kind: type[WeightsError] = WeightsError
+) -> WeightsError:
+    return kind(
         f"cannot get {repository}: {reason}, or pass {option} DIR with a directory in "
         "diffusers' layout"
     )
