@@ -78,6 +78,7 @@ RUN --mount=type=bind,from=package,source=/dist,target=/dist \
 
 # Compiled kernels are kept beside the tasks, so that a restart does not compile them again.
 ENV FLUX_REDUX_DATA_DIR=/data \
+    FLUX_REDUX_METRICS_PORT=8001 \
     HF_HOME=/weights/hf \
     HF_HUB_DISABLE_TELEMETRY=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -92,8 +93,9 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 
 # Alive, not ready: /readyz turns 200 only after a first image and belongs to the load balancer.
+# `serve` answers on FLUX_REDUX_PORT, `worker` on FLUX_REDUX_METRICS_PORT: one of them has to.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-  CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('FLUX_REDUX_PORT', '8000') + '/livez', timeout=4)"]
+  CMD ["python", "-c", "import os, sys, urllib.request as r\ndef ok(name, port):\n try: return r.urlopen('http://127.0.0.1:' + os.environ.get(name, port) + '/livez', timeout=2).status == 200\n except OSError: return False\nsys.exit(not (ok('FLUX_REDUX_PORT', '8000') or ok('FLUX_REDUX_METRICS_PORT', '8001')))"]
 
 ENTRYPOINT ["flux-redux"]
 CMD ["serve", "--host", "0.0.0.0"]

@@ -494,11 +494,18 @@ def server_answering(status: int) -> Iterator[tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize(("status", "is_healthy"), [(200, True), (503, False)])
-def test_image_health_check_asks_livez(stages: list[Stage], status: int, is_healthy: bool) -> None:
+@pytest.mark.parametrize("role", ["FLUX_REDUX_PORT", "FLUX_REDUX_METRICS_PORT"])
+def test_image_health_check_asks_livez_of_a_server_or_of_a_worker(
+    stages: list[Stage], role: str, status: int, is_healthy: bool
+) -> None:
     options, command = the(stages[-1], "HEALTHCHECK").split("CMD ")
     assert "--start-period=" in options
+    assert environment(stages[-1])["FLUX_REDUX_METRICS_PORT"] == "8001"
     _python, *arguments = json.loads(command)
+    ports = {"FLUX_REDUX_PORT": "9", "FLUX_REDUX_METRICS_PORT": "9"}  # where nobody listens
     with server_answering(status) as (port, paths):
-        done = run(sys.executable, *arguments, FLUX_REDUX_PORT=str(port), NO_PROXY="*")
+        ports[role] = str(port)
+        done = run(sys.executable, *arguments, **ports, NO_PROXY="*")
     assert paths == ["/livez"]
     assert (done.returncode == 0) is is_healthy
+    assert done.stderr == ""

@@ -20,7 +20,6 @@ from prometheus_client import (
     Metric,
     disable_created_metrics,
     generate_latest,
-    start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -109,15 +108,6 @@ class _Now(Collector):
         """Prometheus entry."""
         for (name, help_), value in self._gauges.items():
             yield GaugeMetricFamily(f"flux_redux_{name}", help_, value=value)
-
-
-def serve(host: str, port: int) -> None:
-    """Show this process's own metrics, from a thread: for a worker that no API process runs.
-
-    Raises:
-        OSError: it cannot listen there.
-    """
-    start_http_server(port, addr=host)
 
 
 # --- What workers report --------------------------------------------------------------------------

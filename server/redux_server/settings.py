@@ -41,7 +41,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "HTTP API": ("public_url", "cors_origins", "sync_timeout_s"),
     "Limits": ("max_open_per_key", "rate_limit", "max_upload", "min_free_disk"),
     "Storage": ("database_url", "blob_url", "retention_hours", "upload_retention_hours"),
-    "Workers": ("dispatch", "broker_url", "max_attempts", "lease_s", "drain_timeout_s"),
+    "Workers": (
+        *("dispatch", "broker_url", "max_attempts", "lease_s", "step_timeout_s"),
+        "drain_timeout_s",
+    ),
     "Addresses and webhooks": (
         *("fetch_allow", "webhook_allow", "webhook_signature", "webhook_timeout_s"),
     ),
@@ -259,6 +262,13 @@ class ServerSettings(ModelSettings):
         maximum=10_000,
     )
     lease_s: float = option(30.0, "seconds after which a silent worker loses its task", minimum=1)
+    step_timeout_s: float = option(
+        0.0,
+        "seconds a step on the device may take before its worker counts as hung, ends itself and "
+        "returns its tasks; 0: twenty times the slowest so far, and at least 30 (300 for the first "
+        "task of a size)",
+        minimum=0,
+    )
     drain_timeout_s: float = option(
         60.0, "seconds a stopping worker may finish its task", minimum=0
     )
@@ -286,11 +296,17 @@ class ServerSettings(ModelSettings):
     )
     metrics_port: int = option(
         0,
-        "port on --host where `flux-redux worker` shows its own metrics; 0 is none",
+        "port on --host where `flux-redux worker` answers /livez, /readyz and /metrics of its own; "
+        "0 is none",
         minimum=0,
         maximum=65535,
     )
-    log_format: str = option("json", "shape of the log lines", choices=("json", "text"))
+    log_format: str = option(
+        "auto",
+        "shape of the log lines: text (for people), json (one object a line), auto (text on a "
+        "terminal, else json)",
+        choices=("auto", "text", "json"),
+    )
     log_level: str = option("info", "least severe line", choices=("debug", "info", "warning"))
 
     @property

@@ -84,6 +84,7 @@ def build_services(tmp_path: Path, database: Engine) -> Callable[..., Services]:
         given = ServerSettings(data_dir=tmp_path / "data", **settings)
         services = assemble(given, database, open_pictures(given))
         services.poller.every_s = 0.01
+        services.fleet.every_s = 0.0
         return replace(services, dispatch=IdleDispatch())
 
     return build

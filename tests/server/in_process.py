@@ -54,6 +54,8 @@ def complete(store: TaskStore, outputs: Callable[[Task], list[str]] = lambda _: 
 class IdleDispatch:
     """A dispatch without workers: tasks stay where they are, and wakes are counted."""
 
+    failure = ""
+
     def __init__(self) -> None:
         self.is_started = False
         self.is_stopped = False

@@ -71,6 +71,7 @@ OTHERS = {
     "webhook_signature": "both",
     "webhook_timeout_s": "90",
     "log_format": "text",
+    "step_timeout_s": "90.5",
     "log_level": "debug",
     "url": "http://flux:8000",
     "key": "frs_x",

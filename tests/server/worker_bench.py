@@ -126,7 +126,7 @@ class Bench:
             **parts,
         }
         ours = {"store": self.store, "heartbeat_s": 0.02}
-        names = ("store", "heartbeat_s", "max_batch_size", "batch_timeout_s")
+        names = ("store", "heartbeat_s", "max_batch_size", "batch_timeout_s", "drain_timeout_s")
         ours |= {name: given.pop(name) for name in names if name in given}
         worker = Worker(ME, runner=BatchRunner(**given), **ours)
         self.undo += [worker.stop, getattr(given["pipeline"], "open", worker.stop)]

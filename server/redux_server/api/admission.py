@@ -9,6 +9,7 @@ import math
 from fastapi import Request
 
 from redux_server import metrics
+from redux_server.api.fleet import Fleet
 from redux_server.api.limits import RateLimit, Refusal, Reservation
 from redux_server.api.services import Services
 from redux_server.errors import (
@@ -61,6 +62,18 @@ def check_disk(services: Services) -> None:
     refuse_without_room(
         services.disk, refused="No task is accepted now", therefore="nothing was started"
     )
+
+
+async def check_workers(services: Services) -> Fleet:
+    """Refuse everything while no worker can load its model; the workers otherwise."""
+    fleet = await services.fleet.now()
+    if failure := fleet.failure:
+        metrics.REJECTED.labels("no_model").inc()
+        raise Unavailable(
+            f"No worker can load its model, so nothing was started: {failure}",
+            headers={"Retry-After": "30"},
+        )
+    return fleet
 
 
 async def check_place(

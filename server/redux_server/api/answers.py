@@ -32,7 +32,12 @@ def answer(
     queue_position: int | None = None,
 ) -> JSONResponse:
     """A task in the shape every client reads, with ``headers`` besides."""
-    data = services.present(task, str(request.base_url), queue_position=queue_position)
+    data = services.present(
+        task,
+        str(request.base_url),
+        queue_position=queue_position,
+        waiting_for=services.fleet.last.waiting_for(task),
+    )
     return JSONResponse(envelope(data), headers=headers)
 
 

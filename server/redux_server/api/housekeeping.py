@@ -7,8 +7,8 @@ import time
 
 import structlog
 
+from redux_server.api.fleet import Fleet
 from redux_server.api.services import Services
-from redux_server.dispatch.presence import WorkerState
 from redux_server.metrics import Gauges
 from redux_server.storage.temporary import remake_temporary_folder
 from redux_server.tasks.task import TASK_ID
@@ -101,7 +101,8 @@ def sweep_idempotency_keys(services: Services) -> int:
 def gauges(services: Services) -> Gauges:
     """The values that are read from the database, not counted."""
     queue = services.store.queue_state()
-    alive = sum(w.state is WorkerState.READY for w in services.presence.all())
+    fleet = Fleet(tuple(services.presence.all()))
+    unserved = fleet.unserved(services.store.bound()) if fleet.ready else {}
     return {
         ("num_tasks_waiting", "Tasks that wait for a worker."): queue.waiting,
         ("num_tasks_running", "Tasks that a worker holds."): queue.running,
@@ -110,7 +111,11 @@ def gauges(services: Services) -> Gauges:
             "num_webhooks_waiting",
             "Webhooks not delivered yet.",
         ): services.webhooks.outbox.count_open(),
-        ("workers_alive", "Workers that take tasks."): alive,
+        ("workers_alive", "Workers that take tasks."): len(fleet.ready),
+        (
+            "num_tasks_unserved",
+            "Waiting tasks that were accepted for what no ready worker runs.",
+        ): sum(unserved.values()),
     }
 
 

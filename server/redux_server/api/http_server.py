@@ -168,13 +168,19 @@ class DrainingServer(uvicorn.Server):
 
     From the first signal on, submits are refused and load balancers are told (``/readyz``), while
     workers finish what is on their devices; polls and downloads are answered meanwhile. A second
-    signal ends the server without waiting for that.
+    signal ends the server without waiting for that. ``must_end`` ends it at once, too.
     """
 
     def __init__(
-        self, config: uvicorn.Config, draining: Draining, drain: Callable[[], Awaitable[None]]
+        self,
+        config: uvicorn.Config,
+        draining: Draining,
+        drain: Callable[[], Awaitable[None]],
+        *,
+        must_end: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(config)
+        self._must_end = must_end
         self._draining = draining
         self._drain = drain
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -184,6 +190,10 @@ class DrainingServer(uvicorn.Server):
         """As uvicorn does."""
         self._loop = asyncio.get_running_loop()
         await super().serve(*args, **options)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; whether to end."""
+        return await super().on_tick(counter) or self._must_end()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came: the first one drains, if there is anything to drain yet."""

@@ -28,7 +28,10 @@ _SIGNED = ("/files/", "/uploads/")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 
 ANY, NONE = "*", "none"
-EXPOSED = ("X-Request-Id", "Retry-After", "Idempotent-Replayed", "Content-Range", "ETag")
+EXPOSED = (
+    *("X-Request-Id", "Retry-After", "Idempotent-Replayed", "Workers-Ready"),
+    *("Content-Range", "ETag"),
+)
 PREFLIGHT_KEPT_S = 7200  # as long as any browser keeps it
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 _OPEN = ("/api/", "/files/")

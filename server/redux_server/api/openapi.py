@@ -68,6 +68,11 @@ class Progress(BaseModel):
         description="Only while the task waits: about how many tasks will be begun before it, if "
         "none ends or comes meanwhile; 0 is next. Beyond 1,000 tasks of one key, at least so many",
     )
+    waiting_for: str | None = Field(
+        None,
+        description="Only while the task waits for more than its turn: for what, such as a worker, "
+        "where none is ready or those that are run something else than it was accepted for",
+    )
 
 
 class Prediction(BaseModel):
@@ -170,6 +175,11 @@ class WorkerReport(BaseModel):
     device: str = Field(examples=["cuda:0"])
     state: str = Field(description="loading, ready, failed or gone", examples=["ready"])
     detail: str = Field(description="What it runs, or why it does not")
+    model: str = Field(description="The model it runs; empty unless it is ready", examples=["mini"])
+    fingerprint: str = Field(
+        description="The weights it runs and its version; tasks accepted for others wait",
+        examples=["3f9a2c7d1e0b/0.1.0"],
+    )
 
 
 class Readiness(BaseModel):

@@ -22,12 +22,17 @@ class Presenter:
         self._signer = signer
 
     def __call__(
-        self, task: Task, base_url: str, *, queue_position: int | None = None
+        self,
+        task: Task,
+        base_url: str,
+        *,
+        queue_position: int | None = None,
+        waiting_for: str | None = None,
     ) -> dict[str, Any]:
         """The prediction object of ``task``.
 
         ``base_url`` is how the client called us; a ``--public-url`` goes before it. A
-        ``queue_position`` that is known is told.
+        ``queue_position`` that is known is told, and what it is ``waiting_for`` beside its turn.
         """
         data = prediction(
             task,
@@ -36,6 +41,8 @@ class Presenter:
         )
         if queue_position is not None:
             data["progress"]["queue_position"] = queue_position
+        if waiting_for is not None:
+            data["progress"]["waiting_for"] = waiting_for
         return data
 
 

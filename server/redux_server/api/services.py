@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from redux_server.api.auth import KeyRing
 from redux_server.api.bodies import Bodies
 from redux_server.api.coalescer import Coalescer
+from redux_server.api.fleet import FleetWatch
 from redux_server.api.following import (
     MAX_HELD,
     MAX_HELD_OF_A_KEY,
@@ -60,6 +61,7 @@ class Services:
     clock: Callable[[], float]
     clock_guard: ClockGuard
     presence: Presence
+    fleet: FleetWatch
     blobs: BlobStore
     storage_threads: StorageThreads
     store_owner: StoreOwner
@@ -114,6 +116,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         clock=clock,
         clock_guard=ClockGuard(database, clock=clock),
         presence=presence,
+        fleet=FleetWatch(presence),
         blobs=blobs,
         storage_threads=storage_threads,
         store_owner=_owner(settings, database, blobs, store),

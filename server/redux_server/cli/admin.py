@@ -1,4 +1,4 @@
-"""``flux-redux keys``, ``db`` and ``weights``: what an administrator does beside a server.
+"""``flux-redux keys``, ``db``, ``tasks``, ``weights``: what is administered beside a server.
 
 Works on the database and on checkpoints themselves, so it needs no server. Loads no pipeline until
 weights are converted.
@@ -14,7 +14,9 @@ from sqlalchemy import Engine
 
 from redux_pipelines.errors import ReduxError
 from redux_server.api.auth import KeyRing
+from redux_server.api.fleet import Fleet
 from redux_server.cli.progress import ProgressReport, note
+from redux_server.database.clock import clock_of
 from redux_server.database.connection import connect, shown
 from redux_server.database.migration import (
     SCHEMA_VERSION,
@@ -22,7 +24,10 @@ from redux_server.database.migration import (
     schema_version,
     upgrade_database,
 )
+from redux_server.dispatch.fingerprint import described
+from redux_server.dispatch.presence import Presence
 from redux_server.settings import ModelSettings, ServerSettings, UsageError
+from redux_server.tasks.store import TaskStore
 from redux_weights.layout import BASE_FILES
 
 MAX_PRIORITY = 10
@@ -104,6 +109,29 @@ def _database(settings: ServerSettings) -> Iterator[Engine]:
         yield database
     finally:
         database.dispose()
+
+
+# --- Tasks ----------------------------------------------------------------------------------------
+
+
+def unbind(settings: ServerSettings) -> int:
+    """Let any worker take the tasks that wait for what no ready worker runs; prints how many."""
+    database = open_database(settings.database)
+    try:
+        store, clock = TaskStore(database), clock_of(database)
+        fleet = Fleet(tuple(Presence(database, clock=clock).all()))
+        if not fleet.ready:
+            raise UsageError(
+                "no worker is ready, so nobody can say which tasks none would take; start one first"
+            )
+        unserved = fleet.unserved(store.bound())
+        count = store.unbind(unserved)
+    finally:
+        database.dispose()
+    for each in sorted(unserved):
+        print(f"{described(each)}: no ready worker runs it")
+    print(f"{count} tasks may be taken by any worker now")
+    return 0
 
 
 # --- Weights --------------------------------------------------------------------------------------

@@ -264,6 +264,13 @@ VERBS = (
         only=_DATABASE,
     ),
     Verb(
+        "tasks unbind",
+        "let any worker take the tasks that wait for a model which no ready worker runs",
+        "redux_server.cli.admin:unbind",
+        ServerSettings,
+        only=_DATABASE,
+    ),
+    Verb(
         "weights quantize",
         "write a copy of a checkpoint with its transformer in fp8 (approximate)",
         "redux_server.cli.admin:quantize",
@@ -292,6 +299,7 @@ VERBS = (
 _FAMILIES = {
     "keys": "create, list or revoke API keys",
     "db": "look at the database's tables, or bring them up to date",
+    "tasks": "look after tasks that nobody works on",
     "weights": "convert checkpoints",
 }
 

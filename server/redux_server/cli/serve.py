@@ -7,19 +7,19 @@ import gc
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
-from textwrap import fill
 
 import uvicorn
 
-from redux_pipelines.loading.load import caveat
-from redux_server import __version__, logs
+from redux_pipelines.loading.load import is_repository_id
+from redux_server import logs
 from redux_server.api.app import build_app
 from redux_server.api.auth import KeyFileError
 from redux_server.api.http_server import BoundedHttpProtocol, DrainingServer
 from redux_server.api.services import Services, assemble
-from redux_server.cli.sample import sample
+from redux_server.cli.greeting import Greeting
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
 from redux_server.dispatch.local import worker_devices
@@ -30,13 +30,16 @@ from redux_server.storage.blobs import StorageError
 from redux_server.storage.buckets import BlobUrlError
 from redux_server.storage.opening import local_folder, open_pictures
 from redux_server.worker.model import check_parallel, check_warm_up
-from redux_weights.layout import find_missing
-
-_SAMPLE_EXPIRES = 2**33
+from redux_weights.layout import find_missing, find_missing_base
 
 
 def serve(settings: ServerSettings) -> int:
-    """Serve until a signal. Raises ``UsageError`` for what the user has to change first."""
+    """Serve until a signal.
+
+    Raises:
+        UsageError: what the user has to change first, also where only a worker can find it: that
+            its model cannot be loaded.
+    """
     logs.configure(format_=settings.log_format, level=settings.log_level)
     make_new_files_private()
     check(settings)
@@ -45,7 +48,8 @@ def serve(settings: ServerSettings) -> int:
         private_folder(settings.data_dir)
         services = build_services(settings)
         _refuse_strangers(settings, services)
-        _greet(settings, services, listener.getsockname()[1])
+        greeting = Greeting(settings, services, listener.getsockname()[1])
+        greeting.begin()
         config = uvicorn.Config(
             build_app(services),
             log_config=None,
@@ -60,10 +64,29 @@ def serve(settings: ServerSettings) -> int:
         # What start-up made stays; not walking it at each collection halves the p99 of a busy API.
         gc.collect()
         gc.freeze()
-        DrainingServer(config, services.draining, lambda: _drain(services)).run(sockets=[listener])
+        _run(config, services, greeting, listener)
     finally:
         listener.close()
+    if failure := services.dispatch.failure:
+        raise UsageError(f"the model cannot be loaded: {failure}")
     return 0
+
+
+def _run(
+    config: uvicorn.Config, services: Services, greeting: Greeting, listener: socket.socket
+) -> None:
+    server = DrainingServer(
+        config,
+        services.draining,
+        lambda: _drain(services),
+        must_end=lambda: bool(services.dispatch.failure),
+    )
+    has_ended = threading.Event()
+    greeting.follow(lambda: server.started, has_ended)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        has_ended.set()
 
 
 async def _drain(services: Services) -> None:
@@ -85,17 +108,29 @@ def check(settings: ServerSettings) -> None:
     check_parallel(settings)
     worker_devices(settings.device, settings.parallel)
     check_dispatch(settings)
-    base, redux = Path(settings.base), Path(settings.redux)
-    if settings.base and base.is_dir() and redux.is_dir():
-        missing = find_missing(base, redux)
-        if missing:
-            raise UsageError("the weights are incomplete:\n  " + "\n  ".join(missing))
+    _check_weights(settings)
     try:
         local_folder(settings.blob_url, settings.blobs_dir)
     except BlobUrlError as error:
         raise UsageError(f"--blob-url {error}") from None
     _check_hosts("--fetch-allow", settings.fetch_allow_entries)
     _check_hosts("--webhook-allow", settings.webhook_allow_entries)
+
+
+def _check_weights(settings: ServerSettings) -> None:
+    """Folders that are not there, or lack something: loading would find that only later."""
+    for flag, given in (("--base", settings.base), ("--redux", settings.redux)):
+        if given and not Path(given).expanduser().is_dir() and not is_repository_id(given):
+            raise UsageError(
+                f"{flag} {given} is no folder here, and no Hub repository (OWNER/NAME); give a "
+                "folder in diffusers' layout"
+            )
+    base, redux = Path(settings.base).expanduser(), Path(settings.redux).expanduser()
+    if settings.base and base.is_dir():
+        has_redux = settings.redux and redux.is_dir()
+        missing = find_missing(base, redux) if has_redux else find_missing_base(base)
+        if missing:
+            raise UsageError("the weights are incomplete:\n  " + "\n  ".join(missing))
 
 
 def _check_hosts(flag: str, entries: Iterable[str]) -> None:
@@ -138,38 +173,3 @@ def _refuse_strangers(settings: ServerSettings, services: Services) -> None:
             f"refusing to listen on {settings.host} while nobody has an API key; "
             f"make one first: flux-redux keys create --name me --data-dir {settings.data_dir}"
         )
-
-
-def _greet(settings: ServerSettings, services: Services, port: int) -> None:
-    """Say where we are; on the very first start, make a key and show how to use it."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = settings.public_url.rstrip("/") or f"http://{host}:{port}"
-    print(f"FLUX Redux Server {__version__} on {url}  (docs: {url}/docs)", flush=True)
-    text = None if settings.base else caveat(settings.model)
-    if text:
-        print("\n" + fill(text[0].upper() + text[1:] + ".", 88), flush=True)
-    if not services.keys.is_empty():
-        return
-    key = services.keys.create("first")
-    picture = sample(settings)
-    blob = f"sample/{picture.name}"
-    services.blobs.put(blob, picture.read_bytes())
-    sample_url = url + services.signer.path(blob, _SAMPLE_EXPIRES)
-    print(_FIRST_START.format(key=key, url=url, sample=sample_url), flush=True)
-
-
-_FIRST_START = """
-Your API key, shown this once (flux-redux keys create makes more):
-
-    {key}
-
-Try it as soon as {url}/readyz says "ready":
-
-    curl --location --request POST "{url}/api/v2/wavespeed-ai/flux-pro-redux" \\
-      --header "Content-Type: application/json" \\
-      --header "Authorization: Bearer {key}" \\
-      --data-raw '{{"image": "{sample}", "size": "512*512", "seed": 0}}'
-
-    curl --header "Authorization: Bearer {key}" \\
-      "{url}/api/v2/wavespeed-ai/flux/<the id from the answer>/result"
-"""

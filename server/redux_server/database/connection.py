@@ -84,7 +84,7 @@ def connect(url: str) -> Engine:
     except ImportError:
         raise DatabaseUnusable(
             f"{shown(parsed)} needs psycopg, which is not installed; "
-            "run `pip install 'flux-redux-server[cluster]'`"
+            "run `pip install -c constraints.txt '.[cluster]'` in the project's folder"
         ) from None
     except DBAPIError as error:
         reason = str(error.orig).strip().split("\n")[0]

@@ -47,6 +47,8 @@ tasks = Table(
     Column("not_before", Float),
     Column("cancel_requested_at", Float),  # while a worker holds it, or did at its end
     Column("webhook_url", Text),
+    # Of the workers for which it was accepted (see dispatch/fingerprint.py); empty: of any.
+    Column("fingerprint", String(64), nullable=False, default="", server_default=""),
     Index("tasks_queued", "queued_at"),
     Index("tasks_leased", "lease_until"),
     Index("tasks_delayed", "not_before"),
@@ -63,6 +65,7 @@ tasks = Table(
         "queued_at",
         **_where("queued_at IS NOT NULL"),
     ),
+    Index("tasks_bound", "fingerprint", **_where("queued_at IS NOT NULL")),
     Index("tasks_running", "key_id", **_where("lease_until IS NOT NULL")),
     Index("tasks_started", "key_id", "started_at"),
     Index("tasks_open", "key_id", **_where("finished_at IS NULL")),  # for the bound of each key
@@ -87,6 +90,9 @@ workers = Table(
     Column("state", String(16), nullable=False),
     Column("detail", Text, nullable=False),
     Column("heartbeat_at", Float, nullable=False),
+    # What it runs, once it is ready: for people, and to be compared with a task's.
+    Column("model", String(128), nullable=False, default="", server_default=""),
+    Column("fingerprint", String(64), nullable=False, default="", server_default=""),
 )
 idempotency = Table(
     "idempotency",

@@ -22,6 +22,7 @@ from sqlalchemy.exc import IntegrityError
 
 from redux_server import metrics
 from redux_server.database import tables
+from redux_server.dispatch.fingerprint import served
 from redux_server.dispatch.presence import Presence, WorkerState
 from redux_server.tasks.store import TaskStore
 
@@ -258,16 +259,21 @@ class Reconciler:
         """Ask for tickets where they are missing; returns for how many tasks."""
         if not self._turns.take(_TURN, every_s=EVERY_S):
             return 0
-        due = self._store.due(waiting_s=PATIENCE_S, limit=MOST_AT_ONCE)
+        ready = [each for each in self._presence.all() if each.state is WorkerState.READY]
+        alive = {each.fingerprint for each in ready}
+        # Tickets for what none of them may take would wake them in vain, again and again.
+        wanted = served(alive, alive, self._store.bound()) if ready else ()
+        due = self._store.due(waiting_s=PATIENCE_S, limit=MOST_AT_ONCE, accepted_for=wanted)
         if due:
             # A ticket more than there are workers wakes nobody.
-            workers = sum(each.state is WorkerState.READY for each in self._presence.all())
-            self._fill_up_to(min(due, max(1, workers)))
+            self._fill_up_to(min(due, max(1, len(ready))))
         return due
 
 
 class CeleryDispatch:
     """Wakes workers by tickets through a broker."""
+
+    failure = ""  # its workers are on other machines
 
     def __init__(self, publisher: TicketPublisher, reconciler: Reconciler) -> None:
         self._publisher = publisher

@@ -19,7 +19,15 @@ _BROKERS = ("amqp", "amqps", "redis", "rediss", "sqs")
 
 
 class Dispatch(Protocol):
-    """What gets accepted tasks to workers."""
+    """What gets accepted tasks to workers.
+
+    ``failure`` is why none of its workers will ever take one; empty while that may be.
+    """
+
+    @property
+    def failure(self) -> str:
+        """Why the server can do nothing but end."""
+        ...
 
     async def start(self) -> None:
         """Start the workers, if they are ours."""
@@ -36,6 +44,8 @@ class Dispatch(Protocol):
 
 class NoDispatch:
     """Does nothing: workers look into the database by themselves, twice a second."""
+
+    failure = ""
 
     async def start(self) -> None:
         """There is nothing to start."""
@@ -75,7 +85,7 @@ def _check_broker(url: str) -> None:
     if find_spec("celery") is None:
         raise UsageError(
             "--dispatch celery needs Celery, which is not installed; "
-            "run `pip install 'flux-redux-server[cluster]'`"
+            "run `pip install -c constraints.txt '.[cluster]'` in the project's folder"
         )
 
 

@@ -17,6 +17,7 @@ from redux_server.dispatch.device import is_free, lock_path, worker_id
 from redux_server.dispatch.presence import (
     EXIT_CANNOT_LOAD,
     EXIT_DEVICE_FAILED,
+    EXIT_NOT_YET,
     Presence,
     WorkerState,
 )
@@ -27,6 +28,8 @@ from redux_server.tasks.store import TaskStore
 _MAX_PAUSE_S = 30.0
 _MAX_REPORT_BYTES = 4 * 2**20
 _LAST_REPORT_S = 1.0
+_BEAT_S = 5.0
+_SAID_WHY = (EXIT_CANNOT_LOAD, EXIT_DEVICE_FAILED, EXIT_NOT_YET)
 _HEALTHY_S = 60.0  # a worker that lived this long is restarted at once
 _WORKER = (sys.executable, "-m", "redux_server", "worker", "--supervised")
 _log = structlog.get_logger("redux_server.dispatch.local")
@@ -41,6 +44,8 @@ class LocalWorkers:
 
     Another server may have a worker of the same device and data directory: a second one, or one
     that ends. Ours waits for it then, and what it said of itself is not changed from here.
+
+    One that cannot load its model stays ``failed`` in the list of workers while it is tried again.
     """
 
     def __init__(
@@ -60,6 +65,15 @@ class LocalWorkers:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._supervisors: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
+        self._cannot_load: dict[str, str] = {}  # why, by device
+        self._are_hopeless: set[str] = set()  # devices for which another try will not help
+        self._has_worked = False
+
+    @property
+    def failure(self) -> str:
+        """Why no worker can load its model, where that is so since the start and for good."""
+        is_over = len(self._are_hopeless) == len(self._supervisors) and not self._has_worked
+        return "; ".join(dict.fromkeys(self._cannot_load.values())) if is_over else ""
 
     async def start(self) -> None:
         """Start one supervised worker per device."""
@@ -99,25 +113,51 @@ class LocalWorkers:
         while not self._stopping.is_set():
             started = time.monotonic()
             try:
-                # What a worker of before last said of itself must not count for this one.
-                await asyncio.to_thread(self._say_if_free, device, "starting")
+                if device not in self._cannot_load:
+                    # What a worker of before last said of itself must not count for this one.
+                    await asyncio.to_thread(self._say_if_free, device, "starting")
                 code = await self._run_one(device)
                 released = await asyncio.to_thread(self._take_back, device, code)
-                _log.log(
-                    logging.INFO if self._stopping.is_set() else logging.ERROR,
-                    "worker ended",
-                    device=device,
-                    exit_code=code,
-                    tasks_returned=released,
-                )
+                await asyncio.to_thread(self._note_end, device, code, released)
             except Exception as error:  # no memory for a process, a full disk: try again later
                 _log.error("cannot keep the worker alive", device=device, exc_info=error)
             lived_s = time.monotonic() - started
             pause_s = 0.0 if lived_s > _HEALTHY_S else min(_MAX_PAUSE_S, max(0.5, pause_s * 2))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause_s)
+            await self._pause(device, pause_s)
         with contextlib.suppress(SQLAlchemyError):
             await asyncio.to_thread(self._leave, device)
+
+    async def _pause(self, device: str, pause_s: float) -> None:
+        """Wait before the next try; what the last worker said of itself stays said."""
+        ends_at = time.monotonic() + pause_s
+        while (left_s := ends_at - time.monotonic()) > 0 and not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), min(left_s, _BEAT_S))
+            with contextlib.suppress(SQLAlchemyError):
+                await asyncio.to_thread(self._presence.heartbeat, self._name(device))
+
+    def _note_end(self, device: str, code: int, released: int) -> None:
+        """Say that a worker ended; why it cannot load its model is said once, not at each try."""
+        if code in (EXIT_CANNOT_LOAD, EXIT_NOT_YET) and not self._stopping.is_set():
+            reason = self._presence.detail_of(self._name(device))
+            if self._cannot_load.get(device) != reason:
+                _log.error("the model cannot be loaded", device=device, reason=reason)
+            self._cannot_load[device] = reason
+            if code == EXIT_CANNOT_LOAD:
+                self._are_hopeless.add(device)
+            else:
+                self._are_hopeless.discard(device)
+            return
+        self._has_worked = True
+        self._cannot_load.pop(device, None)
+        self._are_hopeless.discard(device)
+        _log.log(
+            logging.INFO if self._stopping.is_set() else logging.ERROR,
+            "worker ended",
+            device=device,
+            exit_code=code,
+            tasks_returned=released,
+        )
 
     def _take_back(self, device: str, code: int) -> int:
         # A server that was killed leaves its worker to finish. Ours then only waited for the
@@ -126,8 +166,7 @@ class LocalWorkers:
             return 0
         name = self._name(device)
         has_crashed = not self._stopping.is_set()
-        if has_crashed and code not in (EXIT_CANNOT_LOAD, EXIT_DEVICE_FAILED):
-            # those would have said more than we know
+        if has_crashed and code not in _SAID_WHY:  # those have said more than we know
             self._say(device, f"ended with code {code}, is being restarted")
         return self._store.release(name, has_crashed=has_crashed)
 
@@ -152,8 +191,6 @@ class LocalWorkers:
             stdout=asyncio.subprocess.PIPE,
             limit=_MAX_REPORT_BYTES,
             env={
-                # Idle OpenMP threads that spin would take the cores from the API and each other.
-                "OMP_WAIT_POLICY": "PASSIVE",
                 **os.environ,
                 **to_environment(replace(self._settings, device=device)),
             },

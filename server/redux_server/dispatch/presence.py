@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import structlog
 from sqlalchemy import Engine, delete, insert, select, update
@@ -15,8 +16,9 @@ from redux_server.database.connection import reader
 from redux_server.database.tables import workers
 
 # Exit codes of worker processes that have said why they ended.
-EXIT_CANNOT_LOAD = 3
+EXIT_CANNOT_LOAD = 3  # and never will, as long as nobody changes anything
 EXIT_DEVICE_FAILED = 4
+EXIT_NOT_YET = 5  # could not load its model; another try may succeed
 _log = structlog.get_logger("redux_server.dispatch.presence")
 
 
@@ -37,6 +39,8 @@ class WorkerStatus:
     device: str
     state: WorkerState
     detail: str
+    model: str = ""
+    fingerprint: str = ""
 
 
 class Presence:
@@ -49,17 +53,28 @@ class Presence:
         self._reader = reader(database)
         self._silent_s = silent_s
         self._clock = clock
-        self._said: dict[str, tuple[str, WorkerState, str]] = {}
+        self._said: dict[str, dict[str, Any]] = {}
 
-    def announce(self, worker_id: str, device: str, state: WorkerState, detail: str = "") -> None:
-        """Add or replace a worker's row."""
-        self._said[worker_id] = device, state, detail
-        values = {
+    def announce(
+        self,
+        worker_id: str,
+        device: str,
+        state: WorkerState,
+        detail: str = "",
+        *,
+        model: str = "",
+        fingerprint: str = "",
+    ) -> None:
+        """Add or replace a worker's row; one that is ready says what it runs."""
+        said = {
             "device": device,
             "state": state,
             "detail": detail,
-            "heartbeat_at": self._clock(),
+            "model": model[:128],
+            "fingerprint": fingerprint[:64],
         }
+        self._said[worker_id] = said
+        values = {**said, "heartbeat_at": self._clock()}
         with self._database.begin() as db:
             changed = db.execute(update(workers).where(workers.c.id == worker_id).values(values))
             if not changed.rowcount:
@@ -74,7 +89,7 @@ class Presence:
         with self._database.begin() as db:
             changed = db.execute(update(workers).where(mine).values(heartbeat_at=self._clock()))
         if not changed.rowcount and (said := self._said.get(worker_id)) is not None:
-            self.announce(worker_id, *said)
+            self.announce(worker_id, **said)
 
     @contextmanager
     def kept_alive(self, worker_id: str, *, every_s: float = 5.0) -> Iterator[None]:
@@ -122,6 +137,25 @@ class Presence:
                 device=row.device,
                 state=WorkerState(row.state) if row.heartbeat_at >= oldest else WorkerState.GONE,
                 detail=row.detail,
+                model=row.model,
+                fingerprint=row.fingerprint,
             )
             for row in rows
         ]
+
+    def fingerprints(self) -> frozenset[str]:
+        """What the workers run that are ready."""
+        ready = (each for each in self.all() if each.state is WorkerState.READY)
+        return frozenset(each.fingerprint for each in ready)
+
+    def has_failed(self, worker_id: str) -> bool:
+        """Whether a worker last said that it cannot load its model."""
+        with self._reader.connect() as db:
+            state = db.scalar(select(workers.c.state).where(workers.c.id == worker_id))
+        return state == WorkerState.FAILED
+
+    def detail_of(self, worker_id: str) -> str:
+        """What a worker last said of itself; empty if it is not known."""
+        with self._reader.connect() as db:
+            found = db.scalar(select(workers.c.detail).where(workers.c.id == worker_id))
+        return found or ""

@@ -9,6 +9,7 @@ jumping in an index from each to the next. A claim costs the same before 100 wai
 100,000.
 """
 
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,14 @@ from redux_server.tasks.task import Status, Task
 _COLLISIONS = 3
 
 
-def claim(db: Connection, *, count: int, shape: str, lease: dict[str, Any]) -> list[Task]:
+def claim(
+    db: Connection,
+    *,
+    count: int,
+    shape: str,
+    lease: dict[str, Any],
+    accepted_for: Collection[str] = (),
+) -> list[Task]:
     """Lease out the next task, and up to ``count - 1`` more of its shape and priority.
 
     Args:
@@ -29,15 +37,18 @@ def claim(db: Connection, *, count: int, shape: str, lease: dict[str, Any]) -> l
         count: how many tasks at most.
         shape: if not empty, tasks of this shape only.
         lease: what ``lease_values`` gave.
+        accepted_for: if not empty, tasks with one of these fingerprints only.
 
     Returns:
         The tasks; none when nothing (of that shape) waits.
     """
-    first = _claim_first(db, shape, lease)
+    first = _claim_first(db, shape, lease, accepted_for)
     claimed = [first] if first else []
     # A task without a shape is denoised alone.
     while claimed and claimed[0].shape and len(claimed) < count:
-        mate = _claim_fairly(db, claimed[0].priority, claimed[0].shape, lease)
+        mate = _claim_fairly(
+            db, claimed[0].priority, claimed[0].shape, lease, accepted_for=accepted_for
+        )
         if mate is None:
             break
         claimed.append(mate)
@@ -57,14 +68,22 @@ def lease_values(owner: str, now: float, lease_s: float) -> dict[str, Any]:
     }
 
 
-def _claim_first(db: Connection, shape: str, lease: dict[str, Any]) -> Task | None:
+def fitting(accepted_for: Collection[str]) -> list[ColumnElement[bool]]:
+    """What a task has to meet to be taken by a worker of these fingerprints; of none, any is."""
+    return [tasks.c.fingerprint.in_(sorted(accepted_for))] if accepted_for else []
+
+
+def _claim_first(
+    db: Connection, shape: str, lease: dict[str, Any], accepted_for: Collection[str]
+) -> Task | None:
     ready = [IS_QUEUED, tasks.c.shape == shape] if shape else [IS_QUEUED]
+    ready += fitting(accepted_for)
     collided: list[str] = []
     for _ in range(_COLLISIONS):
         priority = db.scalar(select(func.max(tasks.c.priority)).where(*ready))
         if priority is None:
             return None
-        task = _claim_fairly(db, priority, shape, lease, collided)
+        task = _claim_fairly(db, priority, shape, lease, collided, accepted_for=accepted_for)
         if task is not None:
             return task
     # What is due are single tasks that others are just claiming. Better unfair than idle.
@@ -77,14 +96,19 @@ def _claim_fairly(
     shape: str,
     lease: dict[str, Any],
     collided: list[str] | None = None,
+    *,
+    accepted_for: Collection[str] = (),
 ) -> Task | None:
     """The next task at ``priority``; None (and its key in ``collided``) if others hold it."""
     collided = [] if collided is None else collided
     values = {"priority": priority, "shape": shape, "collided": collided}
-    key_id = db.scalar(_next_key(bool(shape), bool(collided)), values)
+    values["accepted_for"] = sorted(accepted_for)
+    query = _next_key(bool(shape), bool(collided), bool(accepted_for))
+    key_id = db.scalar(query, values)
     if key_id is None:
         return None
     ready = [IS_QUEUED, tasks.c.key_id == key_id, tasks.c.priority == priority]
+    ready += fitting(accepted_for)
     if shape:
         ready.append(tasks.c.shape == shape)
     task = _claim_oldest(db, ready, lease)
@@ -110,11 +134,16 @@ def _claim_oldest(
 
 
 @cache
-def _next_key(has_shape: bool, has_collided: bool) -> Select[Any]:
-    """The key that is served next, for the parameters ``priority``, ``shape``, ``collided``."""
+def _next_key(has_shape: bool, has_collided: bool, is_choosy: bool) -> Select[Any]:
+    """The key that is served next.
+
+    For the parameters ``priority``, ``shape``, ``collided`` and ``accepted_for``.
+    """
     ready = [IS_QUEUED, tasks.c.priority == bindparam("priority")]
     if has_shape:
         ready.append(tasks.c.shape == bindparam("shape"))
+    if is_choosy:
+        ready.append(tasks.c.fingerprint.in_(bindparam("accepted_for", expanding=True)))
     # From each key that waits to the next: a loose index scan.
     waiting = select(func.min(tasks.c.key_id).label("key_id")).where(*ready)
     keys = waiting.cte("waiting", recursive=True)

@@ -36,6 +36,7 @@ def new_row(new: NewTask, *, priority: int, now: float) -> dict[str, Any]:
         "priority": priority,
         "shape": new.shape,
         "webhook_url": new.webhook_url,
+        "fingerprint": new.fingerprint,
     }
 
 

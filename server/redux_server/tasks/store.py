@@ -6,7 +6,7 @@ successor's result. Knows no HTTP, no images and no processes.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -163,20 +163,24 @@ class TaskStore:
 
     # --- the worker's side --------------------------------------------------------------------
 
-    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
+    def claim(
+        self, owner: str, n: int = 1, *, like: str = "", accepted_for: Collection[str] = ()
+    ) -> list[Task]:
         """Lease to ``owner`` the next task, and up to ``n - 1`` more of its shape and priority.
 
         The first is the fairest (see ``redux_server.tasks.claiming``); with ``like``, the fairest
         of that shape. None of the others has ever cost a worker, and neither has a first that has
         company. Leases that ran out, and tasks whose delay is over, go back to the queue first.
+
+        With ``accepted_for`` only tasks with one of these fingerprints are taken.
         """
-        if not self._has_work(like):
+        if not self._has_work(like, accepted_for):
             return []
         with self._database.begin() as db:
             now = self._clock()
             self._back_to_the_queue(db, now)
             lease = claiming.lease_values(owner, now, self._lease_s)
-            return claiming.claim(db, count=n, shape=like, lease=lease)
+            return claiming.claim(db, count=n, shape=like, lease=lease, accepted_for=accepted_for)
 
     def renew(self, owner: str, leased: Mapping[str, tuple[int, int]]) -> Lease:
         """Extend ``owner``'s leases and record progress.
@@ -250,10 +254,25 @@ class TaskStore:
         age = 0.0 if oldest is None else max(0.0, self._clock() - oldest)
         return QueueState(queued, running, age)
 
-    def due(self, *, waiting_s: float, limit: int) -> int:
+    def bound(self) -> dict[str, int]:
+        """How many tasks wait in the queue, by the fingerprint they were accepted for."""
+        query = (
+            select(tasks.c.fingerprint, func.count()).where(IS_QUEUED).group_by(tasks.c.fingerprint)
+        )
+        with self._reader.connect() as db:
+            return {fingerprint: found for fingerprint, found in db.execute(query)}
+
+    def unbind(self, fingerprints: Collection[str]) -> int:
+        """Let any worker take the open tasks accepted for one of ``fingerprints``; how many."""
+        theirs = tasks.c.finished_at.is_(None), tasks.c.fingerprint.in_(fingerprints)
+        with self._database.begin() as db:
+            return int(db.execute(update(tasks).where(*theirs).values(fingerprint="")).rowcount)
+
+    def due(self, *, waiting_s: float, limit: int, accepted_for: Collection[str] = ()) -> int:
         """How many tasks, counted up to ``limit``, a worker should have claimed by now.
 
-        They wait for ``waiting_s`` seconds already, or their delay is over, or their lease.
+        They wait for ``waiting_s`` seconds already, or their delay is over, or their lease. With
+        ``accepted_for``, of those with one of these fingerprints.
         """
         now = self._clock()
         kinds = (
@@ -264,7 +283,8 @@ class TaskStore:
         found = 0
         with self._reader.connect() as db:
             for kind in kinds:
-                some = select(tasks.c.id).where(kind).limit(limit).subquery()
+                mine = claiming.fitting(accepted_for)
+                some = select(tasks.c.id).where(kind, *mine).limit(limit).subquery()
                 found += int(db.scalar(select(func.count()).select_from(some)) or 0)
         return min(found, limit)
 
@@ -283,8 +303,9 @@ class TaskStore:
         with self._reader.connect() as db:
             return list(db.scalars(query))
 
-    def _has_work(self, shape: str) -> bool:
-        is_alike = (tasks.c.shape == shape,) if shape else ()
+    def _has_work(self, shape: str, accepted_for: Collection[str]) -> bool:
+        is_alike = [tasks.c.shape == shape] if shape else []
+        is_alike += claiming.fitting(accepted_for)
         # The least of each, not any: PostgreSQL would look for any in the table, not in the index.
         priority = select(func.max(tasks.c.priority)).where(IS_QUEUED, *is_alike)
         query = select(

@@ -70,6 +70,7 @@ class NewTask:
     Tasks of one ``shape`` may be denoised together; none has to be. ``idempotency_key``, if any,
     makes a second task with it an answer from the first, provided that ``digest`` is the same.
     ``webhook_url`` is whom to tell of its end, as ``redux_server.webhooks.callback`` writes it.
+    Only workers of its ``fingerprint`` may take it; without one, any.
     """
 
     key_id: str
@@ -80,6 +81,7 @@ class NewTask:
     webhook_url: str | None = None
     idempotency_key: str = ""
     digest: str = ""
+    fingerprint: str = ""
     id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -106,6 +108,7 @@ class Task:
     outcome: Outcome | None
     priority: int = 0
     shape: str = ""
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

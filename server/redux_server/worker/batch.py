@@ -42,6 +42,7 @@ from redux_server.worker.inputs import (
 )
 from redux_server.worker.leased import Abandoned, Cancelled, LeasedTask, logged_together
 from redux_server.worker.outputs import Postponed, RetryingStore, provenance
+from redux_server.worker.watchdog import Watchdog
 
 _UNREAD = "The input picture could not be read"
 _log = structlog.get_logger("redux_server.worker.batch")
@@ -75,6 +76,7 @@ class BatchRunner:
         worker_id: str = "worker",
         device: Executor | None = None,
         force_safety: bool = False,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._images = images
         self._pipeline = pipeline
@@ -82,6 +84,8 @@ class BatchRunner:
         self._device = device or ThreadPoolExecutor(1, thread_name_prefix="device")
         self._force_safety = force_safety
         self._caches = metrics.CacheMeter()
+        self.watchdog = watchdog or Watchdog()
+        self.on_device: tuple[LeasedTask, ...] = ()
         self._stopping = threading.Event()
         self.device_is_idle = threading.Event()  # cleared while a group is on the device
         self.device_is_idle.set()
@@ -96,6 +100,13 @@ class BatchRunner:
     def wait_until_usable(self) -> None:
         """Return at once, unless images have nowhere to go: then when they have, or at ``stop``."""
         self._blobs.wait_until_usable()
+
+    @property
+    def obstacle(self) -> str:
+        """Why nothing can be begun just now; empty if it can."""
+        if self._blobs.has_failed:
+            return "the store of pictures is away or full"
+        return ""
 
     def work(
         self,
@@ -165,6 +176,7 @@ class BatchRunner:
         has_left: Callable[[], None],
     ) -> None:
         self.device_is_idle.clear()
+        self.on_device = tuple(member.leased for member in members)
         # A task that was given back may have killed its worker. It is worked on alone, so that it
         # cannot take the next one down with it, again and again.
         if not any(member.leased.is_suspect for member in members):
@@ -179,6 +191,7 @@ class BatchRunner:
             self.stop()  # before the next group, which waits for this very thread, gets its turn
             raise
         finally:
+            self.on_device = ()
             self._caches.update(self._pipeline.cache_stats())
         for member in members:
             member.leased.note("inference", time.perf_counter() - started)
@@ -207,9 +220,16 @@ class BatchRunner:
     def _drive(self, members: list[BatchMember]) -> None:
         """Run the pipeline until each member has its end, or nobody wants those that have none."""
         requests = [member.request for member in members]
-        metrics.BATCH_SIZE.observe(sum(each.num_images for each in requests))
-        with closing(self._pipeline.generate_batch(requests)) as events:
+        images = sum(each.num_images for each in requests)
+        metrics.BATCH_SIZE.observe(images)
+        first = requests[0]  # they are of one size
+        shape = first.width, first.height, bool(first.prompt), images
+        with (
+            self.watchdog.watching(shape, first.width * first.height * images),
+            closing(self._pipeline.generate_batch(requests)) as events,
+        ):
             for index, event in events:
+                self.watchdog.step()
                 member = members[index]
                 if isinstance(event, Progress):
                     member.leased.step = event.step

@@ -50,7 +50,7 @@ class LeasedTask:
     def check_wanted(self) -> None:
         """Raise ``Abandoned`` or ``Cancelled`` if there is no point in going on."""
         if self.is_lost:
-            raise Abandoned("its lease ran out, or it was deleted")
+            raise Abandoned("its lease ran out, it was deleted, or its end is recorded")
         if self.is_cancelled:
             raise Cancelled
 

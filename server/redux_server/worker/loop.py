@@ -10,7 +10,7 @@ encoded and stored. Knows no HTTP and no torch, and neither pictures nor pipelin
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import structlog
@@ -20,13 +20,15 @@ from redux_pipelines.errors import DeviceError
 from redux_server import metrics
 from redux_server.storage.disk import Ballast
 from redux_server.tasks.store import TaskStore
-from redux_server.tasks.task import Task
+from redux_server.tasks.task import Outcome, Task
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.leased import EndRecorder, LeasedTask
 from redux_server.worker.outputs import Postponed
 
 LANES = 3
 POLL_S = 0.5
+CANCEL_PATIENCE_S = 3.0
+"""How long a step may go on before a cancelled task need not wait for its end."""
 LOST_DEVICE_GRACE_S = 3.0
 """How long the other lanes of a worker that lost its device may go on with what is off it."""
 _log = structlog.get_logger("redux_server.worker.loop")
@@ -41,6 +43,11 @@ class Worker:
 
     Up to ``max_batch_size`` images of tasks of one shape are denoised together; for the first of
     them, the others have ``batch_timeout_s`` seconds to come.
+
+    It takes tasks that were accepted for one of the fingerprints that ``accepts`` gives, or any if
+    that gives none. Once stopped, it finishes what is on the device within ``drain_timeout_s``
+    seconds. With ``ends_process`` a device that hangs and holds the interpreter's lock ends the
+    process.
     """
 
     def __init__(
@@ -55,6 +62,9 @@ class Worker:
         heartbeat_s: float = 0.5,
         poll_s: float = POLL_S,
         defer_s: float = 0.0,
+        accepts: Callable[[], Collection[str]] = lambda: (),
+        drain_timeout_s: float = math.inf,
+        ends_process: bool = False,
     ) -> None:
         self._id = worker_id
         self._store = store
@@ -68,6 +78,11 @@ class Worker:
         self._stopping = threading.Event()
         self._poll_s = poll_s
         self._defer_s = defer_s
+        self._accepts = accepts
+        self._guards: tuple[threading.Thread, ...] = ()
+        self._is_database_away = False
+        self._drain_timeout_s = drain_timeout_s
+        self._ends_process = ends_process
         self._work_arrived = threading.Event()
         self._has_looked = threading.Event()
         self._is_claiming = False
@@ -76,6 +91,8 @@ class Worker:
         self._next_up = threading.Semaphore(1)
         self._lanes_end_at = math.inf
         self.device_failure: DeviceError | None = None
+        self.is_stuck = False
+        """Whether ``run`` left a lane behind: only the process's end ends what that waits for."""
 
     def wake(self) -> None:
         """There may be work: look now instead of at the next poll."""
@@ -93,6 +110,18 @@ class Worker:
         self.wake()
         return self._has_looked.wait(timeout_s) and not self.is_stopping
 
+    def is_alive(self) -> bool:
+        """Whether the threads run that it cannot do without; before ``run`` there are none."""
+        return all(thread.is_alive() for thread in self._guards)
+
+    def obstacle(self) -> str:
+        """Why it would not take a task just now; empty if it would."""
+        if self.is_stopping:
+            return "the worker is stopping"
+        if self._is_database_away:
+            return "the database does not answer"
+        return self._runner.obstacle
+
     @property
     def is_stopping(self) -> bool:
         """True once nothing more is claimed."""
@@ -104,6 +133,7 @@ class Worker:
 
     def stop(self) -> None:
         """Claim nothing more; what is on the device is finished. Callable from a signal handler."""
+        self._lanes_end_at = min(self._lanes_end_at, time.monotonic() + self._drain_timeout_s)
         self._stopping.set()
         self._runner.stop()
         self._work_arrived.set()
@@ -112,20 +142,25 @@ class Worker:
     def run(self) -> None:
         """Work until ``stop``; then return what was claimed but not begun.
 
-        Also ends when the device is lost, and sets ``device_failure``: nothing in this process can
-        use it again. A lane that still waits for something else is then left behind.
+        Also ends when the device is lost or hangs, and sets ``device_failure``: nothing in this
+        process can use it again. A lane that still waits for something is then left behind, as it
+        is when it takes longer than the stopped worker has (``is_stuck``).
         """
         lanes = [
             threading.Thread(target=self._lane, name=f"lane-{i}", daemon=True) for i in range(LANES)
         ]
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        for thread in (*lanes, heart):
+        watch = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        for thread in (*lanes, heart, watch):
             thread.start()
+        self._guards = (heart, watch)
         for lane in lanes:
             while lane.is_alive() and time.monotonic() < self._lanes_end_at:
                 lane.join(0.1)
+        self.is_stuck = any(lane.is_alive() for lane in lanes)
         self._has_ended.set()
         heart.join()
+        watch.join()
         self._store.release(self._id, has_crashed=False)
 
     def step(self) -> bool:
@@ -154,13 +189,25 @@ class Worker:
                         self._recorder.finish(leased, outcome)
                 self._forget(leased)
         except DeviceError as error:
-            self.stop()
-            for leased in group:
-                if self._leased.get(leased.task.id) is leased:
-                    self._recorder.give_back(leased, str(error))
-            _log.error("the device failed, so this worker ends", exc_info=error)
-            self.device_failure = error
-            self._lanes_end_at = time.monotonic() + LOST_DEVICE_GRACE_S
+            self._lose_device(error, group)
+
+    def _lose_device(self, error: DeviceError, group: Sequence[LeasedTask]) -> None:
+        """End, as nothing here can use the device again; ``group`` had a part in that."""
+        self.stop()
+        for leased in group:
+            if self._leased.get(leased.task.id) is leased:
+                self._recorder.give_back(leased, str(error))
+        _log.error("the device failed, so this worker ends", exc_info=error)
+        self.device_failure = error
+        self._lanes_end_at = min(self._lanes_end_at, time.monotonic() + LOST_DEVICE_GRACE_S)
+
+    def _watch(self) -> None:
+        """See to it that a device that hangs is noticed; its own thread cannot."""
+
+        def lose(reason: str) -> None:
+            self._lose_device(DeviceError(reason), self._runner.on_device)
+
+        self._runner.watchdog.keep(self._has_ended, lose, ends_process=self._ends_process)
 
     def _lane(self) -> None:
         while not self._stopping.is_set():
@@ -189,13 +236,22 @@ class Worker:
             self._work_arrived.clear()
             if self.is_stopping:  # asked after clearing, so that the wake of ``stop`` is not lost
                 return []
-            claimed = self._store.claim(self._id)
+            claimed = self._ask_the_store()
             self._has_looked.set()
             if not claimed:
                 self._work_arrived.wait(self._poll_s)
             return claimed
         finally:
             self._is_claiming = False
+
+    def _ask_the_store(self) -> list[Task]:
+        try:
+            claimed = self._store.claim(self._id, accepted_for=self._accepts())
+        except SQLAlchemyError:
+            self._is_database_away = True
+            raise
+        self._is_database_away = False
+        return claimed
 
     def _fill_batch(self, group: list[LeasedTask]) -> None:
         """Claim more tasks of the first one's shape, as far as there is room for their images.
@@ -210,7 +266,7 @@ class Worker:
                 return
             self._work_arrived.clear()
             try:
-                more = self._store.claim(self._id, like=shape)
+                more = self._store.claim(self._id, like=shape, accepted_for=self._accepts())
             except SQLAlchemyError as error:  # those that are here need not suffer for it
                 _log.error("cannot look for more tasks of a batch", exc_info=error)
                 return
@@ -254,6 +310,16 @@ class Worker:
             leased[task_id].is_lost = True
         for task_id in lease.cancelled:
             leased[task_id].is_cancelled = True
+        if self._runner.watchdog.waited_s > CANCEL_PATIENCE_S:
+            self._end_cancelled()
+
+    def _end_cancelled(self) -> None:
+        """Record the end of what was cancelled without waiting for a step that may never end."""
+        for leased in self._runner.on_device:
+            if leased.is_cancelled and not leased.is_lost:
+                with leased.logged():
+                    self._recorder.finish(leased, Outcome.cancellation())
+                leased.is_lost = True
 
 
 class _Once:

@@ -14,23 +14,26 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from redux_pipelines.contract.types import Pipeline, SafetyChecker
-from redux_pipelines.errors import ReduxError
+from redux_pipelines.errors import DeviceError, DeviceMemoryError, ReduxError, WeightsAway
 from redux_server import logs, metrics
 from redux_server.database.clock import clock_of
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
 from redux_server.dispatch.device import device_lock, lock_path, worker_id
+from redux_server.dispatch.fingerprint import Served, fingerprint_of
 from redux_server.dispatch.local import worker_devices
 from redux_server.dispatch.presence import (
     EXIT_CANNOT_LOAD,
     EXIT_DEVICE_FAILED,
+    EXIT_NOT_YET,
     Presence,
     WorkerState,
 )
@@ -48,6 +51,8 @@ from redux_server.worker.batch import BatchRunner
 from redux_server.worker.inputs import ImageLoader
 from redux_server.worker.loop import POLL_S, Worker
 from redux_server.worker.model import check_parallel, describe_model, load_model
+from redux_server.worker.probes import WorkerProbes, serve
+from redux_server.worker.watchdog import Watchdog
 
 _WAITING = (
     "another worker has this device and data directory, of a second server or of one that ends; "
@@ -78,7 +83,7 @@ def worker(settings: ServerSettings, *, supervised: bool) -> int:
 def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) -> int:
     """Run the worker of one device until a signal; returns an exit code.
 
-    A device that is lost ends the process from here, with ``EXIT_DEVICE_FAILED``.
+    A device that is lost or hangs ends the process from here, with ``EXIT_DEVICE_FAILED``.
 
     With ``is_supervised``, each line on standard input means "there is work", and its end means
     "your supervisor is gone: finish and leave"; standard output is for metrics.
@@ -86,64 +91,64 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
     make_new_files_private()
     private_folder(settings.data_dir)
     supervisor = _Supervisor()
+    probes = WorkerProbes()
     if is_supervised:
         supervisor.listen()
     else:
-        _show_metrics(settings)
-    has_tickets = settings.dispatch == "celery" and not is_supervised
+        _answer_probes(settings, probes)
     database = open_database(settings.database)
     clock = clock_of(database)
     presence = Presence(database, clock=clock)
-    name = worker_id(settings.data_dir, device)
+    announce = _Announcer(presence, worker_id(settings.data_dir, device), device, probes)
     store = _open_store(settings, database, clock)
-
-    def announce(state: WorkerState, detail: str = "") -> None:
-        presence.announce(name, device, state, detail)
-
-    # To the log alone: the row in the database is that of who has the device.
-    say_waiting = partial(_log.warning, _WAITING, device=device)
-    path = lock_path(settings, device)
-    with device_lock(path, before_waiting=say_waiting), presence.kept_alive(name):
-        store.release(name)  # left by a predecessor that died: the lock says it is gone
-        announce(WorkerState.LOADING)
+    lock = device_lock(lock_path(settings, device), before_waiting=announce.waiting)
+    with lock, presence.kept_alive(announce.name):
+        store.release(announce.name)  # left by a predecessor that died: the lock says it is gone
+        if not (is_supervised and presence.has_failed(announce.name)):
+            announce(WorkerState.LOADING)  # else it stays failed while its supervisor tries again
         with ThreadPoolExecutor(1, thread_name_prefix="device") as device_thread:
+            watchdog = Watchdog(limit_s=settings.step_timeout_s)
             try:
-                blobs, (pipeline, safety) = _load(settings, device, device_thread)
+                blobs, model = _load(settings, device, device_thread, watchdog)
             except Exception as error:
-                announce(WorkerState.FAILED, _reason(error))
+                code = _give_up(error, announce, is_supervised=is_supervised)
                 supervisor.close()
-                return _cannot_load(error)
+                return code
             signer = Signer(signing_secret(database), clock=clock)
+            fingerprint = fingerprint_of(model[0].info.weights or settings.model)
             worker = Worker(
-                name,
+                announce.name,
                 store=store,
-                runner=_runner(settings, name, (blobs, signer), (pipeline, safety), device_thread),
+                runner=_runner(
+                    settings, announce.name, (blobs, signer), model, (device_thread, watchdog)
+                ),
                 ballast=open_ballast(settings),
-                max_batch_size=settings.max_batch_size,
-                batch_timeout_s=settings.batch_timeout / 1000,
-                poll_s=_SLOW_POLL_S if has_tickets else POLL_S,
-                defer_s=0.0 if is_supervised else _DEFER_S,
+                accepts=Served(fingerprint, store, presence),
+                ends_process=True,
+                **_pace(settings, is_supervised=is_supervised),
             )
             _stop_at_signals(worker)
             supervisor.attach(worker)
-            announce(WorkerState.READY, describe_model(pipeline, settings))
-            _log.info("worker ready", device=device, model=pipeline.info.name)
+            probes.is_alive, probes.obstacle = worker.is_alive, worker.obstacle
+            announce.ready(describe_model(model[0], settings), model[0].info.name, fingerprint)
+            _log.info("worker ready", device=device, model=model[0].info.name)
+            has_tickets = _has_tickets(settings, is_supervised=is_supervised)
             with _tickets(settings, database, worker, wanted=has_tickets):
                 with _told_when_stopping(worker, announce):
                     worker.run()
                 supervisor.close()
-                _end_if_lost(worker, announce)
-        presence.leave(name)
+                _end_if_stuck(worker, announce)
+        presence.leave(announce.name)
     return 0
 
 
 def _load(
-    settings: ServerSettings, device: str, device_thread: Executor
+    settings: ServerSettings, device: str, device_thread: Executor, watchdog: Watchdog
 ) -> tuple[BlobStore, tuple[Pipeline, SafetyChecker]]:
     """What the worker needs that may not be there; raises whatever tells so."""
     blobs = open_pictures(settings)
     blobs.check()
-    loading = device_thread.submit(load_model, settings, device)
+    loading = device_thread.submit(load_model, settings, device, watchdog.learn)
     _check_decoder()
     return blobs, loading.result()
 
@@ -176,9 +181,59 @@ def _told_when_stopping(
         thread.join()
 
 
-def _cannot_load(error: Exception) -> int:
-    _log.error("cannot start", reason=str(error), exc_info=error)
-    return EXIT_CANNOT_LOAD
+class _Announcer:
+    """Says how this worker is: in the list of workers, and to whoever asks it."""
+
+    def __init__(self, presence: Presence, name: str, device: str, probes: WorkerProbes) -> None:
+        self.name = name
+        self.presence = presence
+        self._device = device
+        self._probes = probes
+
+    def __call__(self, state: WorkerState, detail: str = "", **runs: str) -> None:
+        self._probes.state, self._probes.detail = state.value, detail
+        self.presence.announce(self.name, self._device, state, detail, **runs)
+
+    def waiting(self) -> None:
+        """Another process has the device, and the row in the list with it."""
+        self._probes.detail = _WAITING
+        _log.warning(_WAITING, device=self._device)
+
+    def ready(self, detail: str, model: str, fingerprint: str) -> None:
+        """From now on it takes tasks."""
+        self(WorkerState.READY, detail, model=model, fingerprint=fingerprint)
+
+
+def _give_up(error: Exception, announce: _Announcer, *, is_supervised: bool) -> int:
+    """Say why there is no model; returns the exit code that says whether to try again."""
+    reason, is_known = _reason(error), _says_what_to_do(error)
+    has_said = announce.presence.detail_of(announce.name) == reason
+    announce(WorkerState.FAILED, reason)
+    if not is_known:
+        # Each try would end in the same way: one traceback is enough.
+        _log.error("cannot start", reason=str(error), exc_info=None if has_said else error)
+    elif not is_supervised:  # a supervisor says it, and only once
+        _log.error("cannot start", reason=reason)
+    is_permanent = isinstance(error, (ReduxError, ValueError)) and not isinstance(
+        error, (WeightsAway, DeviceError, DeviceMemoryError)
+    )
+    return EXIT_CANNOT_LOAD if is_permanent else EXIT_NOT_YET
+
+
+def _pace(settings: ServerSettings, *, is_supervised: bool) -> dict[str, Any]:
+    """How a worker paces its looks for work, and its end."""
+    has_tickets = _has_tickets(settings, is_supervised=is_supervised)
+    return {
+        "max_batch_size": settings.max_batch_size,
+        "batch_timeout_s": settings.batch_timeout / 1000,
+        "poll_s": _SLOW_POLL_S if has_tickets else POLL_S,
+        "defer_s": 0.0 if is_supervised else _DEFER_S,
+        "drain_timeout_s": settings.drain_timeout_s,
+    }
+
+
+def _has_tickets(settings: ServerSettings, *, is_supervised: bool) -> bool:
+    return settings.dispatch == "celery" and not is_supervised
 
 
 def _stop_at_signals(worker: Worker) -> None:
@@ -186,29 +241,39 @@ def _stop_at_signals(worker: Worker) -> None:
         signal.signal(number, lambda *_: worker.stop())
 
 
-def _end_if_lost(worker: Worker, announce: Callable[[WorkerState, str], None]) -> None:
-    """End the process, at once, if ``worker`` lost its device."""
+def _end_if_stuck(worker: Worker, announce: _Announcer) -> None:
+    """End the process, at once, if the worker lost its device, or left a lane behind."""
     if worker.device_failure is not None:
         with contextlib.suppress(SQLAlchemyError):  # whoever starts us again says so too
             announce(WorkerState.FAILED, f"{worker.device_failure}; the worker has ended")
         _end_process(EXIT_DEVICE_FAILED)
+    if worker.is_stuck:
+        _log.warning("a task did not end in time, and goes back to the queue")
+        with contextlib.suppress(SQLAlchemyError):
+            announce.presence.leave(announce.name)
+        _end_process(0)
 
 
 def _end_process(code: int) -> NoReturn:
     """End now: a lane may wait for something, and to tidy up a lost device may wait for ever."""
+    for listing in Path("/proc/self/task").glob("*/children"):
+        # Ranks that compute with us may hang as we do, and hold their devices.
+        with contextlib.suppress(OSError):
+            for pid in listing.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _show_metrics(settings: ServerSettings) -> None:
+def _answer_probes(settings: ServerSettings, probes: WorkerProbes) -> None:
     if settings.metrics_port:
         try:
-            metrics.serve(settings.host, settings.metrics_port)
+            serve(settings.host, settings.metrics_port, probes)
         except OSError as error:
             raise UsageError(
-                f"cannot show metrics on {settings.host}:{settings.metrics_port}: "
+                f"cannot answer probes on {settings.host}:{settings.metrics_port}: "
                 f"{error.strerror}; choose another --metrics-port or --host"
             ) from None
 
@@ -221,9 +286,13 @@ def _open_store(
     )
 
 
+def _says_what_to_do(error: Exception) -> bool:
+    return isinstance(error, (ReduxError, ValueError, StorageError))
+
+
 def _reason(error: Exception) -> str:
     """Why no work can be done, for whoever asks ``/readyz``."""
-    if isinstance(error, (ReduxError, ValueError, StorageError)):  # they say what to do
+    if _says_what_to_do(error):
         return str(error)
     return f"{type(error).__name__} while loading the model; the worker's log says more"
 
@@ -245,7 +314,7 @@ def _runner(
     worker_id: str,
     pictures: tuple[BlobStore, Signer],
     model: tuple[Pipeline, SafetyChecker],
-    device: Executor,
+    device: tuple[Executor, Watchdog],
 ) -> BatchRunner:
     blobs, signer = pictures
     pipeline, safety = model
@@ -259,8 +328,9 @@ def _runner(
         blobs=blobs,
         check_room=partial(check_room, temporary),
         worker_id=worker_id,
-        device=device,
+        device=device[0],
         force_safety=settings.force_safety_checker,
+        watchdog=device[1],
     )
 
 

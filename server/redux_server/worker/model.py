@@ -6,7 +6,7 @@ and ``generate`` use the rest without them. Knows no task and no database.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -51,8 +51,15 @@ def load(settings: ModelSettings, device: str) -> Pipeline:
     return pipeline
 
 
-def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyChecker]:
-    """The pipeline and the safety checker that ``settings`` ask for, warmed up."""
+def load_model(
+    settings: ServerSettings,
+    device: str,
+    learn: Callable[[int, float], None] = lambda pixels, seconds: None,
+) -> tuple[Pipeline, SafetyChecker]:
+    """The pipeline and the safety checker that ``settings`` ask for, warmed up.
+
+    ``learn`` is told the pixels of each image of the warm-up, and the seconds it took.
+    """
     from redux_pipelines.images.safety import OpenNsfwChecker
 
     started = time.perf_counter()
@@ -61,7 +68,8 @@ def load_model(settings: ServerSettings, device: str) -> tuple[Pipeline, SafetyC
     sizes = warm_sizes(settings, pipeline.info.device)
     if is_compiled(settings, pipeline.info):
         _compile(pipeline, compile_plan(settings, sizes))
-    _warm_up(pipeline, safety, sizes)
+    for width, height, seconds in _warm_up(pipeline, safety, sizes):
+        learn(width * height, seconds)
     _log.info("model loaded", seconds=round(time.perf_counter() - started, 1))
     return pipeline, safety
 
@@ -78,8 +86,12 @@ def _compile(pipeline: Pipeline, plan: CompilePlan) -> None:
     _log.info("compiled", **asdict(report))
 
 
-def _warm_up(pipeline: Pipeline, safety: SafetyChecker, sizes: Sizes) -> None:
+def _warm_up(
+    pipeline: Pipeline, safety: SafetyChecker, sizes: Sizes
+) -> Iterator[tuple[int, int, float]]:
     """Make an image of one step of each size, so that no task pays for what is set up once.
+
+    Yields each size that was made, and the seconds it took.
 
     That is what is loaded when first used and, on a GPU, what libraries plan and the allocator
     keeps for a shape. A size that there is no room for is passed over, as its requests will be.
@@ -95,8 +107,10 @@ def _warm_up(pipeline: Pipeline, safety: SafetyChecker, sizes: Sizes) -> None:
         except (RequestError, DeviceMemoryError) as error:
             _log.warning("not warmed up", size=size, reason=str(error))
             continue
+        seconds = time.perf_counter() - started
         safety.check(result.images)  # type: ignore[union-attr]  # the last event is the result
         _log.info("warmed up", size=size, seconds=round(time.perf_counter() - started, 2))
+        yield width, height, seconds
 
 
 def warm_sizes(settings: ModelSettings, device: str) -> Sizes:

@@ -78,6 +78,11 @@ class RetryingStore:
         """Remember that so many bytes that came in could not be kept meanwhile."""
         self._wanted_bytes = size_bytes
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last thing heard of the store was a failure."""
+        return bool(self._failed_bytes)
+
     def wait_until_usable(self) -> None:
         """Return at once unless the last thing heard of the store, or of room, was a failure."""
         while not self._stopping.is_set() and not (self._has_room() and self._try()):

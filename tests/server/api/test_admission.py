@@ -15,6 +15,7 @@ from sqlalchemy import Engine, event
 
 from e2e.live import a_picture, data_uri
 from redux_server.api.services import Services
+from redux_server.dispatch.presence import WorkerState
 from redux_server.tasks.task import NewTask, Outcome, Status
 from server.in_process import INLINE, SUBMIT, URL, Api, Clock, serving
 from server.stored_tasks import count_rows
@@ -303,6 +304,49 @@ def test_picture_of_a_refused_task_is_not_kept(build_api: Callable[..., Api]) ->
 def test_neither_limit_is_set_by_default(build_services: Callable[..., Services]) -> None:
     settings = build_services().settings
     assert (settings.rate_limit, settings.max_open_per_key) == (0, 0)
+
+
+# --- no worker ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_accepted_while_no_worker_can_load_its_model(api: Api, database: Engine) -> None:
+    presence = api.services.presence
+    presence.announce("a", "cuda:0", WorkerState.FAILED, "the hub cannot be reached")
+    refused = api.post(SUBMIT, json=URL)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "30")
+    assert "nothing was started: the hub cannot be reached" in refused.json()["message"]
+    assert count_rows(database) == 0
+    presence.announce("a", "cuda:0", WorkerState.LOADING, "starting")
+    assert api.post(SUBMIT, json=URL).status_code == 200
+    presence.announce("b", "cuda:1", WorkerState.READY)
+    presence.announce("a", "cuda:0", WorkerState.FAILED, "the hub cannot be reached")
+    assert api.post(SUBMIT, json=URL).status_code == 200, "one that works is enough"
+
+
+def test_a_submit_without_a_worker_says_so_and_so_do_its_polls(api: Api) -> None:
+    answer = api.post(SUBMIT, json=URL)
+    data = answer.json()["data"]
+    assert (answer.status_code, answer.headers["workers-ready"]) == (200, "0")
+    assert data["progress"]["waiting_for"] == "a worker; none is ready"
+    polled = api.get(f"/api/v3/predictions/{data['id']}/result").json()["data"]
+    assert polled["progress"]["waiting_for"] == "a worker; none is ready"
+    api.services.presence.announce("a", "cpu", WorkerState.READY, fingerprint="aaa/1")
+    polled = api.get(f"/api/v3/predictions/{data['id']}/result").json()["data"]
+    assert "waiting_for" not in polled["progress"]
+    answer = api.post(SUBMIT, json=URL)
+    assert "workers-ready" not in answer.headers
+    assert "waiting_for" not in answer.json()["data"]["progress"]
+
+
+def test_a_task_is_bound_to_what_the_workers_of_its_time_run(api: Api) -> None:
+    presence = api.services.presence
+    presence.announce("a", "cpu", WorkerState.READY, fingerprint="aaa/1")
+    bound = api.post(SUBMIT, json=URL).json()["data"]["id"]
+    [task] = api.services.store.get([bound])
+    assert task is not None and task.fingerprint == "aaa/1"
+    presence.announce("a", "cpu", WorkerState.READY, fingerprint="bbb/1")
+    polled = api.get(f"/api/v3/predictions/{bound}").json()["data"]
+    assert "the weights aaa and version 1" in polled["progress"]["waiting_for"]
 
 
 # --- the idempotency key --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`flux-redux weights quantize` as a user meets it."""
+"""`flux-redux weights quantize` and `tasks unbind` as a user meets them."""
 
 from pathlib import Path
 
@@ -9,6 +9,10 @@ from redux_pipelines.loading import fp8_export
 from redux_pipelines.loading.load import load_pipeline
 from redux_pipelines.loading.tiny import build_tiny
 from redux_server.cli.main import run
+from redux_server.database.migration import open_database
+from redux_server.dispatch.presence import Presence, WorkerState
+from redux_server.tasks.store import TaskStore
+from redux_server.tasks.task import NewTask
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -61,3 +65,22 @@ def test_ctrl_c_leaves_nothing_and_exits_as_shells_expect(
     monkeypatch.setattr(fp8_export, "save_file", interrupted)
     assert run(["weights", "quantize", "--base", str(tiny[0]), "--out", str(tmp_path / "a")]) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_that_no_worker_takes_are_let_go_once_a_worker_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = open_database(f"sqlite:///{tmp_path / 'tasks.db'}")
+    store, presence = TaskStore(database), Presence(database)
+    for fingerprint in ("aaa/1", "bbb/1", "bbb/1"):
+        store.accept([NewTask("k", "m", {}, fingerprint=fingerprint)], max_open=9)
+    command = ["tasks", "unbind", "--data-dir", str(tmp_path)]
+    assert run(command) == 2
+    assert "no worker is ready" in capsys.readouterr().err
+    presence.announce("w", "cpu", WorkerState.READY, fingerprint="aaa/1")
+    assert run(command) == 0
+    said = capsys.readouterr().out
+    assert "the weights bbb and version 1: no ready worker runs it" in said
+    assert "2 tasks may be taken by any worker now" in said
+    assert store.bound() == {"": 2, "aaa/1": 1}
+    database.dispose()

@@ -29,6 +29,8 @@ VERBS = (
     ["db"],
     ["db", "current"],
     ["db", "upgrade"],
+    ["tasks"],
+    ["tasks", "unbind"],
     ["weights"],
     ["weights", "quantize"],
     ["version"],

@@ -172,7 +172,7 @@ def test_upgraded_postgresql_indexes_the_rows_that_the_code_says() -> None:
                 found.append(list(db.scalars(indexes)))
             engine.dispose()
     assert found[0] == found[1]
-    assert sum(" WHERE " in each for each in found[0]) == 4
+    assert sum(" WHERE " in each for each in found[0]) == 5
 
 
 def test_differences_would_be_found(url: str) -> None:

@@ -17,7 +17,12 @@ from redux_server.database.migration import open_database
 from redux_server.dispatch import local as engine_module
 from redux_server.dispatch.device import device_lock, lock_path, worker_id
 from redux_server.dispatch.local import LocalWorkers, devices, worker_devices
-from redux_server.dispatch.presence import Presence, WorkerState
+from redux_server.dispatch.presence import (
+    EXIT_CANNOT_LOAD,
+    EXIT_NOT_YET,
+    Presence,
+    WorkerState,
+)
 from redux_server.metrics import WorkerReports
 from redux_server.settings import ServerSettings, UsageError
 from redux_server.tasks.store import TaskStore
@@ -353,6 +358,59 @@ def test_supervision_outlives_a_database_that_is_away(
         await notes.wait_for("started", 2)
 
     play(settings, store, DIE, scenario)
+
+
+# --- a model that cannot be loaded ----------------------------------------------------------------
+
+HOPELESS = f"sys.exit({EXIT_CANNOT_LOAD})\n"
+NOT_YET = f"sys.exit({EXIT_NOT_YET})\n"
+REASON = "the hub cannot be reached"
+
+
+def test_a_server_whose_workers_can_never_load_has_failed(
+    settings: ServerSettings, store: TaskStore
+) -> None:
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
+        assert workers.failure == ""
+        await until(lambda: workers.failure != "")
+        assert workers.failure == "starting"  # the last that was said, and the stub says nothing
+
+    play(settings, store, HOPELESS, scenario)
+
+
+def test_one_device_that_works_is_enough(settings: ServerSettings, store: TaskStore) -> None:
+    stub = f"if device != 'cpu': {HOPELESS}" + WORK
+
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
+        await until(lambda: len([1 for each in notes.all("started") if each[0] != "cpu"]) >= 2)
+        assert workers.failure == ""
+
+    play(replace(settings, device="cpu,cuda:7"), store, stub, scenario)
+
+
+def test_what_may_load_later_is_tried_again_and_stays_failed_meanwhile(
+    settings: ServerSettings, store: TaskStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = worker_id(settings.data_dir, "cpu")
+    stub = (
+        "import sqlite3\n"
+        "db = sqlite3.connect(os.environ['FLUX_REDUX_DATA_DIR'] + '/tasks.db', timeout=10)\n"
+        f"db.execute(\"UPDATE workers SET state = 'failed', detail = '{REASON}'\")\n"
+        "db.commit(); note('failed')\n" + NOT_YET
+    )
+    states: set[WorkerState] = set()
+
+    async def scenario(workers: LocalWorkers, notes: Notes) -> None:
+        await notes.wait_for("failed")
+        while len(notes.all("failed")) < 3:
+            states.update(each.state for each in presence.all() if each.id == name)
+            await asyncio.sleep(0.02)
+        assert workers.failure == ""
+
+    with presence_of(settings) as presence:
+        play(settings, store, stub, scenario)
+    assert states == {WorkerState.FAILED}
+    assert capsys.readouterr().out.count(REASON) == 1, "said once, not at each try"
 
 
 # --- the end -------------------------------------------------------------------------------------

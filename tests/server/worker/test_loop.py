@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from e2e.live import wait_until
 from redux_pipelines.contract.types import (
@@ -24,6 +25,7 @@ from redux_server.tasks.task import NewTask, Status
 from redux_server.worker import loop as worker_module
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.loop import Worker
+from redux_server.worker.watchdog import Watchdog
 from server.worker_bench import (
     INPUT,
     OTHER,
@@ -548,3 +550,108 @@ def test_nothing_of_this_needs_a_running_worker(
     worker = Worker("me", store=unpolled.store, runner=runner)
     act(worker)
     assert not worker.look(0.1)
+
+
+# --- a device that hangs --------------------------------------------------------------------------
+
+
+class HangingPipeline(FakePipeline):
+    """Its device makes no step of a request with the prompt "hang" until the test is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hangs = threading.Event()
+        self.is_over = threading.Event()
+
+    def generate_batch(self, requests: Sequence[GenerationRequest]) -> Any:
+        for event in super().generate_batch(requests):
+            if requests[0].prompt == "hang":
+                self.hangs.set()
+                assert self.is_over.wait(30)
+            yield event
+
+    def open(self) -> None:
+        self.is_over.set()
+
+
+@contextmanager
+def hanging(
+    bench: Bench, *prompts: str, limit_s: float, **parts: Any
+) -> Iterator[tuple[Worker, list[str], threading.Thread]]:
+    """A worker that runs, its tasks, of which the first hangs, and its thread."""
+    pipeline = HangingPipeline()
+    worker = bench.worker(pipeline=pipeline, watchdog=Watchdog(limit_s=limit_s), **parts)
+    ids = [bench.submit(prompt=prompt) for prompt in ("hang", *prompts)]
+    try:
+        with bench.beside(worker.run) as thread:
+            assert pipeline.hangs.wait(20)
+            yield worker, ids, thread
+            worker.stop()
+            thread.join(20)
+    finally:
+        pipeline.open()
+
+
+def test_a_device_that_hangs_is_given_up_and_its_task_is_under_suspicion(bench: Bench) -> None:
+    with hanging(bench, "next", limit_s=0.2) as (worker, (hung, waiting), thread):
+        thread.join(20)
+        assert not thread.is_alive()
+        assert worker.is_stuck and "the device hangs" in str(worker.device_failure)
+        assert not worker.is_alive()
+    assert (bench.task(hung).crashes, bench.task(waiting).crashes) == (1, 0)
+    assert (bench.store.queue_state().waiting, bench.store.queue_state().running) == (2, 0)
+
+
+def test_a_task_that_hangs_again_and_again_fails_and_says_why(bench: Bench) -> None:
+    task_id = bench.submit(prompt="hang")
+    for _ in range(3):
+        pipeline = HangingPipeline()
+        worker = bench.worker(pipeline=pipeline, watchdog=Watchdog(limit_s=0.2))
+        try:
+            with bench.beside(worker.run) as thread:
+                thread.join(20)
+                assert not thread.is_alive()
+        finally:
+            pipeline.open()
+    task = bench.task(task_id)
+    assert task.status is Status.FAILED and task.outcome is not None
+    assert "cost too many workers their device" in task.outcome.error
+    assert "the device hangs: it made no step for" in task.outcome.error
+
+
+def test_a_cancelled_task_ends_though_its_device_hangs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "CANCEL_PATIENCE_S", 0.1)
+    with hanging(bench, limit_s=60) as (worker, (hung,), _):
+        assert worker.is_alive()
+        cancelled = bench.store.cancel(hung, "key")
+        assert cancelled is not None and not cancelled.has_ended_it
+        wait_until(lambda: bench.task(hung).status is Status.CANCELLED, 10)
+        worker._runner._pipeline.open()
+
+
+def test_a_stopped_worker_does_not_wait_for_a_device_that_hangs(bench: Bench) -> None:
+    with hanging(bench, limit_s=60, drain_timeout_s=0.3) as (worker, (hung,), thread):
+        worker.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert worker.is_stuck and worker.device_failure is None
+    assert bench.task(hung).crashes == 0
+    assert bench.store.queue_state().waiting == 1
+
+
+def test_a_worker_says_why_it_would_take_no_task(bench: Bench) -> None:
+    store = UnreliableStore(bench.store, "claim", 1)
+    worker = bench.worker(store=store)
+    assert (worker.obstacle(), worker.is_alive()) == ("", True)
+    bench.submit()
+    with pytest.raises(OperationalError):
+        worker.step()
+    assert worker.obstacle() == "the database does not answer"
+    assert worker.step()
+    assert worker.obstacle() == ""
+    worker._runner._blobs.note_failure(1)
+    assert "store of pictures" in worker.obstacle()
+    worker.stop()
+    assert worker.obstacle() == "the worker is stopping"

@@ -81,7 +81,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def load_worker(settings: ServerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_warm_up", lambda *_: None)
+    monkeypatch.setattr(model, "_warm_up", lambda *_: ())
     model.load_model(settings, "cpu")
 
 

@@ -47,7 +47,7 @@ class Poisonable(FakePipeline):
             DIE
         yield from events
 
-main.load_model = lambda settings, device: (Poisonable(max_batch_size=4), None)
+main.load_model = lambda *_: (Poisonable(max_batch_size=4), None)
 sys.exit(main.run_worker(settings, device=settings.device, is_supervised=True))
 """
 DEATHS = {

@@ -19,6 +19,7 @@ from redux_server.api.admission import (
     check_place,
     check_quality,
     check_rate,
+    check_workers,
     idempotency_key,
     refusal,
 )
@@ -50,6 +51,7 @@ from redux_server.pictures.submitted import (
 from redux_server.tasks.task import Acceptance, Created, NewTask, Replayed
 from redux_server.webhooks.callback import NO_BASE64, one_webhook
 
+NO_WORKERS = "Workers-Ready"  # sent with a submit while there are none
 router = APIRouter()
 catch_all = APIRouter()  # to be included last: its path takes any
 
@@ -58,6 +60,7 @@ async def result(request: Request) -> Response:
     """The state of a task, and its outputs once it is completed."""
     services = await services_of(request)
     task = await find_mine(request.path_params["task_id"], request, services)
+    await services.fleet.now()
     return await full_answer(task, request, services, queue_position=await services.queue.of(task))
 
 
@@ -72,6 +75,7 @@ async def submit(request: Request, services: ServicesDep) -> Response:
     check_draining(services)
     check_rate(request.state.key_id, services)
     check_disk(services)
+    fleet = await check_workers(services)
     repeat_key = idempotency_key(request)
     with services.reservations.hold(request.state.key_id) as reservation:
         await check_place(request, repeat_key, reservation, services)
@@ -79,9 +83,9 @@ async def submit(request: Request, services: ServicesDep) -> Response:
             asked = await _read_body(request, body, services)
             new = await _new_task(request, asked, repeat_key, services)
             acceptance = await _accept(new, asked, reservation, services)
-    headers = None
+    headers = {} if fleet.ready else {NO_WORKERS: "0"}
     if isinstance(acceptance, Replayed):
-        headers = {"Idempotent-Replayed": "true"}
+        headers["Idempotent-Replayed"] = "true"
     else:
         services.dispatch.wake()
     if asked.wanted.enable_sync_mode:
@@ -132,6 +136,7 @@ async def _new_task(
         request_id=request.state.request_id,
         webhook_url=services.webhooks.register(webhook, str(request.base_url)) if webhook else None,
         shape=wanted.shape,
+        fingerprint=services.fleet.last.fingerprint,
         idempotency_key=repeat_key,
         digest=await asyncio.to_thread(wanted.digest, model, webhook) if repeat_key else "",
     )

@@ -5,7 +5,6 @@ None of it needs an API key.
 
 import asyncio
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version as package_version
 from typing import Any
 
@@ -16,10 +15,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from redux_server import __version__, metrics
 from redux_server.api import housekeeping, openapi
 from redux_server.api.dependencies import ServicesDep
+from redux_server.api.fleet import Fleet
 from redux_server.api.middleware import policy
 from redux_server.api.services import Services
 from redux_server.database.connection import DATABASE_AWAY, WrongTables
-from redux_server.dispatch.presence import WorkerState, WorkerStatus
 
 STATIC = "/static-offline-docs"
 DATABASE_PATIENCE_S = 4.0
@@ -68,20 +67,21 @@ def probes() -> APIRouter:
     )
     async def readyz(services: ServicesDep) -> Response:
         try:
-            found = asyncio.to_thread(services.presence.all)
-            workers = await asyncio.wait_for(found, DATABASE_PATIENCE_S)
+            found = asyncio.to_thread(_workers_and_waiting, services)
+            fleet, bound = await asyncio.wait_for(found, DATABASE_PATIENCE_S)
         except (TimeoutError, WrongTables, *DATABASE_AWAY) as error:
             is_there = isinstance(error, WrongTables)
             reason = str(error) if is_there else "the database does not answer"
             away = {"status": "not ready", "reason": reason, "workers": []}
             return JSONResponse(away, status_code=503)
-        return _readiness(services, workers)
+        return _readiness(services, fleet, bound)
 
     @router.get("/version", summary="What is running?")
     async def version(services: ServicesDep) -> dict[str, str]:
+        fleet = await services.fleet.now()
         return {
             "version": __version__,
-            "model": services.settings.base or services.settings.model,
+            "model": ", ".join(fleet.models),
             "python": platform.python_version(),
             "torch": package_version("torch"),
             "diffusers": package_version("diffusers"),
@@ -102,14 +102,30 @@ def probes() -> APIRouter:
     return router
 
 
-def _readiness(services: Services, workers: Sequence[WorkerStatus]) -> JSONResponse:
-    has_worker = any(worker.state is WorkerState.READY for worker in workers)
-    ready = has_worker and not services.draining.is_on
-    listing = [{"device": w.device, "state": w.state, "detail": w.detail} for w in workers]
+def _workers_and_waiting(services: Services) -> tuple[Fleet, dict[str, int]]:
+    return Fleet(tuple(services.presence.all())), services.store.bound()
+
+
+def _readiness(services: Services, fleet: Fleet, bound: dict[str, int]) -> JSONResponse:
+    ready = bool(fleet.ready) and not services.draining.is_on
+    listing = [
+        {
+            "device": each.device,
+            "state": each.state,
+            "detail": each.detail,
+            "model": each.model,
+            "fingerprint": each.fingerprint,
+        }
+        for each in fleet.workers
+    ]
     body: dict[str, Any] = {"status": "ready" if ready else "not ready", "workers": listing}
     if services.draining.is_on:
         body["reason"] = "the server is stopping"
     # Still ready: polls, downloads and what was accepted go on.
     if (complaint := services.disk.complaint()) is not None:
         body["refuses_tasks"] = complaint
+    if fleet.ready and (unserved := fleet.unserved(bound)):
+        body["unserved_tasks"] = [
+            {"accepted_for": each, "tasks": count} for each, count in sorted(unserved.items())
+        ]
     return JSONResponse(body, status_code=200 if ready else 503)

@@ -173,7 +173,13 @@ class EventWriter:
         if name == self._told:
             return b""
         self._told = name
-        data = self._services.present(task, self._base_url, queue_position=position)
+        fleet = await self._services.fleet.now()
+        data = self._services.present(
+            task,
+            self._base_url,
+            queue_position=position,
+            waiting_for=fleet.waiting_for(task),
+        )
         return format_sse_event(
             data_str=json.dumps(data),
             event="end" if task.status.is_terminal else "progress",

@@ -9,8 +9,10 @@ from sqlalchemy import Engine
 
 from e2e.live import LiveServer, a_picture, plain_client, wait_until
 from redux_server import __version__
+from redux_server.api import housekeeping
 from redux_server.api.services import Services
 from redux_server.dispatch.presence import Presence, WorkerState
+from redux_server.tasks.task import NewTask
 from server.in_process import INLINE, SUBMIT, Api
 
 
@@ -30,7 +32,10 @@ def test_server_is_not_ready_before_a_worker_is(api: Api) -> None:
 
     assert state() == (503, "not ready", [])
     presence.announce("host/cuda:0", "cuda:0", WorkerState.LOADING, "reading weights")
-    loading = {"device": "cuda:0", "state": "loading", "detail": "reading weights"}
+    loading = {
+        **{"device": "cuda:0", "state": "loading", "detail": "reading weights"},
+        **{"model": "", "fingerprint": ""},
+    }
     assert state() == (503, "not ready", [loading])
     presence.announce("host/cuda:0", "cuda:0", WorkerState.FAILED, "no weights")
     assert state()[:2] == (503, "not ready")
@@ -38,6 +43,19 @@ def test_server_is_not_ready_before_a_worker_is(api: Api) -> None:
     assert state()[:2] == (200, "ready"), "one of two is enough"
     presence.leave("host/cuda:1")
     assert state()[0] == 503
+
+
+def test_readiness_tells_of_tasks_that_no_worker_takes(api: Api) -> None:
+    presence, store = api.services.presence, api.services.store
+    presence.announce("a", "cpu", WorkerState.READY, model="mini", fingerprint="aaa/2")
+    for fingerprint in ("", "aaa/1", "aaa/2", "bbb/2", "bbb/2"):
+        store.accept([NewTask("k", "m", {}, fingerprint=fingerprint)], max_open=9)
+    body = api.get("/readyz").json()
+    assert body["status"] == "ready"
+    assert body["workers"][0]["fingerprint"] == "aaa/2"
+    assert body["unserved_tasks"] == [{"accepted_for": "bbb/2", "tasks": 2}]
+    gauges = {name: value for (name, _), value in housekeeping.gauges(api.services).items()}
+    assert (gauges["num_tasks_unserved"], gauges["workers_alive"]) == (2, 1)
 
 
 def test_silent_worker_does_not_count(
@@ -67,7 +85,12 @@ def test_head_is_answered_like_get_without_a_body(
 def test_version_says_what_runs(api: Api) -> None:
     body = api.get("/version", key="").json()
     assert body["version"] == __version__
-    assert body["model"] == "fake"
+    assert body["model"] == "", "nobody runs anything, whatever the settings say"
+    presence = api.services.presence
+    presence.announce("a", "cuda:0", WorkerState.READY, model="FLUX.1-dev", fingerprint="a/1")
+    presence.announce("b", "cuda:1", WorkerState.READY, model="mini", fingerprint="b/1")
+    presence.announce("c", "cuda:2", WorkerState.READY, model="mini", fingerprint="b/1")
+    assert api.get("/version", key="").json()["model"] == "FLUX.1-dev, mini"
     assert set(body) == {"version", "model", "python", "torch", "diffusers"}
 
 
