@@ -53,7 +53,7 @@ def test_celery_needs_a_broker_that_loses_nothing_by_itself(url: str, said: str)
 
 def test_celery_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda _: None)
-    with pytest.raises(UsageError, match=r"pip install 'flux-redux-server\[cluster\]'"):
+    with pytest.raises(UsageError, match=r"pip install -c constraints\.txt '\.\[cluster\]'"):
         check_dispatch(settings(dispatch="celery", database_url=POSTGRES, broker_url=RABBITMQ))
 
 
