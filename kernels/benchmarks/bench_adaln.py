@@ -10,7 +10,7 @@ import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import reference
+from redux_kernels import checks, reference
 from redux_kernels.adaln import adaln, adaln_quantize
 
 WIDTH = 3072
@@ -18,6 +18,7 @@ WIDTH = 3072
 
 def cases(rows: int, device: torch.device) -> Iterator[Case]:
     x = torch.randn(1, rows, WIDTH, device=device, dtype=torch.bfloat16)
+    room = checks.empty_quantized(x, WIDTH)
     scale, shift = torch.randn(1, 2 * WIDTH, device=device, dtype=torch.bfloat16).chunk(2, dim=-1)
 
     def replaced() -> Tensor:
@@ -35,7 +36,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
         f"adaln_quantize, {rows} rows",
         traffic.adaln(rows, WIDTH, quantized=True),
         lambda: reference.quantize_rows(replaced()),
-        lambda: adaln_quantize(x, scale, shift),
+        lambda: adaln_quantize(x, scale, shift, *room),
     )
 
 

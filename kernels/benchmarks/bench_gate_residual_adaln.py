@@ -10,7 +10,7 @@ import traffic
 from timing import Case, main
 from torch import Tensor
 
-from redux_kernels import reference
+from redux_kernels import checks, reference
 from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
 
 WIDTH = 3072
@@ -18,6 +18,7 @@ WIDTH = 3072
 
 def cases(rows: int, device: torch.device) -> Iterator[Case]:
     x, y = torch.randn(2, 1, rows, WIDTH, device=device, dtype=torch.bfloat16)
+    room = checks.empty_quantized(x, WIDTH)
     table = torch.randn(1, 3 * WIDTH, device=device, dtype=torch.bfloat16)
     gate, scale, shift = table.chunk(3, dim=-1)
 
@@ -42,7 +43,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
         f"gate_residual_adaln_quantize, {rows} rows",
         traffic.gate_residual_adaln(rows, WIDTH, quantized=True),
         replaced_quantized,
-        lambda: gate_residual_adaln_quantize(x, y, gate, scale, shift),
+        lambda: gate_residual_adaln_quantize(x, y, gate, scale, shift, *room),
     )
 
 

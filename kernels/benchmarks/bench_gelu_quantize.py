@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import traffic
 from timing import Case, main
 
-from redux_kernels import reference
+from redux_kernels import checks, reference
 from redux_kernels.gelu_quantize import gelu_quantize
 
 WIDTH = 3072
@@ -19,19 +19,20 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
     """A double block's rows, and a single block's with attention beside them."""
     mlp = torch.randn(1, rows, 4 * WIDTH, device=device, dtype=torch.bfloat16)
     beside = torch.randn(1, rows, WIDTH, device=device, dtype=torch.bfloat16)
+    alone, both = (checks.empty_quantized(mlp, width * WIDTH) for width in (4, 5))
     yield Case(
         "gelu_quantize",
         f"gelu_quantize alone, {rows} rows",
         traffic.gelu_quantize(rows, 4 * WIDTH),
         lambda: reference.quantize_rows(F.gelu(mlp, approximate="tanh")),
-        lambda: gelu_quantize(mlp),
+        lambda: gelu_quantize(mlp, None, *alone),
     )
     yield Case(
         "gelu_quantize",
         f"gelu_quantize beside attention, {rows} rows",
         traffic.gelu_quantize(rows, 4 * WIDTH, WIDTH),
         lambda: reference.quantize_rows(torch.cat((beside, F.gelu(mlp, approximate="tanh")), -1)),
-        lambda: gelu_quantize(mlp, beside),
+        lambda: gelu_quantize(mlp, beside, *both),
     )
 
 

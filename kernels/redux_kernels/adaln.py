@@ -78,22 +78,21 @@ def _adaln_kernel(
 
 
 def launch(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, quantize: bool
-) -> tuple[Tensor, Tensor]:
-    """Run the kernel on checked tensors: (h, x) or, quantised, (q, row_scale)."""
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float,
+    q: Tensor | None = None, row_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Run the kernel on checked tensors: h, or what it writes to, ``q`` beside ``row_scale``."""
     batch, rows, width = x.shape
     plan = plan_rows(batch, rows, width)
-    h = torch.empty_like(x, dtype=torch.float8_e4m3fn if quantize else x.dtype,
-                         memory_format=torch.contiguous_format)  # fmt: skip
-    row_scale = x.new_empty((batch, rows, 1), dtype=torch.float32) if quantize else x
+    h = torch.empty_like(x, memory_format=torch.contiguous_format) if q is None else q
     with dispatch.on_device_of(x):
         _adaln_kernel[plan.grid](
-            x, scale, shift, h, row_scale,
+            x, scale, shift, h, x if row_scale is None else row_scale,
             rows, x.stride(0), x.stride(1), image_stride(scale), image_stride(shift), eps,
-            width=width, tile=plan.rows, block=plan.block, quantize=quantize,
+            width=width, tile=plan.rows, block=plan.block, quantize=q is not None,
             num_warps=plan.warps,
         )  # fmt: skip
-    return h, row_scale
+    return h
 
 
 def check(x: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -125,7 +124,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """
     checks.once(check, x, scale, shift)
     if dispatch.runs_kernel("adaln", x):
-        return launch(x, scale, shift, eps, quantize=False)[0]
+        return launch(x, scale, shift, eps)
     return reference.adaln(x, scale, shift, eps)
 
 
@@ -135,30 +134,44 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@operator("redux::adaln_quantize", mutates_args=())
+def check_quantizing(x: Tensor, scale: Tensor, shift: Tensor, q: Tensor, row_scale: Tensor) -> None:
+    """Raise ``ValueError`` unless the tensors are those that ``adaln_quantize`` describes."""
+    check(x, scale, shift)
+    checks.check_quantized(x, x.shape[-1], q, row_scale)
+
+
+@operator("redux::adaln_quantize", mutates_args=("q", "row_scale"))
 def adaln_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """``adaln``, with its rows quantised to e4m3 in the same pass: ``(q, row_scale)``.
+    x: Tensor, scale: Tensor, shift: Tensor, q: Tensor, row_scale: Tensor, eps: float = 1e-6
+) -> None:
+    """``adaln``, with its rows quantised to e4m3 in the same pass, into ``q`` and ``row_scale``.
 
     ``row_scale = max|h| / 448`` over each row and ``q = round(h / row_scale)``, from the float32
     ``h``: what a row-wise scaled matrix product (``torch._scaled_mm``) takes.
 
-    Returns:
-        q (B, S, H), contiguous, float8_e4m3fn, and row_scale (B, S, 1), float32.
-        Error: half a step of e4m3 (2^-4 relative, 2^-10 * row_scale absolute); where ``h`` lies on
+    Args:
+        x: as ``adaln``.
+        scale: as ``adaln``.
+        shift: as ``adaln``.
+        q: (B·S, H), contiguous, float8_e4m3fn: gets the rows, image by image.
+        row_scale: (B·S, 1), contiguous, float32: gets their scales.
+        eps: added to the variance.
+
+    Error: half a step of e4m3 (2^-4 relative, 2^-10 * row_scale absolute); where ``h`` lies on
         the border between two numbers the kernel and the reference may choose differently.
 
     Raises:
         ValueError: as ``adaln``.
     """
-    checks.once(check, x, scale, shift)
+    checks.once(check_quantizing, x, scale, shift, q, row_scale)
     if dispatch.runs_kernel("adaln_quantize", x):
-        return launch(x, scale, shift, eps, quantize=True)
-    return reference.adaln_quantize(x, scale, shift, eps)
+        launch(x, scale, shift, eps, q, row_scale)
+    else:
+        checks.write_quantized(reference.adaln_quantize(x, scale, shift, eps), q, row_scale)
 
 
 @register_fake(adaln_quantize)
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    check(x, scale, shift)
-    return checks.empty_quantized(x, x.shape[-1])
+def _(
+    x: Tensor, scale: Tensor, shift: Tensor, q: Tensor, row_scale: Tensor, eps: float = 1e-6
+) -> None:
+    check_quantizing(x, scale, shift, q, row_scale)

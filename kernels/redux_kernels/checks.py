@@ -151,14 +151,38 @@ def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be {dtype}, got {x.dtype}")
 
 
-def empty_quantized(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Room for ``width`` columns of e4m3 per row of ``x`` (B, S, H), and for the rows' scales."""
-    batch, rows, own = x.shape
-    if width == own:  # what finds its shape by itself is made in less time
-        q = torch.empty_like(x, dtype=_E4M3, memory_format=torch.contiguous_format)
-    else:
-        q = x.new_empty((batch, rows, width), dtype=_E4M3)
-    return q, x.new_empty((batch, rows, 1), dtype=torch.float32)
+Quantized = tuple[Tensor, Tensor]
+"""Rows in e4m3 and their scales ``(…, 1)`` in float32, so that a row is about ``q * scale``."""
+
+
+def empty_quantized(x: Tensor, width: int) -> Quantized:
+    """Room for ``width`` columns of e4m3 per row of ``x`` (B, S, H), and for the rows' scales.
+
+    ``(B·S, width)`` and ``(B·S, 1)``, as a scaled product takes them.
+    """
+    count = x.shape[0] * x.shape[1]
+    q = x.new_empty((count, width), dtype=_E4M3)
+    return q, x.new_empty((count, 1), dtype=torch.float32)
+
+
+def check_quantized(x: Tensor, width: int, q: Tensor, row_scale: Tensor) -> None:
+    """``q`` and ``row_scale`` are room for the rows of ``x`` (B, S, H) with ``width`` columns."""
+    count = x.shape[0] * x.shape[1]
+    for name, each, columns, dtype in (
+        ("q", q, width, _E4M3),
+        ("row_scale", row_scale, 1, torch.float32),
+    ):
+        check_dtype(name, each, dtype)
+        check_shape(name, each, (count, columns), "(batch · rows, columns)")
+        if not each.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {each.stride()}")
+    check_same_device(x=x, q=q, row_scale=row_scale)
+
+
+def write_quantized(made: Quantized, q: Tensor, row_scale: Tensor) -> None:
+    """Copy what a reference gave, ``(B, S, …)``, to where an operator writes its rows."""
+    for room, each in zip((q, row_scale), made, strict=True):
+        room.copy_(each.view(room.shape))
 
 
 def check_heads(name: str, x: Tensor) -> tuple[int, int, int, int]:

@@ -57,22 +57,23 @@ def _gate_residual_adaln_kernel(
 
 
 def launch(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, *, quantize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kernel on checked tensors: (sum, h, x) or, quantised, (sum, q, row_scale)."""
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float,
+    q: Tensor | None = None, row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run the kernel on checked tensors: (sum, h), or (sum, q) where it writes to ``q``."""
     batch, rows, width = x.shape
     plan = plan_rows(batch, rows, width)
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h, row_scale = checks.empty_quantized(x, width) if quantize else (torch.empty_like(total), x)
+    h = torch.empty_like(total) if q is None else q
     with dispatch.on_device_of(x):
         _gate_residual_adaln_kernel[plan.grid](
-            x, y, gate, scale, shift, total, h, row_scale,
+            x, y, gate, scale, shift, total, h, x if row_scale is None else row_scale,
             rows, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
             image_stride(gate), image_stride(scale), image_stride(shift), eps,
-            width=width, tile=plan.rows, block=plan.block, quantize=quantize,
+            width=width, tile=plan.rows, block=plan.block, quantize=q is not None,
             num_warps=plan.warps,
         )  # fmt: skip
-    return total, h, row_scale
+    return total, h
 
 
 def check(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -111,7 +112,7 @@ def gate_residual_adaln(
     """
     checks.once(check, x, y, gate, scale, shift)
     if dispatch.runs_kernel("gate_residual_adaln", x):
-        return launch(x, y, gate, scale, shift, eps, quantize=False)[:2]
+        return launch(x, y, gate, scale, shift, eps)
     return reference.gate_residual_adaln(x, y, gate, scale, shift, eps)
 
 
@@ -124,31 +125,51 @@ def _(
     return total, torch.empty_like(total)
 
 
-@operator("redux::gate_residual_adaln_quantize", mutates_args=())
-def gate_residual_adaln_quantize(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``gate_residual_adaln`` with the normed rows quantised: ``(s, q, row_scale)``.
+def check_quantizing(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, q: Tensor, row_scale: Tensor
+) -> None:
+    """Raise ``ValueError`` unless the tensors are those of ``gate_residual_adaln_quantize``."""
+    check(x, y, gate, scale, shift)
+    checks.check_quantized(x, x.shape[-1], q, row_scale)
 
-    ``q`` and ``row_scale`` are those of ``adaln_quantize(s, scale, shift)``, with its error.
+
+@operator("redux::gate_residual_adaln_quantize", mutates_args=("q", "row_scale"))
+def gate_residual_adaln_quantize(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, q: Tensor, row_scale: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """``gate_residual_adaln`` with the normed rows quantised, into ``q`` and ``row_scale``.
+
+    These get what ``adaln_quantize(s, scale, shift, q, row_scale)`` writes, with its error.
+
+    Args:
+        x: as ``gate_residual_adaln``.
+        y: as ``gate_residual_adaln``.
+        gate: as ``gate_residual_adaln``.
+        scale: as ``gate``.
+        shift: as ``gate``.
+        q: (B·S, H), contiguous, float8_e4m3fn: gets the rows, image by image.
+        row_scale: (B·S, 1), contiguous, float32: gets their scales.
+        eps: added to the variance.
 
     Returns:
-        s (B, S, H) in the dtype of ``x``; q (B, S, H) in float8_e4m3fn; row_scale (B, S, 1),
-        float32; all contiguous.
+        s (B, S, H), contiguous, in the dtype of ``x``.
 
     Raises:
-        ValueError: as ``gate_residual_adaln``.
+        ValueError: as ``gate_residual_adaln``, or ``q`` or ``row_scale`` is no room for the rows.
     """
-    checks.once(check, x, y, gate, scale, shift)
+    checks.once(check_quantizing, x, y, gate, scale, shift, q, row_scale)
     if dispatch.runs_kernel("gate_residual_adaln_quantize", x):
-        return launch(x, y, gate, scale, shift, eps, quantize=True)
-    return reference.gate_residual_adaln_quantize(x, y, gate, scale, shift, eps)
+        return launch(x, y, gate, scale, shift, eps, q, row_scale)[0]
+    total, *made = reference.gate_residual_adaln_quantize(x, y, gate, scale, shift, eps)
+    checks.write_quantized((made[0], made[1]), q, row_scale)
+    return total
 
 
 @register_fake(gate_residual_adaln_quantize)
 def _(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, y, gate, scale, shift)
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return total, *checks.empty_quantized(x, x.shape[-1])
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, q: Tensor, row_scale: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    check_quantizing(x, y, gate, scale, shift, q, row_scale)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -66,13 +66,12 @@ def _gelu_quantize_kernel(
     tl.store(q_ptr + extra + col, (y / row_scale).to(q_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(mlp: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run the kernel on checked tensors: (q, row_scale)."""
+def launch(mlp: Tensor, beside: Tensor | None, q: Tensor, row_scale: Tensor) -> None:
+    """Run the kernel on checked tensors, into ``q`` and ``row_scale``."""
     batch, rows, width = mlp.shape
     extra = 0 if beside is None else beside.shape[-1]
     other = mlp if beside is None else beside
     plan = plan_whole_row(batch, rows, width, extra)
-    q, row_scale = checks.empty_quantized(mlp, extra + width)
     with dispatch.on_device_of(mlp):
         _gelu_quantize_kernel[plan.grid](
             mlp, other, q, row_scale,
@@ -80,10 +79,9 @@ def launch(mlp: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
             width=width, block=plan.block, extra=extra, extra_block=plan.beside_block,
             num_warps=plan.warps,
         )  # fmt: skip
-    return q, row_scale
 
 
-def check(mlp: Tensor, beside: Tensor | None) -> None:
+def check(mlp: Tensor, beside: Tensor | None, q: Tensor, row_scale: Tensor) -> None:
     """Raise ``ValueError`` unless the tensors are those that ``gelu_quantize`` describes."""
     checks.check_rows("mlp", mlp)
     if beside is not None:
@@ -91,11 +89,13 @@ def check(mlp: Tensor, beside: Tensor | None) -> None:
         checks.check_shape("beside", beside, (*mlp.shape[:2], beside.shape[-1]),
                            "(batch, rows, columns)")  # fmt: skip
     checks.check_same_device(mlp=mlp, beside=beside)
+    extra = 0 if beside is None else beside.shape[-1]
+    checks.check_quantized(mlp, extra + mlp.shape[-1], q, row_scale)
 
 
-@operator("redux::gelu_quantize", mutates_args=())
-def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantise the rows ``h = [beside, gelu(mlp)]`` to e4m3: ``(q, row_scale)``.
+@operator("redux::gelu_quantize", mutates_args=("q", "row_scale"))
+def gelu_quantize(mlp: Tensor, beside: Tensor | None, q: Tensor, row_scale: Tensor) -> None:
+    """Quantise the rows ``h = [beside, gelu(mlp)]`` to e4m3, into ``q`` and ``row_scale``.
 
     GELU is that of ``gelu_into``; ``row_scale = max|h| / 448`` over a whole row and
     ``q = round(h / row_scale)``, from the float32 ``h``.
@@ -103,23 +103,22 @@ def gelu_quantize(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Te
     Args:
         mlp: (B, S, F), F <= 16384, contiguous along F; rows may lie apart.
         beside: (B, S, C), C <= 16384, contiguous along C, or None: attention's output, say.
+        q: (B·S, C + F), contiguous, float8_e4m3fn: gets the rows, image by image.
+        row_scale: (B·S, 1), contiguous, float32: gets their scales.
 
-    Returns:
-        q (B, S, C + F), contiguous, float8_e4m3fn, and row_scale (B, S, 1), float32.
-        Error: half a step of e4m3 (2^-4 relative, 2^-10 * row_scale absolute); where ``h`` lies on
+    Error: half a step of e4m3 (2^-4 relative, 2^-10 * row_scale absolute); where ``h`` lies on
         the border between two numbers the kernel and the reference may choose differently.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    checks.once(check, mlp, beside)
+    checks.once(check, mlp, beside, q, row_scale)
     if dispatch.runs_kernel("gelu_quantize", mlp):
-        return launch(mlp, beside)
-    return reference.gelu_quantize(mlp, beside)
+        launch(mlp, beside, q, row_scale)
+    else:
+        checks.write_quantized(reference.gelu_quantize(mlp, beside), q, row_scale)
 
 
 @register_fake(gelu_quantize)
-def _(mlp: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    check(mlp, beside)
-    extra = 0 if beside is None else beside.shape[-1]
-    return checks.empty_quantized(mlp, extra + mlp.shape[-1])
+def _(mlp: Tensor, beside: Tensor | None, q: Tensor, row_scale: Tensor) -> None:
+    check(mlp, beside, q, row_scale)

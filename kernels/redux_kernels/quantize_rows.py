@@ -39,44 +39,48 @@ def _quantize_rows_kernel(
     tl.store(q_ptr + out_row * width + row[:, None] * width + col[None, :], q, mask=mask)
 
 
-def launch(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the kernel on a checked tensor: (q, row_scale)."""
+def launch(x: Tensor, q: Tensor, row_scale: Tensor) -> None:
+    """Run the kernel on checked tensors, into ``q`` and ``row_scale``."""
     batch, rows, width = x.shape
     plan = plan_rows(batch, rows, width)
-    q, row_scale = checks.empty_quantized(x, width)
     with dispatch.on_device_of(x):
         _quantize_rows_kernel[plan.grid](
             x, q, row_scale, rows, x.stride(0), x.stride(1),
             width=width, tile=plan.rows, block=plan.block, num_warps=plan.warps,
         )  # fmt: skip
-    return q, row_scale
 
 
-@operator("redux::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise rows to e4m3: ``(q, row_scale)``, so that ``x`` is about ``q * row_scale``.
+def check(x: Tensor, q: Tensor, row_scale: Tensor) -> None:
+    """Raise ``ValueError`` unless the tensors are those that ``quantize_rows`` describes."""
+    checks.check_rows("x", x)
+    checks.check_quantized(x, x.shape[-1], q, row_scale)
+
+
+@operator("redux::quantize_rows", mutates_args=("q", "row_scale"))
+def quantize_rows(x: Tensor, q: Tensor, row_scale: Tensor) -> None:
+    """Quantise rows to e4m3, so that ``x`` is about ``q * row_scale``.
 
     ``row_scale = max|x| / 448`` over each row and ``q = round(x / row_scale)``, in float32: what a
     row-wise scaled matrix product (``torch._scaled_mm``) takes.
 
     Args:
         x: (B, S, H), H <= 16384, contiguous along H; images and rows may lie apart.
+        q: (B·S, H), contiguous, float8_e4m3fn: gets the rows, image by image.
+        row_scale: (B·S, 1), contiguous, float32: gets their scales.
 
-    Returns:
-        q (B, S, H), contiguous, float8_e4m3fn, and row_scale (B, S, 1), float32.
-        Error: half a step of e4m3 (2^-4 relative, 2^-10 * row_scale absolute); where ``x`` lies on
+    Error: half a step of e4m3 (2^-4 relative, 2^-10 * row_scale absolute); where ``x`` lies on
         the border between two numbers the kernel and the reference may choose differently.
 
     Raises:
-        ValueError: shape, dtype or strides are not those above.
+        ValueError: shapes, dtypes, strides or devices are not those above.
     """
-    checks.once(checks.check_rows, "x", x)
+    checks.once(check, x, q, row_scale)
     if dispatch.runs_kernel("quantize_rows", x):
-        return launch(x)
-    return reference.quantize_rows(x)
+        launch(x, q, row_scale)
+    else:
+        checks.write_quantized(reference.quantize_rows(x), q, row_scale)
 
 
 @register_fake(quantize_rows)
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    checks.check_rows("x", x)
-    return checks.empty_quantized(x, x.shape[-1])
+def _(x: Tensor, q: Tensor, row_scale: Tensor) -> None:
+    check(x, q, row_scale)

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 import redux_kernels
 from redux_kernels import (
     adaln,
-    checks,
     dispatch,
     gate_residual_adaln,
     gelu_into,
@@ -190,39 +189,27 @@ def _kernels() -> Iterator[tuple[Any, str]]:
 
 
 def _launch_adaln(
-    x: Tensor, _scale: Tensor, _shift: Tensor, _eps: float, *, quantize: bool
-) -> tuple[Tensor, Tensor]:
-    if quantize:
-        return checks.empty_quantized(x, x.shape[-1])
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x
+    x: Tensor, _scale: Tensor, _shift: Tensor, _eps: float, q: Tensor | None = None, *_: Tensor
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if q is None else q
 
 
 def _launch_gate_residual_adaln(
-    x: Tensor, _y: Tensor, *vectors: Tensor | float, quantize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, _y: Tensor, _gate: Tensor, _scale: Tensor, _shift: Tensor, _eps: float,
+    q: Tensor | None = None, *_: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if quantize:
-        return total, *checks.empty_quantized(x, x.shape[-1])
-    return total, torch.empty_like(total), x
-
-
-def _launch_gelu_quantize(mlp: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
-    extra = 0 if beside is None else beside.shape[-1]
-    return checks.empty_quantized(mlp, extra + mlp.shape[-1])
-
-
-def _launch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return checks.empty_quantized(x, x.shape[-1])
+    return total, torch.empty_like(total) if q is None else q
 
 
 _LAUNCHES: dict[Any, Callable[..., object]] = {
     adaln: _launch_adaln,
     gate_residual_adaln: _launch_gate_residual_adaln,
     gelu_into: _nothing,
-    gelu_quantize: _launch_gelu_quantize,
+    gelu_quantize: _nothing,
     merge_groups: _nothing,
     qk_norm_rope: _nothing,
-    quantize_rows: _launch_quantize_rows,
+    quantize_rows: _nothing,
 }
 """What takes the memory that an operator's ``launch`` gives back."""
 

@@ -1,10 +1,14 @@
 """What the kernels' tests share: where they run, tensors amid canaries, tolerances."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+
+from redux_kernels.checks import Quantized, empty_quantized
+from redux_kernels.registration import overload_of
 
 KERNEL_DEVICES = [
     pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreter"),
@@ -56,8 +60,35 @@ def modulation(batch: int, width: int, count: int, dtype: torch.dtype, device: s
     return list(table.chunk(count, dim=-1))
 
 
+def quantized_by(write: Callable[..., object], x: Tensor, width: int, *given: object) -> Quantized:
+    """What ``write(*given, q, row_scale)`` leaves of ``width`` columns for each row of ``x``."""
+    room = empty_quantized(x, width)
+    write(*given, *room)
+    return room
+
+
+def check_quantizing(operator: Callable[..., object], *given: object) -> None:
+    """``torch.library.opcheck``; its ``test_schema`` compares no e4m3, what it asks is asked here.
+
+    ``given`` ends with the room that is written to. Nothing else is.
+    """
+    overload = overload_of(operator)
+    written = [each.name for each in overload._schema.arguments if each.alias_info is not None]
+    assert written == ["q", "row_scale"]
+    tensors = [each for each in given if isinstance(each, Tensor)]
+    before = [each.clone() for each in tensors[:-2]]
+    with torch.inference_mode():
+        tensors[-1].fill_(NAN)
+    overload(*given)
+    assert tensors[-1].isfinite().all()
+    assert all(map(torch.equal, before, tensors[:-2]))
+    asked = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(overload, given, test_utils=asked)
+
+
 def assert_quantized(q: Tensor, row_scale: Tensor, h: Tensor) -> None:
     """``q * row_scale`` is ``h`` (float32) to within half a step of e4m3, and uses its range."""
+    h = h.flatten(0, 1)
     assert q.dtype == torch.float8_e4m3fn
     assert row_scale.dtype == torch.float32
     amax = h.abs().amax(dim=-1, keepdim=True)

@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from redux_kernels import (
     adaln,
     attention,
+    checks,
     gate_residual_adaln,
     gelu_into,
     gelu_quantize,
@@ -160,6 +161,9 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
     mean = empty(1, groups, dtype=torch.float32)
     parts = empty(1, plan_pixels(rows, d).chunks, 2, d, dtype=torch.float32)
 
+    def room(widths: int) -> checks.Quantized:
+        return checks.empty_quantized(x, widths * width)
+
     def rope(v: Tensor | None) -> None:
         qk_norm_rope.launch(qkv, weight, weight, angles, angles, q, q, v, 0, EPS)
 
@@ -169,16 +173,16 @@ def launchers(rows: int, heads: int, d: int) -> dict[str, Callable[[], object]]:
         merge_groups.launch(*outs, q, *singles, into, None)
 
     return {
-        "adaln": lambda: adaln.launch(x, scale, shift, EPS, quantize=False),
-        "adaln_quantize": lambda: adaln.launch(x, scale, shift, EPS, quantize=True),
-        "gate_residual_adaln": lambda: after(x, y, gate, scale, shift, EPS, quantize=False),
-        "gate_residual_adaln_quantize": lambda: after(x, y, gate, scale, shift, EPS, quantize=True),
+        "adaln": lambda: adaln.launch(x, scale, shift, EPS),
+        "adaln_quantize": lambda: adaln.launch(x, scale, shift, EPS, *room(1)),
+        "gate_residual_adaln": lambda: after(x, y, gate, scale, shift, EPS),
+        "gate_residual_adaln_quantize": lambda: after(x, y, gate, scale, shift, EPS, *room(1)),
         "qk_norm_rope": lambda: rope(q),
         "qk_norm_rope, v stays": lambda: rope(None),
         "gelu_into": lambda: gelu_into.launch(mlp, beside_mlp, width),
-        "gelu_quantize": lambda: gelu_quantize.launch(mlp, None),
-        "gelu_quantize, beside": lambda: gelu_quantize.launch(mlp, x),
-        "quantize_rows": lambda: quantize_rows.launch(out.transpose(1, 2).flatten(2)),
+        "gelu_quantize": lambda: gelu_quantize.launch(mlp, None, *room(4)),
+        "gelu_quantize, beside": lambda: gelu_quantize.launch(mlp, x, *room(5)),
+        "quantize_rows": lambda: quantize_rows.launch(out.transpose(1, 2).flatten(2), *room(1)),
         "merge_groups": lambda: merge(2, 1),
         "merge_groups, most": lambda: merge(merge_groups.MOST_PARTS, merge_groups.MOST_KEYS),
         "biased_attention": lambda: attention.launch(*qk.unbind(2), v, per_key, out),

@@ -7,6 +7,7 @@ from torch import Tensor
 from redux_kernels import (
     adaln,
     attention,
+    checks,
     gate_residual_adaln,
     gelu_into,
     gelu_quantize,
@@ -27,24 +28,36 @@ class Kernel(NamedTuple):
     name: str = "launch"
 
 
-def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, quantize: bool) -> Any:
-    if quantize:
-        return reference.adaln_quantize(x, scale, shift, eps)
-    return reference.adaln(x, scale, shift, eps), x
+def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *room: Tensor) -> Tensor:
+    if not room:
+        return reference.adaln(x, scale, shift, eps)
+    checks.write_quantized(reference.adaln_quantize(x, scale, shift, eps), *room)
+    return room[0]
 
 
 def _gate_residual_adaln(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, *, quantize: bool
-) -> Any:
-    if quantize:
-        return reference.gate_residual_adaln_quantize(x, y, gate, scale, shift, eps)
-    return *reference.gate_residual_adaln(x, y, gate, scale, shift, eps), x
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, *room: Tensor
+) -> tuple[Tensor, Tensor]:
+    if not room:
+        return reference.gate_residual_adaln(x, y, gate, scale, shift, eps)
+    total, *made = reference.gate_residual_adaln_quantize(x, y, gate, scale, shift, eps)
+    checks.write_quantized(tuple(made), *room)
+    return total, room[0]
+
+
+def _gelu_quantize(mlp: Tensor, beside: Tensor | None, *room: Tensor) -> None:
+    checks.write_quantized(reference.gelu_quantize(mlp, beside), *room)
+
+
+def _quantize_rows(x: Tensor, *room: Tensor) -> None:
+    checks.write_quantized(reference.quantize_rows(x), *room)
 
 
 def _biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor) -> None:
     out.copy_(reference.biased_attention(q, k, v, bias))
 
 
+_ROOM = ("q", "row_scale")
 _NORM = ("x", "scale", "shift", "eps")
 _GATED = ("x", "y", "gate", "scale", "shift", "eps")
 _ROPE = ("qkv", "q_weight", "k_weight", "cos", "sin", "q", "k", "v", "row_offset", "eps")
@@ -53,10 +66,10 @@ _GROUPED = ("x", "mean", "var", "weight", "bias", "eps")
 
 KERNELS = {
     "adaln": Kernel(adaln, Computation(_adaln, _NORM)),
-    "adaln_quantize": Kernel(adaln, Computation(_adaln, _NORM)),
+    "adaln_quantize": Kernel(adaln, Computation(_adaln, (*_NORM, *_ROOM), _ROOM)),
     "gate_residual_adaln": Kernel(gate_residual_adaln, Computation(_gate_residual_adaln, _GATED)),
     "gate_residual_adaln_quantize": Kernel(
-        gate_residual_adaln, Computation(_gate_residual_adaln, _GATED)
+        gate_residual_adaln, Computation(_gate_residual_adaln, (*_GATED, *_ROOM), _ROOM)
     ),
     "qk_norm_rope": Kernel(
         qk_norm_rope, Computation(reference.qk_norm_rope, _ROPE, ("q", "k", "v"))
@@ -64,8 +77,10 @@ KERNELS = {
     "gelu_into": Kernel(
         gelu_into, Computation(reference.gelu_into, ("mlp", "out", "column"), ("out",))
     ),
-    "gelu_quantize": Kernel(gelu_quantize, Computation(reference.gelu_quantize, ("mlp", "beside"))),
-    "quantize_rows": Kernel(quantize_rows, Computation(reference.quantize_rows, ("x",))),
+    "gelu_quantize": Kernel(
+        gelu_quantize, Computation(_gelu_quantize, ("mlp", "beside", *_ROOM), _ROOM)
+    ),
+    "quantize_rows": Kernel(quantize_rows, Computation(_quantize_rows, ("x", *_ROOM), _ROOM)),
     "merge_groups": Kernel(
         merge_groups, Computation(reference.merge_groups, _MERGED, ("into", "joint_lse"))
     ),

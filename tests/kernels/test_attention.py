@@ -9,6 +9,7 @@ from kernel_cases import KERNEL_DEVICES, NAN, amid_canaries, canaries_of
 from redux_kernels import attention as op
 from redux_kernels import reference
 from redux_kernels.attention import biased_attention
+from redux_kernels.registration import overload_of
 
 ERRORS = [
     pytest.param(torch.bfloat16, 2**-8, id="bfloat16"),
@@ -102,7 +103,7 @@ def test_reference_is_the_definition(dtype, error):
 
 def test_operator_is_well_formed():
     q, k, v = torch.randn(3, 2, 4, 9, 64, dtype=torch.bfloat16)
-    torch.library.opcheck(biased_attention, (q[:, :, 5:], k, v, torch.randn(9)))
+    torch.library.opcheck(overload_of(biased_attention), (q[:, :, 5:], k, v, torch.randn(9)))
 
 
 def test_a_gpu_that_never_passed_the_self_test_runs_the_reference(monkeypatch):

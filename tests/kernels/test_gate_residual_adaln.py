@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from kernel_cases import KERNEL_DEVICES, TOLERANCES, amid_canaries, assert_quantized, modulation
+from kernel_cases import (
+    KERNEL_DEVICES,
+    TOLERANCES,
+    amid_canaries,
+    assert_quantized,
+    check_quantizing,
+    modulation,
+)
 
 from redux_kernels import gate_residual_adaln as op
 from redux_kernels import reference
 from redux_kernels.adaln import adaln
+from redux_kernels.checks import empty_quantized
 from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
+from redux_kernels.registration import overload_of
 
 SHAPES = [
     pytest.param(1, 3, 3072, id="flux"),
@@ -28,7 +37,7 @@ def inputs(batch, rows, width, dtype, device="cpu"):
 @pytest.mark.parametrize(("batch", "rows", "width"), SHAPES)
 def test_kernel_is_its_reference(batch, rows, width, dtype, atol, rtol, device):
     x, y, gate, scale, shift = inputs(batch, rows, width, dtype, device)
-    total, h, _ = op.launch(x, y, gate, scale, shift, 1e-6, quantize=False)
+    total, h = op.launch(x, y, gate, scale, shift, 1e-6)
     want = reference.gate_residual(x.float(), y.float(), gate)
     torch.testing.assert_close(total.float(), want, atol=atol, rtol=rtol)
     want = reference.adaln(total.float(), scale, shift)  # of the sum as it was rounded
@@ -41,8 +50,8 @@ def test_one_vector_serves_all_images(device):
     x, y, *vectors = inputs(3, 5, 256, torch.float32, device)
     vectors = [each[0] for each in vectors]
     given = [each.expand(3, -1) for each in vectors]
-    for own, other in zip(op.launch(x, y, *vectors, 1e-6, quantize=False),
-                          op.launch(x, y, *given, 1e-6, quantize=False), strict=True):  # fmt: skip
+    for own, other in zip(op.launch(x, y, *vectors, 1e-6),
+                          op.launch(x, y, *given, 1e-6), strict=True):  # fmt: skip
         assert torch.equal(own, other)
 
 
@@ -59,10 +68,11 @@ def test_reference_takes_one_vector_for_all_images():
 @pytest.mark.parametrize(("batch", "rows", "width"), SHAPES[:3])
 def test_quantising_kernel_is_its_reference(batch, rows, width, device):
     x, y, gate, scale, shift = inputs(batch, rows, width, torch.bfloat16, device)
-    total, q, row_scale = op.launch(x, y, gate, scale, shift, 1e-6, quantize=True)
-    plain, _, _ = op.launch(x, y, gate, scale, shift, 1e-6, quantize=False)
+    room = empty_quantized(x, width)
+    total, _ = op.launch(x, y, gate, scale, shift, 1e-6, *room)
+    plain, _ = op.launch(x, y, gate, scale, shift, 1e-6)
     assert torch.equal(total, plain)
-    assert_quantized(q, row_scale, reference.adaln(total.float(), scale, shift))
+    assert_quantized(*room, reference.adaln(total.float(), scale, shift))
 
 
 def test_reference_is_the_residual_and_its_norm():
@@ -78,15 +88,17 @@ def test_reference_quantises_what_it_computes():
     x, y = torch.randn(2, 2, 5, 64)
     gate, scale, shift = modulation(2, 64, 3, torch.float32, "cpu")
     total, h = gate_residual_adaln(x, y, gate, scale, shift)
-    again, q, row_scale = gate_residual_adaln_quantize(x, y, gate, scale, shift)
+    room = empty_quantized(x, 64)
+    again = gate_residual_adaln_quantize(x, y, gate, scale, shift, *room)
     assert torch.equal(total, again)
-    assert_quantized(q, row_scale, h)
+    assert_quantized(*room, h)
 
 
-@pytest.mark.parametrize("operator", [gate_residual_adaln, gate_residual_adaln_quantize])
-def test_operator_is_well_formed(operator):
+def test_operators_are_well_formed():
     x, y = torch.randn(2, 2, 5, 64, dtype=torch.bfloat16)
-    torch.library.opcheck(operator, (x, y, *modulation(2, 64, 3, torch.bfloat16, "cpu")))
+    given = (x, y, *modulation(2, 64, 3, torch.bfloat16, "cpu"))
+    torch.library.opcheck(overload_of(gate_residual_adaln), given)
+    check_quantizing(gate_residual_adaln_quantize, *given, *empty_quantized(x, 64))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from kernel_cases import KERNEL_DEVICES, NAN, TOLERANCES, amid_canaries, canarie
 from redux_kernels import gelu_into as op
 from redux_kernels import reference
 from redux_kernels.gelu_into import gelu_into, plan_columns
+from redux_kernels.registration import overload_of
 
 SHAPES = [
     pytest.param(1, 2, 12288, id="flux"),
@@ -52,7 +53,9 @@ def test_reference_is_gelu_in_float64():
 
 def test_operator_is_well_formed():
     mlp = torch.randn(2, 5, 64, dtype=torch.bfloat16)
-    torch.library.opcheck(gelu_into, (mlp, torch.zeros(2, 5, 80, dtype=torch.bfloat16), 16))
+    torch.library.opcheck(
+        overload_of(gelu_into), (mlp, torch.zeros(2, 5, 80, dtype=torch.bfloat16), 16)
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 from redux_kernels import qk_norm_rope as op
 from redux_kernels import reference
 from redux_kernels.qk_norm_rope import heads_of, plan_heads, qk_norm_rope, qk_norm_rope_
+from redux_kernels.registration import overload_of
 
 SHAPES = [
     pytest.param(1, 3, 24, 128, id="flux"),
@@ -97,7 +98,7 @@ def test_operator_in_place_is_the_other_one():
 
 def test_operator_in_place_is_well_formed():
     up, *rest = inputs(2, 5, 4, 64, torch.bfloat16)
-    torch.library.opcheck(qk_norm_rope_, (up.contiguous(), *rest))
+    torch.library.opcheck(overload_of(qk_norm_rope_), (up.contiguous(), *rest))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,9 @@ def test_operator_is_well_formed(with_v):
     qkv, *rest = inputs(2, 5, 4, 64, torch.bfloat16)
     q, k, v = (torch.zeros(2, 4, 9, 64, dtype=torch.bfloat16) for _ in range(3))
     torch.library.opcheck(
-        qk_norm_rope, (qkv.contiguous(), *rest, q, k, v if with_v else None), {"row_offset": 4}
+        overload_of(qk_norm_rope),
+        (qkv.contiguous(), *rest, q, k, v if with_v else None),
+        {"row_offset": 4},
     )
 
 

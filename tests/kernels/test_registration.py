@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from redux_kernels.registration import operator, register_fake
+from redux_kernels.registration import operator, overload_of, register_fake
 
 
 @operator("redux_tests::scaled", mutates_args=())
@@ -30,18 +31,44 @@ def _(x: Tensor, out: Tensor, other: Tensor | None = None) -> None:
 
 
 def test_operators_are_well_formed():
-    torch.library.opcheck(scaled, (torch.randn(3), 4.0))
-    torch.library.opcheck(scale_into, (torch.randn(3), torch.zeros(3)))
+    torch.library.opcheck(overload_of(scaled), (torch.randn(3), 4.0))
+    torch.library.opcheck(overload_of(scale_into), (torch.randn(3), torch.zeros(3)))
 
 
 def test_schema_says_what_is_written_to():
-    assert str(scale_into._schema) == (
+    assert str(overload_of(scale_into)._schema) == (
         "redux_tests::scale_into(Tensor x, Tensor(a1!) out, Tensor? other=None) -> ()"
     )
 
 
 def test_docstring_stays():
     assert scaled.__doc__ == "``x`` times ``by``."
+
+
+class Seen(TorchDispatchMode):
+    """The operators that are called within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_on_sees_the_call():
+    with torch.inference_mode(), Seen() as seen:
+        scaled(torch.ones(3))
+    assert "redux_tests.scaled.default" in seen.names
+
+
+def test_where_nobody_looks_on_the_dispatcher_is_left_out(monkeypatch):
+    """It would only find the function, and take six times as long."""
+    overload = overload_of(scaled)
+    monkeypatch.setattr(overload, "_op", lambda *_: pytest.fail("through the dispatcher"))
+    with torch.inference_mode():
+        assert torch.equal(scaled(torch.ones(3), by=3.0), torch.full((3,), 3.0))
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
@@ -74,7 +101,8 @@ def test_a_change_is_told_to_those_who_kept_the_tensor():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_compiler_sees_one_graph():
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_compiler_sees_one_graph_with_the_operators_in_it(mode):
     def run(x):
         out = torch.empty_like(x)
         scale_into(scaled(x), out)
@@ -82,7 +110,9 @@ def test_the_compiler_sees_one_graph():
 
     counter = CompileCounterWithBackend("aot_eager")
     x = torch.randn(5)
-    with torch.no_grad():
+    with mode():
         got = torch.compile(run, backend=counter, fullgraph=True)(x)
     torch.testing.assert_close(got, 2 * x + 1)
     assert counter.frame_count == 1
+    called = {str(node.target) for node in counter.graphs[0].graph.nodes}
+    assert {"redux_tests.scaled.default", "redux_tests.scale_into.default"} <= called

@@ -18,18 +18,23 @@ E4M3 = torch.float8_e4m3fn
 ALL = slice(None)
 
 
+TRANSPOSED = {"columns": "weight", "column_scale": "weight_scale"}
+"""Parameters of an ``Fp8Linear`` that are kept as the product takes them, and what they are of."""
+
+
 class Fp8Linear(nn.Module):
     """``nn.Linear`` with ``weight`` (out, in) in e4m3 and ``weight_scale`` (out, 1) in float32.
 
-    ``bias`` (out,) is in the dtype of what comes out. All are made empty: ``loading.flux_weights``
-    fills them.
+    They are kept transposed, as ``columns`` (in, out), whose columns lie together, and
+    ``column_scale`` (1, out): a step would else transpose hundreds. ``bias`` (out,) is in the dtype
+    of what comes out. All are made empty: ``loading.flux_weights`` fills them.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = _frozen(torch.empty(out_features, in_features, dtype=E4M3))
-        self.weight_scale = _frozen(torch.empty(out_features, 1))
+        self.columns = _frozen(torch.empty(out_features, in_features, dtype=E4M3).t())
+        self.column_scale = _frozen(torch.empty(1, out_features))
         self.bias = _frozen(torch.empty(out_features))
 
     @classmethod
@@ -37,37 +42,48 @@ class Fp8Linear(nn.Module):
         """The fp8 layer nearest to ``weight (out, in)``."""
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0])
-        made.weight, made.weight_scale = (_frozen(each) for each in quantize_rows(weight))
+        made.columns, made.column_scale = (_frozen(each.t()) for each in quantize_rows(weight))
         made.bias = _frozen(bias)
         return made
 
+    @property
+    def weight(self) -> Tensor:
+        """``(out, in)``, e4m3: a view."""
+        return self.columns.t()
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """``(out, 1)``, float32: a view."""
+        return self.column_scale.t()
+
     def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
         """``x (…, in)`` to ``(…, out)`` in its dtype; see ``forward_quantized`` for ``rows``."""
-        return self.forward_quantized(*quantize_rows(x), x.dtype, rows)
+        q, row_scale = (each.flatten(0, -2) for each in quantize_rows(x))
+        out = self.forward_quantized(q, row_scale, x.dtype, rows)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def forward_quantized(
         self, q: Tensor, row_scale: Tensor, out_dtype: torch.dtype, rows: slice = ALL
     ) -> Tensor:
-        """Rows that are quantised already: ``q (…, in)`` in e4m3, ``row_scale (…, 1)`` in float32.
+        """Rows that are quantised already: ``q (n, in)`` in e4m3, ``row_scale (n, 1)`` in float32.
 
         ``rows`` computes only those columns of the output, as if the weight had no other rows.
-        ``(…, out)`` in ``out_dtype``, which must be the bias's; on a GPU torch wants bfloat16, and
+        ``(n, out)`` in ``out_dtype``, which must be the bias's; on a GPU torch wants bfloat16, and
         multiples of 16 for ``in`` and ``out``. There it may use the tensor cores' short sums.
         """
         own = parameters_of(self)
-        weight, scale, bias = own["weight"], own["weight_scale"], own["bias"]
+        columns, scale, bias = own["columns"], own["column_scale"], own["bias"]
         if rows is not ALL:
-            weight, scale, bias = weight[rows], scale[rows], bias[rows]
-        out: Tensor = torch._scaled_mm(
-            q.flatten(0, -2),
-            weight.t(),
-            scale_a=row_scale.flatten(0, -2),
-            scale_b=scale.t(),
+            columns, scale, bias = columns[:, rows], scale[:, rows], bias[rows]
+        return torch._scaled_mm(
+            q,
+            columns,
+            scale_a=row_scale,
+            scale_b=scale,
             bias=bias,
             out_dtype=out_dtype,
             use_fast_accum=q.is_cuda,
         )
-        return out.view(*q.shape[:-1], out.shape[-1])
 
 
 Linear = nn.Linear | Fp8Linear
@@ -90,6 +106,11 @@ def parameters_of(layer: nn.Module) -> dict[str, Any]:
     A step of FLUX.1 asks for hundreds of them.
     """
     return layer._parameters
+
+
+def layers_of(module: nn.Module) -> dict[str, Any]:
+    """The modules right within a module by name, for the same reason."""
+    return module._modules
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

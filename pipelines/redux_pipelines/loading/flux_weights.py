@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from redux_pipelines.errors import WeightsError
-from redux_pipelines.fp8.linear import E4M3, Fp8Linear
+from redux_pipelines.fp8.linear import E4M3, TRANSPOSED, Fp8Linear
 from redux_pipelines.fp8.weights import SCALE
 from redux_pipelines.memory.host import HostMemory, aligned
 from redux_pipelines.network.flux import Flux, FluxParams
@@ -84,15 +84,17 @@ def load_flux(
     sizes = (dtype.itemsize * flux.get_parameter(name).numel() for name in evicted)
     memory = HostMemory(sum(map(aligned, sizes)), pinned=device.type == "cuda")
     for name, parameter in list(flux.named_parameters()):
-        kind = parameter.dtype if _is_fixed(name, parameter) else dtype
+        is_transposed = name.rpartition(".")[2] in TRANSPOSED  # and has a dtype of its own
+        kind = parameter.dtype if is_transposed else dtype
         if name in evicted:
             piece = memory.take(kind.itemsize * parameter.numel())
             room = piece.tensor(kind, parameter.shape)
         else:  # blocks that stream are packed later, into page-locked memory
             is_streamed = _block_index(name, params) in streamed_blocks
             where = torch.device("cpu") if is_streamed else device
-            room = torch.empty(parameter.shape, dtype=kind, device=where)
-        _fill(room, sources[name], tensors)
+            layout = parameter.shape, parameter.stride()
+            room = torch.empty_strided(*layout, dtype=kind, device=where)
+        _fill(room.t() if is_transposed else room, sources[name], tensors)
         _set(flux, name, room)
     return flux.eval()
 
@@ -121,7 +123,8 @@ def key_map(flux: Flux) -> dict[str, tuple[str, ...]]:
         if kind == "qk_norm":
             sources[name] = tuple(f"{each}.weight" for each in named[name])
         else:
-            sources[name] = tuple(f"{each}.{kind}" for each in named[module])
+            their_kind = TRANSPOSED.get(kind, kind)
+            sources[name] = tuple(f"{each}.{their_kind}" for each in named[module])
     return sources
 
 
@@ -143,11 +146,6 @@ def _use_fp8(flux: Flux, tensors: Mapping[str, Tensor]) -> None:
             linear = flux.get_submodule(ours)
             assert isinstance(linear, torch.nn.Linear)
             flux.set_submodule(ours, Fp8Linear(linear.in_features, linear.out_features))
-
-
-def _is_fixed(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter has a dtype of its own, whatever the model's is."""
-    return parameter.dtype == E4M3 or name.endswith(SCALE)
 
 
 Named = Iterator[tuple[str, tuple[str, ...]]]

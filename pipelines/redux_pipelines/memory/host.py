@@ -66,6 +66,14 @@ class Piece(NamedTuple):
         end = self.start + dtype.itemsize * shape.numel()
         return self.slab[self.start : end].view(dtype).view(shape)
 
+    def tensor_like(self, given: Tensor) -> Tensor:
+        """These bytes as a tensor of the dtype and shape of ``given``, laid out as that is.
+
+        Its strides are those that ``torch.empty_like`` would give it: gaps are left out.
+        """
+        strides = torch.empty_like(given, device="meta").stride()
+        return self.tensor(given.dtype, given.shape).as_strided(given.shape, strides)
+
 
 class HostMemory:
     """Slabs that pieces are taken from; page-locked, if ``pinned``, so that a GPU reads them fast.

@@ -24,7 +24,8 @@ _LANES = 2
 class Packed:
     """The weights of a module, or some of them, in host memory; they are moved there at once.
 
-    On a device they lie in one piece, the largest first; in host memory where there is room.
+    On a device they lie in one piece, the largest first; in host memory where there is room. Their
+    strides stay: a product may want a transposed one.
     """
 
     def __init__(self, tensors: Iterable[Tensor], memory: HostMemory) -> None:
@@ -34,7 +35,7 @@ class Packed:
         self._homes: list[Tensor] = []
         for tensor in self._tensors:
             pieces.append(memory.take(size_of(tensor)))
-            home = pieces[-1].tensor(tensor.dtype, tensor.shape)
+            home = pieces[-1].tensor_like(tensor)
             tensor.data = home.copy_(tensor.detach())  # frees where it was
             self._homes.append(home)
         self._runs = _runs(self._starts, pieces)
@@ -53,7 +54,7 @@ class Packed:
         """Let the weights be views of ``memory``, which they were or will be copied to."""
         for start, tensor in zip(self._starts, self._tensors, strict=False):
             piece = Piece(memory, start, start + aligned(size_of(tensor)))
-            tensor.data = piece.tensor(tensor.dtype, tensor.shape)
+            tensor.data = piece.tensor_like(tensor)
 
     def unbind(self) -> None:
         """Let the weights be those in host memory."""

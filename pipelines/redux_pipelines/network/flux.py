@@ -8,7 +8,7 @@ need. Follows black-forest-labs/flux ``model.py``. Knows no checkpoints and no r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from redux_pipelines.attention.groups import Attention, Groups
 from redux_pipelines.errors import WeightsError
-from redux_pipelines.fp8.linear import Fp8Linear
+from redux_pipelines.fp8.linear import Fp8Linear, layers_of, parameters_of
 from redux_pipelines.network.layers import Rope
 from redux_pipelines.network.modulation import (
     DOUBLE_ROWS,
@@ -131,7 +131,8 @@ class Stream(nn.Module):
 
     def mlp(self, stream: Residual, mod: Vectors, operators: Operators) -> Residual:
         """The stream after its MLP; ``mod`` are its six."""
-        x, y = operators.normed_mlp(stream, mod[3], mod[4], self.mlp_in, self.mlp_out)
+        own = layers_of(self)
+        x, y = operators.normed_mlp(stream, mod[3], mod[4], own["mlp_in"], own["mlp_out"])
         return Residual(x, y, mod[5])
 
 
@@ -148,12 +149,13 @@ class DoubleBlock(nn.Module):
         self, txt: Residual, img: Residual, mod: Tensor, context: BlockContext
     ) -> tuple[Residual, Residual]:
         """Both streams after the block; ``mod (12, H)``."""
-        vectors, own = mod.unbind(0), (self.txt, self.img)
+        vectors, own = mod.unbind(0), (layers_of(self)["txt"], layers_of(self)["img"])
         mods = (vectors[DOUBLE_ROWS:], vectors[:DOUBLE_ROWS])
         txt_x, img_x, attn = self._attend((txt, img), mods, own, context)
         ops, end = context.operators, context.txt_rows
-        after_txt = Residual(txt_x, ops.linear(attn[:, :end], own[0].proj), mods[0][2])
-        after_img = Residual(img_x, ops.linear(attn[:, end:], own[1].proj), mods[1][2])
+        proj = [layers_of(each)["proj"] for each in own]
+        after_txt = Residual(txt_x, ops.linear(attn[:, :end], proj[0]), mods[0][2])
+        after_img = Residual(img_x, ops.linear(attn[:, end:], proj[1]), mods[1][2])
         return own[0].mlp(after_txt, mods[0], ops), own[1].mlp(after_img, mods[1], ops)
 
     def _attend(
@@ -178,9 +180,9 @@ class DoubleBlock(nn.Module):
             (txt, mods[0], own[0], 0),
             (img, mods[1], own[1], end),
         ):
-            x, qkv = ops.normed_linear(stream, mod[0], mod[1], weights.qkv)
+            x, qkv = ops.normed_linear(stream, mod[0], mod[1], layers_of(weights)["qkv"])
             rope = context.rope.rows(first, first + x.shape[1])
-            ops.place_heads(qkv, weights.qk_norm, rope, heads, first)
+            ops.place_heads(qkv, parameters_of(weights)["qk_norm"], rope, heads, first)
             settled.append(x)
             del qkv
         return settled[0], settled[1], context.attend(heads)
@@ -199,9 +201,11 @@ class SingleBlock(nn.Module):
     def forward(self, stream: Residual, mod: Tensor, context: BlockContext) -> Residual:
         """Both streams, text first, after the block; ``mod (3, H)``."""
         ops, (shift, scale, gate) = context.operators, mod.unbind(0)
-        own = ops.single_in(stream, shift, scale, self.linear1, self.linear2)
-        heads = ops.single_heads(own.qkv, self.qk_norm, context.rope, self.num_heads)
-        y = ops.single_out(own, lambda into: context.attend(heads, into), self.linear2)
+        linear1, linear2 = layers_of(self)["linear1"], layers_of(self)["linear2"]
+        own = ops.single_in(stream, shift, scale, linear1, linear2)
+        weight = parameters_of(self)["qk_norm"]
+        heads = ops.single_heads(own.qkv, weight, context.rope, self.num_heads)
+        y = ops.single_out(own, lambda into: context.attend(heads, into), linear2)
         return Residual(own.x, y, gate)
 
     def forward_img(self, stream: Residual, mod: Tensor, context: BlockContext) -> Residual:
@@ -285,6 +289,8 @@ class Flux(nn.Module):
         left: ``(B, L, H)``.
         """
         blocks, doubles = self.blocks, self.params.depth
+        if not torch.compiler.is_compiling():
+            context = replace(context, operators=context.operators.for_run())
         if first < doubles:
             x = self._run_doubles(x, mod, context, range(first, min(end, doubles)))
         stream = Residual(x)

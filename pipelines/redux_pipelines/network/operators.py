@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from redux_kernels.adaln import adaln, adaln_quantize
+from redux_kernels.checks import Quantized, empty_quantized
 from redux_kernels.gate_residual_adaln import gate_residual_adaln, gate_residual_adaln_quantize
 from redux_kernels.gelu_into import gelu_into
 from redux_kernels.gelu_quantize import gelu_quantize
 from redux_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_
 from redux_kernels.quantize_rows import quantize_rows
 from redux_pipelines.fp8.linear import ALL, Fp8Linear, Linear, project
+from redux_pipelines.fp8.workspace import Workspace
 from redux_pipelines.network.layers import Rope, gelu_, modulate, norm_rope, within_range_
 
 
@@ -90,6 +92,10 @@ class Operators(Protocol):
 
     name: str
     scale_offset: float
+
+    def for_run(self) -> "Operators":
+        """These for one run over blocks, at the end of which goes what it kept between them."""
+        ...
 
     def rotation(self, table: Rope) -> Rope:
         """``layers.rope_table`` in the form that ``place_heads`` reads, row by row."""
@@ -177,6 +183,10 @@ class TorchOperators(_OneProjection):
     name = "torch"
     scale_offset = 1.0
 
+    def for_run(self) -> "Operators":
+        """The same: nothing is kept."""
+        return self
+
     def rotation(self, table: Rope) -> Rope:
         """``table`` as it is."""
         return table
@@ -239,11 +249,19 @@ class TorchOperators(_OneProjection):
 class KernelOperators(_OneProjection):
     """``redux_kernels``: new rows instead of changed ones, each read and written once.
 
-    Before a linear in fp8 they leave as e4m3, with a scale each.
+    Before a linear in fp8 they leave as e4m3, with a scale each; in a run all of these lie in the
+    same memory.
     """
 
     name = "kernels"
     scale_offset = 0.0
+
+    def __init__(self, workspace: Workspace | None = None) -> None:
+        self._workspace = workspace
+
+    def for_run(self) -> "Operators":
+        """With memory for quantised rows, unless a compiler looks on: it plans memory itself."""
+        return self if torch.compiler.is_compiling() else KernelOperators(Workspace())
 
     def rotation(self, table: Rope) -> Rope:
         """One angle per pair, ``(S, D/2)``."""
@@ -259,24 +277,26 @@ class KernelOperators(_OneProjection):
     ) -> tuple[Tensor, Tensor]:
         """Residual, norm and modulation in one kernel, which quantises for a ``linear`` in fp8."""
         x, y, gate = stream
-        mod = _for_each(scale), _for_each(shift)
+        scale, shift = _for_each(scale), _for_each(shift)
         if isinstance(linear, Fp8Linear):
+            room = self._room(x, x.shape[-1])
             if y is None or gate is None:
-                q, row_scale = adaln_quantize(x, *mod)
+                adaln_quantize(x, scale, shift, *room)
             else:
-                x, q, row_scale = gate_residual_adaln_quantize(x, y, _for_each(gate), *mod)
-            return x, linear.forward_quantized(q, row_scale, x.dtype, rows)
+                x = gate_residual_adaln_quantize(x, y, _for_each(gate), scale, shift, *room)
+            return x, _product(linear, room, x, rows)
         if y is None or gate is None:
-            h = adaln(x, *mod)
+            h = adaln(x, scale, shift)
         else:
-            x, h = gate_residual_adaln(x, y, _for_each(gate), *mod)
+            x, h = gate_residual_adaln(x, y, _for_each(gate), scale, shift)
         return x, project(linear, h, rows)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """Quantise by a kernel where ``linear`` is in fp8; one product."""
         if isinstance(linear, Fp8Linear):
-            q, row_scale = quantize_rows(x)
-            return linear.forward_quantized(q, row_scale, x.dtype)
+            room = self._room(x, x.shape[-1])
+            quantize_rows(x, *room)
+            return _product(linear, room, x)
         return project(linear, x)
 
     def new_heads(self, x: Tensor, rows: int, num_heads: int, widths: int = 3) -> Heads:
@@ -305,8 +325,9 @@ class KernelOperators(_OneProjection):
         """GELU in a kernel, which quantises where ``down`` is in fp8."""
         x, rows = self.normed_linear(stream, shift, scale, up)
         if isinstance(down, Fp8Linear):
-            q, row_scale = gelu_quantize(rows)
-            return x, down.forward_quantized(q, row_scale, rows.dtype)
+            room = self._room(rows, rows.shape[-1])
+            gelu_quantize(rows, None, *room)
+            return x, _product(down, room, rows)
         activated = torch.empty_like(rows)
         gelu_into(rows, activated)
         return x, project(down, activated)
@@ -315,12 +336,26 @@ class KernelOperators(_OneProjection):
         """Attention and GELU are written beside each other, or quantised together for fp8."""
         up, width = rows.mlp, rows.x.shape[-1]
         if isinstance(linear2, Fp8Linear):
-            q, row_scale = gelu_quantize(up[..., 3 * width :], attend(None))
-            return linear2.forward_quantized(q, row_scale, up.dtype)
+            attention, mlp = attend(None), up[..., 3 * width :]
+            room = self._room(mlp, 5 * width)
+            gelu_quantize(mlp, attention, *room)
+            return _product(linear2, room, up)
         both = up.new_empty(*up.shape[:2], 5 * width)
         attend(both[..., :width])
         gelu_into(up[..., 3 * width :], both, width)
         return project(linear2, both)
+
+    def _room(self, x: Tensor, width: int) -> Quantized:
+        """For ``width`` columns of each row of ``x``, until the next time."""
+        if self._workspace is None or torch.compiler.is_compiling():
+            return empty_quantized(x, width)
+        return self._workspace.room(x, width)
+
+
+def _product(linear: Fp8Linear, rows: Quantized, like: Tensor, columns: slice = ALL) -> Tensor:
+    """``linear`` of quantised rows, ``(B, n, out)`` in the dtype of ``like (B, n, …)``."""
+    out = linear.forward_quantized(*rows, like.dtype, columns)
+    return out.view(like.shape[0], like.shape[1], -1)
 
 
 def _by_heads(parts: Tensor) -> tuple[Tensor, ...]:

@@ -62,17 +62,18 @@ def test_rows_from_a_fused_kernel_are_taken_as_they_are(beside):
     q, row_scale = reference.gelu_quantize(mlp, other)
     fp8, h = layer(), reference.gelu(mlp)
     h = h if other is None else torch.cat([other, h], dim=-1)
-    got = fp8.forward_quantized(q, row_scale, torch.float32)
-    assert torch.equal(got, fp8(h))
-    assert error(got, exact(fp8, h)) <= 1e-6
+    got = fp8.forward_quantized(q.flatten(0, 1), row_scale.flatten(0, 1), torch.float32)
+    assert torch.equal(got.view(2, 7, -1), fp8(h))
+    assert error(got.view(2, 7, -1), exact(fp8, h)) <= 1e-6
 
 
 @needs_fp8
 def test_rows_of_a_fused_norm_are_taken_as_they_are():
     x, scale, shift = draw(2, 7, 48), draw(2, 48, seed=3), draw(2, 48, seed=4)
     fp8, h = layer(), reference.adaln(x, scale, shift)
-    q, row_scale = reference.adaln_quantize(x, scale, shift)
-    assert error(fp8.forward_quantized(q, row_scale, torch.float32), exact(fp8, h)) <= 1e-6
+    q, row_scale = (each.flatten(0, 1) for each in reference.adaln_quantize(x, scale, shift))
+    got = fp8.forward_quantized(q, row_scale, torch.float32).view(2, 7, -1)
+    assert error(got, exact(fp8, h)) <= 1e-6
 
 
 @pytest.mark.parametrize("rows", [slice(0, 80), slice(16, 48), slice(64, 80)], ids=str)
@@ -93,7 +94,7 @@ def test_each_row_reaches_the_largest_number_of_e4m3_and_none_beyond():
     largest = fp8.weight.float().abs().amax(1)
     assert (largest == MAX).all()
     expected = weight.abs().amax(1, keepdim=True) / MAX
-    torch.testing.assert_close(fp8.weight_scale.data, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(fp8.weight_scale, expected, rtol=1e-6, atol=0)
 
 
 def test_a_weight_is_off_by_half_a_step_at_most():
@@ -153,8 +154,10 @@ def test_error_of_an_mlp_is_within_its_budget(outliers):
 def test_a_layer_made_empty_learns_nothing():
     fp8 = Fp8Linear(32, 16)
     assert {name: tuple(each.shape) for name, each in fp8.named_parameters()} == {
-        "weight": (16, 32), "weight_scale": (16, 1), "bias": (16,),
+        "columns": (32, 16), "column_scale": (1, 16), "bias": (16,),
     }  # fmt: skip
+    assert (fp8.weight.shape, fp8.weight_scale.shape) == ((16, 32), (16, 1))
+    assert fp8.weight.is_contiguous()
     assert not any(each.requires_grad for each in fp8.parameters())
 
 

@@ -113,8 +113,9 @@ def test_wrong_numbers_are_noticed(monkeypatch, change, text):
 def _product(q, row_scale, weight, weight_scale, bias, rows, out_dtype):
     layer = Fp8Linear.__new__(Fp8Linear)
     torch.nn.Module.__init__(layer)
-    layer.weight, layer.weight_scale, layer.bias = (
-        torch.nn.Parameter(each, requires_grad=False) for each in (weight, weight_scale, bias)
+    layer.columns, layer.column_scale, layer.bias = (
+        torch.nn.Parameter(each, requires_grad=False)
+        for each in (weight.t(), weight_scale.t(), bias)
     )
     return RIGHT(layer, q, row_scale, out_dtype, rows)
 

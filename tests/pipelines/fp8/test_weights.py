@@ -71,6 +71,7 @@ def test_joined_layers_are_quantised_row_by_row(tensors):
             q, scale = quantize_rows(exact.get_parameter(f"{name}.weight"))
             assert torch.equal(each.weight.float(), q.float()), name
             assert torch.equal(each.weight_scale, scale), name
+            assert each.weight.is_contiguous(), name  # rows together, as the product takes them
             assert torch.equal(each.bias, exact.get_parameter(f"{name}.bias")), name
 
 
@@ -90,7 +91,7 @@ def test_scales_are_float32_and_biases_are_the_models(tensors):
     for name, each in flux.named_parameters():
         kinds[name.rpartition(".")[2]].add(each.dtype)
     assert kinds == {
-        "weight": {E4M3, torch.bfloat16}, "weight_scale": {torch.float32},
+        "columns": {E4M3}, "column_scale": {torch.float32}, "weight": {torch.bfloat16},
         "bias": {torch.bfloat16}, "qk_norm": {torch.bfloat16},
     }  # fmt: skip
 

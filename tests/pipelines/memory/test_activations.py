@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from unittest.mock import patch
 
+import bench_host
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from pipelines.networks import (
 )
 from redux_pipelines import autoencoder
 from redux_pipelines.attention.choice import candidates_for, choose
+from redux_pipelines.attention.groups import Implementation, grouped
 from redux_pipelines.autoencoder import Autoencoder
 from redux_pipelines.denoising.engine import EngineDenoiser
 from redux_pipelines.fp8.weights import Quantized
@@ -34,7 +36,7 @@ from redux_pipelines.memory import activations
 from redux_pipelines.memory.activations import Demand, RowCounts
 from redux_pipelines.memory.model_sizes import FLUX_DEV, EncoderSize, ModelSizes, TransformerSize
 from redux_pipelines.network.flux import FluxParams
-from redux_pipelines.network.operators import TorchOperators
+from redux_pipelines.network.operators import KernelOperators, TorchOperators
 from redux_pipelines.sampling import Grid
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -113,6 +115,33 @@ def test_peak_of_a_forward_pass_in_fp8(layers):
             size, RowCounts(text + redux, grid.tokens, batch), 2, is_fp8=True
         )
         assert formula == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (1, 2)], ids=str)
+def test_a_forward_pass_in_fp8_on_the_kernels_takes_no_more(layers):
+    """Where none runs, what they take is counted: with the memory that a run's products share."""
+    model = diffusers_model(
+        torch.bfloat16,
+        num_layers=layers[0],
+        num_single_layers=layers[1],
+        attention_head_dim=64,
+        axes_dims_rope=(16, 24, 24),
+    )
+    params, size = FluxParams.of(model.config), TransformerSize.of(model.config)
+    tensors = Quantized(model.state_dict(), fp8_layers(params), CPU)
+    flux = load_flux(params, tensors, device=CPU, dtype=torch.bfloat16)
+    attention = Implementation("a", grouped(bench_host._attention), ("cpu",), (torch.bfloat16,))
+    denoiser = EngineDenoiser(flux, attention, KernelOperators())
+    for text, redux, grid, batch in SHAPES.values():
+        given_, img = conditioning(model, text=text, redux=(redux,)), noise(model, grid, batch)
+        with torch.inference_mode():
+            prepared = denoiser.prepare(given_, SCHEDULE, grid)
+        with bench_host.no_launches():
+            peak = _measured(lambda prepared=prepared, img=img: prepared.predict(img, 1))
+        formula = activations.denoise_bytes(
+            size, RowCounts(text + redux, grid.tokens, batch), 2, is_fp8=True
+        )
+        assert 0.3 * formula < peak <= formula
 
 
 def test_peak_of_a_modulation_table():

@@ -121,6 +121,23 @@ def test_only_streamed_blocks_are_in_host_memory(model):
             assert each.untyped_storage()._cdata in lanes
 
 
+def test_weights_keep_their_strides_wherever_they_are():
+    """A product in fp8 takes columns that lie together, and no others."""
+    torch.manual_seed(0)
+    layer = nn.Module()
+    wide = torch.randn(24, 6)
+    layer.columns = nn.Parameter(wide.t(), requires_grad=False)
+    layer.gaps = nn.Parameter(torch.randn(6, 8)[:, :5], requires_grad=False)
+    blocks, before = [layer], {name: each.clone() for name, each in layer.named_parameters()}
+    stream = BlockStream(blocks, [0], CPU)
+    for change in (lambda: None, stream.open, lambda: stream.ready(0), stream.close):
+        change()
+        assert layer.columns.stride() == (1, 6)
+        assert layer.gaps.is_contiguous()
+        if change != stream.open:  # what is there now comes with ``ready``
+            assert all(torch.equal(each, before[n]) for n, each in layer.named_parameters())
+
+
 def test_buffers_are_two_of_the_largest_block_that_uses_them(model):
     flux = _streaming(model, range(COUNT))._flux
     stream = flux.blocks_ready.__self__

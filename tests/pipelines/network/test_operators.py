@@ -1,5 +1,6 @@
 """Plain torch, oneDNN and the kernels (their references, on a CPU) compute the same."""
 
+import weakref
 from itertools import product
 
 import pytest
@@ -107,6 +108,36 @@ def test_in_fp8_the_kernels_leave_no_rows_to_plain_torch(monkeypatch):
         outputs.append(prepared.predict(noise(model, Grid(4, 4)), 0))
         assert bool(left) is (ops is TORCH)
     assert error(*outputs) <= 0.03
+
+
+@torch.inference_mode()
+@needs_fp8
+def test_quantised_rows_of_a_run_lie_in_one_memory_that_ends_with_it(monkeypatch):
+    """A graph that is captured must not write to what belongs to an earlier step."""
+    product, seen, reused = Fp8Linear.forward_quantized, [], []
+
+    def spy(self, q, *given):
+        reused.append(any(each() is q for each in seen))
+        seen.append(weakref.ref(q))
+        return product(self, q, *given)
+
+    monkeypatch.setattr(Fp8Linear, "forward_quantized", spy)
+    model = diffusers_model(num_layers=2, num_single_layers=3)
+    denoiser = engine(model, operators=KERNELS)
+    in_fp8(denoiser.flux)
+    prepared = denoiser.prepare(conditioning(model), SCHEDULE, Grid(4, 4))
+    joined = denoiser.join([prepared, prepared])
+    for each, batch in ((prepared, 1), (joined, 2)):
+        img = noise(model, Grid(4, 4), batch)
+        seen.clear()
+        reused.clear()
+        out = each.predict(img, 0)
+        assert len(seen) == 2 * 8 + 3 * 2 + 1
+        assert sum(reused) >= 8  # the rest are the first of their shape, or the first that large
+        assert all(q() is None for q in seen)
+        with monkeypatch.context() as patch:
+            patch.setattr(KernelOperators, "for_run", lambda self: self)
+            assert torch.equal(each.predict(img, 0), out)
 
 
 def test_settle():
