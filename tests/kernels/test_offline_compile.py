@@ -93,7 +93,7 @@ def test_rows_that_are_not_aligned_would_be_caught():
     x = torch.empty(1, rows, width + 1, dtype=torch.bfloat16)[..., 1:]
     vector = torch.empty(1, width, dtype=torch.bfloat16)
     with compiled(90) as launches:
-        adaln.launch(x, vector, vector, 1e-6, quantize=False)
+        adaln.launch(x, vector, vector, 1e-6)
     assert measure(launches[0].compiled)["narrow"] > 30
 
 

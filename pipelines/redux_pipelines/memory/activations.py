@@ -144,7 +144,11 @@ def _rotation(size: TransformerSize, rows: int, batch: int, element_bytes: int) 
 
 
 def _quantized(size: TransformerSize, rows: RowCounts, element_bytes: int) -> int:
-    """A single block's ``x``, what it adds, attention, its projection; five widths in float32."""
+    """A single block's ``x``, what it adds, attention, its projection; five widths in float32.
+
+    That is plain torch. On the kernels five widths of one byte are held in their place, by
+    ``fp8.workspace`` for the whole run, and no more than this is needed.
+    """
     kept = (1 + 1 + 1 + 7) * element_bytes + _FP8_COPIES * 5 * _FLOAT32
     return kept * size.hidden * rows.batch * rows.total
 
