@@ -14,17 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch._dynamo.utils import counters
 
 from redux_pipelines.attention.groups import Groups, Implementation, KeyGroup
 from redux_pipelines.contract.types import CompileMode
 from redux_pipelines.network.flux import BlockContext, Flux
 
 logger = logging.getLogger(__name__)
-
-COMPILER_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
-"""What a compiled function raises before it has computed anything."""
 
 Backend = str | Callable[..., Any]
 
@@ -150,7 +145,7 @@ class Compiled:
             _mark(arguments)
             try:
                 return compiled(module, *arguments)
-            except COMPILER_ERRORS as error:
+            except compiler_errors() as error:
                 reason = gist(error)
                 logger.warning("not compiled any more, which is slower: %s", reason)
                 self.remove(reason)
@@ -205,8 +200,20 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What a compiled function raises before it has computed anything.
+
+    torch's compiler is imported where something is compiled: it takes as long as torch itself.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return TorchDynamoException, FailOnRecompileLimitHit
+
+
 def compiled_graphs() -> int:
     """How many graphs this process has compiled so far."""
+    from torch._dynamo.utils import counters
+
     return counters["stats"]["unique_graphs"]
 
 

@@ -81,9 +81,10 @@ def assert_same(denoiser, request, grid, img):
 
 
 def run_everything(denoiser, model, batch):
-    """Every grid, and every variant at least once."""
-    for grid, *variants in zip(GRIDS, VARIANTS, VARIANTS[3:] + VARIANTS[:3], strict=True):
-        for fields in variants:
+    """Every grid, and every variant at least once; of several images each variant."""
+    more = VARIANTS[3:] + VARIANTS[:3] if batch == 1 else [None] * len(GRIDS)
+    for grid, *variants in zip(GRIDS, VARIANTS, more, strict=True):
+        for fields in filter(lambda each: each is not None, variants):
             assert_same(denoiser, given(model, **fields), grid, noise(model, grid, batch))
 
 
@@ -156,7 +157,11 @@ def test_batches_of_any_size_and_prompt_share_their_graphs(mode, layers, graphs)
     assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize(("mode", "layers"), [("blocks", (2, 1)), ("full", (1, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "layers"),
+    [("blocks", (2, 1)), pytest.param("full", (1, 1), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_tracing_changes_in_place_gives_the_same(mode, layers):
     """``aot_eager`` turns changes in place into new tensors, as Inductor has it."""
     model = diffusers_model(num_layers=layers[0], num_single_layers=layers[1])
@@ -166,11 +171,11 @@ def test_tracing_changes_in_place_gives_the_same(mode, layers):
         assert_same(denoiser, given(model, copies=40), grid, noise(model, grid))
 
 
-@pytest.mark.parametrize("layers", [(1, 1), (3, 0), (0, 2)], ids=str)
+@pytest.mark.parametrize("layers", [(2, 0), (0, 2)], ids=str)
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_depths_may_differ(mode, layers):
     model = diffusers_model(num_layers=layers[0], num_single_layers=layers[1])
-    denoiser = engine(model)
+    denoiser = engine(model, operators=KernelOperators())
     denoiser.compiled = Compiled(denoiser.flux, mode, "eager")
     assert_same(denoiser, given(model), GRIDS[0], noise(model, GRIDS[0]))
     assert denoiser.compiled.is_active
@@ -212,7 +217,7 @@ def test_a_step_cache_runs_compiled_blocks(model, mode, operators):
     schedule = Schedule((1.0, 0.8, 0.6, 0.4, 0.2, 0.0))
     tier = Tier(CachePolicy(math.inf, warm_up=2, max_hits=1))  # compute all but the fourth step
     with torch.inference_mode():
-        for grid in GRIDS:
+        for grid in GRIDS[::2]:
             runs = [
                 each.prepare(given(model), schedule, grid).start(tier) for each in (denoiser, plain)
             ]
@@ -224,7 +229,7 @@ def test_a_step_cache_runs_compiled_blocks(model, mode, operators):
                 assert torch.equal(ours, theirs)
             assert [run.reused for run in runs] == [1, 1]
     assert counter.frame_count == 4
-    for grid in GRIDS[:3]:
+    for grid in GRIDS[:2]:
         assert_same(denoiser, given(model), grid, noise(model, grid))
     assert counter.frame_count == 5
     assert not counters["graph_break"]
@@ -244,13 +249,14 @@ def shallow():
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_what_cannot_be_compiled_runs_as_before(request, mode, caplog):
     model = request.getfixturevalue({"blocks": "model", "full": "shallow"}[mode])
-    denoiser = engine(model)
+    denoiser = engine(model, operators=KernelOperators())
     denoiser.compiled = compiled = Compiled(denoiser.flux, mode, broken_backend)
     grid = GRIDS[0]
     img = noise(model, grid)
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
         out = denoiser.prepare(given(model), SCHEDULE, grid).predict(img, 0)
-        expected = engine(model).prepare(given(model), SCHEDULE, grid).predict(img, 0)
+        same = engine(model, operators=KernelOperators())
+        expected = same.prepare(given(model), SCHEDULE, grid).predict(img, 0)
     assert torch.equal(out, expected)
     assert "no such compiler" in compiled.failure
     assert "no such compiler" in caplog.text
@@ -267,7 +273,7 @@ def test_an_error_while_running_is_not_hidden(shallow):
 
         return run
 
-    denoiser = engine(shallow)
+    denoiser = engine(shallow, operators=KernelOperators())
     denoiser.compiled = Compiled(denoiser.flux, "full", out_of_memory)
     prepared = denoiser.prepare(given(shallow), SCHEDULE, GRIDS[0])
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):

@@ -34,7 +34,7 @@ def folder(model, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
 def several(request, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     ranks.save(model, folder)
