@@ -77,7 +77,7 @@ def unable(graph, inputs):
 
 
 FAILURES = {
-    "wrong": (wrong, "e-03, at most 1e-04 is allowed"),
+    "wrong": (wrong, ", at most 1e-04 is allowed"),
     "not a number": (not_a_number, "is off by nan"),
     "crashing": (crashing, "illegal instruction"),
     "unable": (unable, "no such compiler"),
