@@ -1,9 +1,10 @@
 """uvicorn, with bounds on each connection, and with an end that leaves nobody without an answer.
 
 uvicorn bounds neither the size of a request's head nor the time until it is complete, and it goes
-on reading a body after the answer was sent; ``BoundedHttpProtocol`` bounds all three. The time that
-a body may take while it is still wanted is ``redux_server.api.middleware.BodyLimit``'s. Knows no
-path and no task.
+on reading a body after the answer was sent; ``BoundedHttpProtocol`` bounds all three. It also reads
+the body of a request that offers another protocol (``Upgrade``), which uvicorn's parser leaves
+lying. The time that a body may take while it is still wanted is
+``redux_server.api.middleware.BodyLimit``'s. Knows no path and no task.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
+import httptools
 import structlog
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -25,6 +27,7 @@ MAX_HEAD_BYTES = 32 * 2**10
 MAX_TARGET_BYTES = 16 * 2**10
 MAX_HEADERS = 100
 _HEADER_FRAME_BYTES = 4  # ": " and the line's end
+_OF_AN_OFFER = (b"upgrade", b"http2-settings")
 _log = structlog.get_logger("redux_server.api.http_server")
 
 
@@ -62,13 +65,57 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         if self._is_in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            if not self._is_refused:
+                self.send_400_response("")
+            return
         if self._is_refused or not self._is_in_head:
             return
         if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
         elif not self._is_timed() and not self._is_answering():
             self._start_timer(self.head_s)
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser, and take no offer of another protocol.
+
+        Where a head offers one, the parser has ended the message there: the body would be that
+        protocol's. It is not (RFC 9110, section 7.8), so a new parser is told the same head without
+        the offer, and goes on with the body.
+
+        Raises:
+            httptools.HttpParserError: this is no HTTP.
+        """
+        rest = memoryview(data)
+        while not self._is_refused:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                rest = rest[offer.args[0] :]
+                if not self._is_refused:
+                    head = self._head_without_offer()
+                    self.parser = self._new_parser()
+                    self.parser.feed_data(head)
+
+    def _new_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        return parser
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(each for each in options if each.lower() not in _OF_AN_OFFER)
+            if name not in _OF_AN_OFFER:
+                lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
@@ -77,6 +124,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Let the request in, if its head is of a usual size."""
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self.send_400_response("")
+            return  # it comes again without the offer
         self._stop_timer()
         self._is_in_head = False
         size = sum(len(name) + len(value) + _HEADER_FRAME_BYTES for name, value in self.headers)
@@ -97,6 +148,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request's last byte; the next one's head follows."""
+        if self.parser.should_upgrade():
+            return  # its body follows
         self._is_in_message = False
         self._is_in_head = True
         self._head_bytes = 0

@@ -30,6 +30,7 @@ class Seen:
 
     paths: list[str] = field(default_factory=list)
     endings: list[str] = field(default_factory=list)
+    headers: list[bytes] = field(default_factory=list)
 
 
 def an_app(seen: Seen) -> ASGIApp:
@@ -47,6 +48,10 @@ def an_app(seen: Seen) -> ASGIApp:
         except (TooSlow, ClientDisconnect) as error:
             seen.endings.append(type(error).__name__)
             await JSONResponse({}, status_code=408)(scope, receive, send)
+            return
+        if scope["path"] == "/echo":
+            seen.headers = [name for name, _ in scope["headers"]]
+            await PlainTextResponse(body)(scope, receive, send)
             return
         await PlainTextResponse(str(len(body)))(scope, receive, send)
 
@@ -208,6 +213,111 @@ def test_pipelined_requests_are_all_answered(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
         client.sendall(requests)
         assert read_all(client).count(b"HTTP/1.1 200") == 4
+
+
+# --- offers of another protocol, which are not taken ----------------------------------------------
+
+
+OFFERS = {
+    "h2c of Java and curl": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    b"HTTP2-Settings: AAMAAABkAAQAAP__\r\n",
+    "TLS of Apache": b"Connection: upgrade\r\nUpgrade: TLS/1.2\r\n",
+    "websocket": b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+    "several": b"connection: keep-alive, Upgrade\r\nupgrade: h2c, websocket/13, IRC/6.9\r\n",
+    "two headers": b"Connection: keep-alive\r\nConnection: upgrade\r\nUpgrade: a\r\nUpgrade: b\r\n",
+    "empty": b"Connection: Upgrade\r\nUpgrade: x\r\nUpgrade:\r\n",
+}
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def framed(body: bytes, framing: str) -> bytes:
+    """The rest of a head, and a body, by its length or in chunks."""
+    if framing == "length":
+        return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    cut = len(body) // 2
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in (body[:cut], body[cut:]))
+    return b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+
+
+def answers(said: bytes) -> list[bytes]:
+    """The bodies of the answers in ``said``, all of them good."""
+    heads = said.split(b"HTTP/1.1 ")
+    assert not heads[0] and all(head.startswith(b"200") for head in heads[1:]), said
+    return [head.partition(b"\r\n\r\n")[2] for head in heads[1:]]
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_offer_is_ignored_wherever_its_request_is_cut(
+    port: int, seen: Seen, offer: bytes, framing: str
+) -> None:
+    request = b"POST /echo HTTP/1.1\r\nHost: h\r\n" + offer + framed(SMUGGLED, framing)
+    last = GET + b"Connection: close\r\n\r\n"
+    body_at = request.index(b"\r\n\r\n") + 4
+    seen.paths.clear()
+    cuts = [*range(body_at - 5, body_at + 5), 30, len(request) - 1, len(request)]
+    for cut in cuts:
+        with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.sendall(request[:cut])
+            time.sleep(0.002)  # so that it may arrive in two packets; either way it must be read
+            client.sendall(request[cut:] + last)
+            assert answers(read_all(client)) == [SMUGGLED, b"0"], cut
+    assert set(seen.paths) == {"/echo", "/x"}, "a body ran as a request"
+    assert not {b"upgrade", b"http2-settings"} & set(seen.headers)
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_offers_in_a_pipeline_are_answered_in_order(port: int, seen: Seen, offer: bytes) -> None:
+    seen.paths.clear()
+    one = b"POST /echo HTTP/1.1\r\nHost: h\r\n" + offer
+    bodies = [b"%d" % number + SMUGGLED for number in range(20)]
+    sent = [one + framed(body, ("length", "chunks")[i % 2]) for i, body in enumerate(bodies)]
+    plain = GET + offer + b"\r\n"  # an offer without a body
+    said = talk(port, *sent, plain, GET, b"Connection: close\r\n\r\n")
+    assert answers(said) == [*bodies, b"0", b"0"]
+    assert "/smuggled" not in seen.paths
+
+
+def test_offer_whose_client_waits_for_100_continue_is_told_to_go_on(port: int) -> None:
+    head = b"POST /echo HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 4\r\n"
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(head + OFFERS["h2c of Java and curl"] + b"\r\n")
+        assert client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"body" + GET + b"Connection: close\r\n\r\n")
+        assert answers(read_all(client)) == [b"body", b"0"]
+
+
+def test_offer_in_http_1_0_is_ignored_too(port: int) -> None:
+    head = b"POST /echo HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 4\r\n\r\n"
+    assert answers(talk(port, head, b"body")) == [b"body"]
+
+
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [
+        (b"X: " + b"v" * MAX_HEAD_BYTES + b"\r\n\r\n", 431),
+        (b"X: 1\r\n" * 100 + b"\r\n", 431),
+        (b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
+    ],
+)
+def test_offer_is_bounded_and_parsed_as_any_other_request(
+    port: int, seen: Seen, rest: bytes, status: int
+) -> None:
+    before = list(seen.paths)
+    said = talk(port, b"POST /no HTTP/1.1\r\nHost: h\r\n", OFFERS["websocket"], rest, SMUGGLED)
+    assert f"HTTP/1.1 {status}".encode() in said
+    assert "/smuggled" not in seen.paths[len(before) :]
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_body_after_an_offer_has_no_longer_than_others(port: int, offer: bytes) -> None:
+    start = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n" + offer + b"\r\n"
+    _, said = drip(port, start, b"v")
+    assert said.startswith(b"HTTP/1.1 408")
 
 
 # --- bodies ---------------------------------------------------------------------------------------
