@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_TORCH_SEEDS = 2**32  # that differ on a CPU
 PATCH = 2
 """Latent pixels per token along each side."""
 
@@ -74,10 +75,16 @@ def grid_for(width: int, height: int, multiple: int) -> Grid:
 def noise(seed: int, channels: int, grid: Grid) -> Tensor:
     """Standard normal latents ``(1, channels, 2·rows, 2·columns)``, float32 on the CPU.
 
-    Drawn from a generator of their own, so they depend on nothing but the arguments.
+    Drawn from a generator of their own, so they depend on nothing but the arguments. torch's own
+    on a CPU looks at 32 bits of a seed; larger seeds are drawn by NumPy's Mersenne Twister, which
+    is seeded with all of their bits, and whose numbers stay as they are for good (NEP 19).
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, channels, PATCH * grid.rows, PATCH * grid.columns)
+    if seed >= _TORCH_SEEDS:
+        words = [seed >> shift & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
+        drawn = np.random.RandomState(words).standard_normal(shape)
+        return torch.from_numpy(drawn.astype(np.float32))
+    generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 

@@ -9,6 +9,7 @@ ApiError             status and message, in the contract's shape
 ├── Conflict         409  an idempotency key that was used for something else
 ├── Gone             410  a file that was deleted after its time
 ├── TooLarge         413  a body over the limit
+├── UnsupportedCoding 415  a body in a coding that is not read
 ├── QueueFull        429  no room for another task, of this key or of anyone
 ├── TooManyRequests  429  a key that submits faster than it may
 └── Unavailable      503  something we need is away, or the disk nearly full
@@ -73,6 +74,12 @@ class TooLarge(ApiError):
     """More bytes than we take."""
 
     status, name = 413, "too_large"
+
+
+class UnsupportedCoding(ApiError):
+    """A body that is compressed in a way that is not read."""
+
+    status, name = 415, "unsupported_coding"
 
 
 class QueueFull(ApiError):

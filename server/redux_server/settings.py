@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _SHOWN_DATA_DIR = "~/.local/share/flux-redux"
 # Kubernetes gives every pod variables for each service; those of one named flux-redux look ours.
 _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")
+_PORT = r"(:(\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]))?"
+_BASE_URL = rf"((?i:https?)://([\w.-]*\w|\[[0-9a-fA-F:.]+\]){_PORT}(/[^\s?#\\]*)?)?"
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Most used": (
@@ -38,7 +41,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "warm_sizes",
     ),
     "Safety checker": ("safety_threshold", "force_safety_checker"),
-    "HTTP API": ("public_url", "cors_origins", "sync_timeout_s"),
+    "HTTP API": (
+        *("public_url", "trusted_proxies", "cors_origins", "sync_timeout_s", "keep_alive_s"),
+    ),
     "Limits": ("max_open_per_key", "rate_limit", "max_upload", "min_free_disk"),
     "Storage": ("database_url", "blob_url", "retention_hours", "upload_retention_hours"),
     "Workers": (
@@ -205,7 +210,17 @@ class ServerSettings(ModelSettings):
         "https://app.example.com; * is any (each needs an API key all the same), none is none",
         pattern=r"\*|none|https?://[^/,\s]+(\s*,\s*https?://[^/,\s]+)*",
     )
-    public_url: str = option("", "base of the URLs we hand out (default: as the client called us)")
+    public_url: str = option(
+        "",
+        "base of the URLs we hand out, an http(s) URL without user name, query or fragment, such "
+        "as https://gpu.example.com/flux (default: as the client called us)",
+        pattern=_BASE_URL,
+    )
+    trusted_proxies: str = option(
+        "127.0.0.1,::1",
+        "addresses or networks of proxies whose X-Forwarded-* and Forwarded headers say how the "
+        "client called us, separated by commas; * is all",
+    )
     data_dir: Path = field(
         default_factory=default_data_dir,
         metadata={"help": "where tasks, keys and images are kept"},
@@ -253,6 +268,13 @@ class ServerSettings(ModelSettings):
     )
     sync_timeout_s: float = option(
         110.0, "seconds a submit in sync mode is held at most", minimum=0, maximum=3600
+    )
+    keep_alive_s: float = option(
+        75.0,
+        "seconds an idle connection is kept; longer than a proxy in front keeps its own (nginx and "
+        "AWS 60, Google Cloud 600), or it loses requests to closed ones",
+        minimum=1,
+        maximum=3600,
     )
     max_attempts: int = option(3, "workers a task may cost before it is given up", minimum=1)
     batch_timeout: int = option(
@@ -313,6 +335,11 @@ class ServerSettings(ModelSettings):
     def database(self) -> str:
         """Where tasks and keys are kept, as a SQLAlchemy URL."""
         return self.database_url or f"sqlite:///{self.data_dir / 'tasks.db'}"
+
+    @property
+    def trusted_proxy_entries(self) -> tuple[str, ...]:
+        """The addresses and networks of ``--trusted-proxies``."""
+        return _entries(self.trusted_proxies)
 
     @property
     def fetch_allow_entries(self) -> tuple[str, ...]:
@@ -472,7 +499,23 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     )
     if unknown:
         shown = ", ".join(sorted(environment_name(item.name) for item in items))
-        raise UsageError(f"unknown environment variable {', '.join(unknown)}; known are {shown}")
+        meant = "".join(_nearest(name, known) for name in unknown)
+        raise UsageError(
+            f"unknown environment variable {', '.join(unknown)}; known are {shown}{meant}"
+        )
+
+
+def _nearest(variable: str, known: Collection[str]) -> str:
+    """Which of the ``known`` variables was probably meant, in the words of an error."""
+    by_name = {name.removeprefix(PREFIX): name for name in known}
+    given = variable.removeprefix(PREFIX).upper()
+    found = (
+        get_close_matches(given, by_name, n=1)
+        or [name for name in sorted(by_name) if given.startswith(name) or name.startswith(given)][
+            :1
+        ]
+    )
+    return f"; {variable} is perhaps {by_name[found[0]]}" if given and found else ""
 
 
 def _is_service_link(variable: str, environ: Mapping[str, str]) -> bool:

@@ -1,5 +1,6 @@
 """SIGTERM under load: nobody is left without an answer, and nothing that was begun is lost."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -34,6 +35,34 @@ def test_a_stopping_server_refuses_tasks_and_answers_polls_until_its_work_is_don
         assert rows()[waiting].status in ("created", "processing")
         assert rows()[waiting].lease_until is None
     assert server.log.count("stopping: no task is accepted any more") >= 1
+
+
+def test_a_closed_terminal_drains_as_sigterm_does(tmp_path: Path) -> None:
+    body = {"image": IMAGE, "size": "512*512", "num_inference_steps": 30}
+    server = RestartedServer(tmp_path / "data")
+    with server, server.rows() as rows:
+        begun = server.submit(body)["id"]
+        wait_until(lambda: rows()[begun].progress_step > 0, 30)
+        for pid in (*server.worker_pids(), server.process.pid):
+            os.kill(pid, signal.SIGHUP)
+        assert server.process.wait(60) == 0
+        assert (rows()[begun].status, rows()[begun].attempt) == ("completed", 1)
+    assert "stopping: no task is accepted any more" in server.log
+
+
+def test_nohup_keeps_a_server_whose_terminal_closes(tmp_path: Path) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        server = LiveServer(tmp_path / "data")
+        server.start()
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    with server.client() as client:
+        try:
+            server.process.send_signal(signal.SIGHUP)
+            assert client.get("/readyz").status_code == 200
+        finally:
+            assert server.stop() == 0
 
 
 def test_a_second_signal_does_not_wait_for_the_answers(tmp_path: Path) -> None:

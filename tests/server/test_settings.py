@@ -46,6 +46,8 @@ OTHERS = {
     "port": "0",
     "cors_origins": "https://app.example,http://localhost:3000",
     "public_url": "https://flux.example",
+    "trusted_proxies": "10.0.0.0/8",
+    "keep_alive_s": "620",
     "data_dir": "/srv/flux",
     "blob_url": "s3://pictures/flux",
     "min_free_disk": "64",
@@ -152,6 +154,63 @@ def test_an_empty_variable_is_not_set() -> None:
 def test_an_unknown_variable_of_ours_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"FLUX_REDUX_PROT; known are .*FLUX_REDUX_PORT"):
         parse(ServerSettings, FLUX_REDUX_PROT="1", OTHER="x")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("FLUX_REDUX_MAXQUEUE", "FLUX_REDUX_MAX_QUEUE"),
+        ("FLUX_REDUX_MAX_QUEUES", "FLUX_REDUX_MAX_QUEUE"),
+        ("FLUX_REDUX_DATADIR", "FLUX_REDUX_DATA_DIR"),
+        ("FLUX_REDUX_DATABASE", "FLUX_REDUX_DATABASE_URL"),
+        ("FLUX_REDUX_PUBLICURL", "FLUX_REDUX_PUBLIC_URL"),
+        ("FLUX_REDUX_prot", "FLUX_REDUX_PORT"),
+        ("FLUX_REDUX_CORS_ORIGIN", "FLUX_REDUX_CORS_ORIGINS"),
+    ],
+)
+def test_the_nearest_variable_is_named(typed: str, meant: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse(ServerSettings, **{typed: "1"})
+    assert str(raised.value).endswith(f"; {typed} is perhaps {meant}")
+
+
+def test_no_variable_is_named_where_none_is_near() -> None:
+    with pytest.raises(UsageError, match=r"variable FLUX_REDUX_ZZZZ; known are") as raised:
+        parse(ServerSettings, FLUX_REDUX_ZZZZ="1")
+    assert "perhaps" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://gpu.example.com",
+        "http://127.0.0.1:8000",
+        "https://gpu.example.com/flux/",
+        "https://[2001:db8::1]:8443/a",
+        "http://gpu_box:65535",
+        "https://xn--bcher-kva.example",
+        "HTTPS://GPU.example.com",
+    ],
+)
+def test_public_url_that_can_be_joined_is_taken(url: str) -> None:
+    assert parse(ServerSettings, "--public-url", url).public_url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("gpu.example.com", "//gpu.example.com", "gpu.example.com:8000", "localhost:8000"),
+        *("ftp://gpu.example.com", "https://", "https:///x", "https:gpu.example.com", "https//x"),
+        *("https://gpu.example.com/flux?x=1", "https://gpu.example.com?", "https://h#x"),
+        *("https://me:secret@gpu.example.com", "https://me@gpu.example.com"),
+        *("https://gpu example.com", "https://gpu.example.com/a b", "https://gpu.example.com\n"),
+        *("https://h:99999", "https://h:65536", "https://h:port", "https://h:80:80", "https://[::1"),
+        *("https://h\\x", "https://h/\\x", "javascript:alert(1)", "https://-"),
+    ],
+)
+def test_public_url_of_no_use_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=r"^--public-url must be .*http\(s\) URL"):
+        parse(ServerSettings, "--public-url", url)
 
 
 def test_the_variables_of_all_verbs_are_known_to_each() -> None:

@@ -27,6 +27,9 @@ CACHE_BYTES = 64 * 2**20
 PAPER = (255, 255, 255)
 """What letterboxes are filled with: transparent pictures are seen on it, too."""
 
+LEAST_COVERAGE = 0.5
+"""Of a token's square: those with less do not count, those with more do, as if it were all."""
+
 Box = tuple[float, float, float, float]
 
 
@@ -116,7 +119,9 @@ class ImageEncoder:
         into = self._preprocessing.frame_of(rgb, fit)
         is_whole = mask is None and fit != "letterbox"
         shares = None if is_whole else self._shares(into, mask)
-        return PreprocessedPicture(frame(rgb, into), shares)
+        bare = self._shares(into, None) if fit == "letterbox" else None
+        is_narrow = bare is not None and not kept_tokens(bare).any()
+        return PreprocessedPicture(frame(rgb, into), shares, is_narrow)
 
     @torch.inference_mode()
     def encode(self, picture: Image.Image | PreprocessedPicture, fit: Fit = "squash") -> Tensor:
@@ -145,6 +150,12 @@ class ImageEncoder:
             hidden = self._siglip(pixel_values=pixels).last_hidden_state
             tokens: Tensor = self._embedder(hidden).image_embeds[0]
         return tokens
+
+
+def kept_tokens(coverage: Image.Image) -> Tensor:
+    """Which tokens count, on their grid, by how much of the square of each is picture."""
+    shares = torch.from_numpy(np.asarray(coverage, np.float64) / 255)
+    return shares >= LEAST_COVERAGE
 
 
 class Frame(NamedTuple):

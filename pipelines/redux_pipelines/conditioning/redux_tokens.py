@@ -7,25 +7,22 @@ the picture's part in attention. Knows no text and no transformer.
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from redux_pipelines.conditioning.image import ImageEncoder
+from redux_pipelines.conditioning.image import ImageEncoder, kept_tokens
 from redux_pipelines.conditioning.tokens import Tokens
 from redux_pipelines.contract.batching import weights_of
 from redux_pipelines.contract.types import GenerationRequest
 from redux_pipelines.errors import RequestError
-
-LEAST_COVERAGE = 0.5
-"""Of a token's square: those with less do not count, those with more do, as if it were all."""
 
 
 @torch.inference_mode()
 def redux_tokens(encoder: ImageEncoder, request: GenerationRequest) -> tuple[Tokens, ...]:
     """All pictures of ``request`` that count at all, in their order.
 
-    Raises ``RequestError`` for a mask that leaves nothing of its picture.
+    Raises ``RequestError`` where nothing is left of a picture: for its mask, or because it is too
+    narrow for a letterbox.
     """
     sets: list[Tokens] = []
     pairs = zip(request.pictures, weights_of(request), strict=True)
@@ -34,11 +31,9 @@ def redux_tokens(encoder: ImageEncoder, request: GenerationRequest) -> tuple[Tok
             continue
         mask = request.mask if index == 0 else None
         seen = encoder.preprocess(picture, request.fit, mask)
-        kept = None
-        if seen.coverage is not None:
-            shares = torch.from_numpy(np.asarray(seen.coverage, np.float64) / 255)
-            kept = shares >= LEAST_COVERAGE
-            _check(kept)
+        kept = None if seen.coverage is None else kept_tokens(seen.coverage)
+        if kept is not None and not kept.any():
+            raise _nothing_left(kept, index, is_narrow=seen.is_narrow)
         values = encoder.encode(seen)
         for pooled, mass in pool(values, encoder.grid, request.redux_pooling, kept):
             sets.append(Tokens(pooled, log_weight=math.log(weight * mass)))
@@ -87,10 +82,16 @@ def _shares(count: int, areas: int) -> Tensor:
     return (ends - torch.maximum(area, token)).clamp_min(0)
 
 
-def _check(kept: Tensor) -> None:
-    if not kept.any():
-        raise RequestError(
-            "the mask leaves nothing of image: for none of its parts that a token stands for "
-            f"({kept.shape[1]} × {kept.shape[0]} of them) half or more of it is white. Make the "
-            "white part larger, or leave the mask out"
+def _nothing_left(kept: Tensor, index: int, *, is_narrow: bool) -> RequestError:
+    columns, rows = kept.shape[1], kept.shape[0]
+    if is_narrow:
+        name = "image" if index == 0 else f"images[{index - 1}]"
+        return RequestError(
+            f"{name} is too narrow for fit letterbox: in a square of {columns} × {rows} tokens it "
+            "fills half of none. Use fit squash or center, or a picture whose sides differ less"
         )
+    return RequestError(
+        "the mask leaves nothing of image: for none of its parts that a token stands for "
+        f"({columns} × {rows} of them) half or more of it is white. Make the "
+        "white part larger, or leave the mask out"
+    )

@@ -45,7 +45,7 @@ class TextSizes:
         512 tokens for guidance-distilled models (FLUX.1-dev), 256 for others (schnell), fewer
         where the tokenizer on disk allows fewer.
         """
-        longest = 512 if transformer_config["guidance_embeds"] else 256
+        longest = 512 if transformer_config.get("guidance_embeds") else 256
         return cls(
             token_width=transformer_config["joint_attention_dim"],
             pooled_width=transformer_config["pooled_projection_dim"],

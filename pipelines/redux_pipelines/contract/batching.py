@@ -3,11 +3,14 @@
 Imports no torch: shared by every pipeline, real or fake, and by callers that sort requests.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from redux_pipelines.contract.types import EmptyPrompt, Fit, GenerationRequest, Quality
 from redux_pipelines.errors import RequestError
+
+_UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # Unicode's categories
 
 
 class BatchKey(NamedTuple):
@@ -60,9 +63,14 @@ class PictureControls(Protocol):
         ...
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of ``text`` can be seen: blanks, line breaks, marks without a width."""
+    return all(unicodedata.category(each) in _UNSEEN for each in text)
+
+
 def has_text(request: PictureControls) -> bool:
     """Whether the prompt is encoded, instead of standing for zero embeddings."""
-    return request.prompt != "" or request.empty_prompt == "encode"
+    return not is_blank(request.prompt) or request.empty_prompt == "encode"
 
 
 def weights_of(request: PictureControls) -> tuple[float, ...]:

@@ -52,11 +52,13 @@ class PreprocessedPicture:
     """A picture as a pipeline's encoder sees it, by that pipeline's ``preprocess``.
 
     ``pixels`` are RGB, of the encoder's size. ``coverage`` has a grey level per token, row by row:
-    how much of it is picture, and white in the mask; None where all of it is.
+    how much of it is picture, and white in the mask; None where all of it is. ``is_narrow`` where
+    not even a white mask would leave a token of it, for the bars of its letterbox.
     """
 
     pixels: "Image.Image"
     coverage: "Image.Image | None" = None
+    is_narrow: bool = False
 
 
 @dataclass(frozen=True, slots=True)

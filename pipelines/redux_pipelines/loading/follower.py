@@ -59,7 +59,8 @@ class Connect:
 
 def main() -> None:
     """Load, meet, follow; never returns."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # are for the process that we follow
+    # Those are for the process that we follow.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     commands, answers = (Connection(int(each)) for each in sys.argv[1:3])
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()

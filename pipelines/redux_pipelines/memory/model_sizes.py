@@ -63,7 +63,7 @@ class TransformerSize:
             out_channels=config.get("out_channels") or config["in_channels"],
             text_width=config["joint_attention_dim"],
             pooled_width=config["pooled_projection_dim"],
-            has_guidance=config.get("guidance_embeds", False),
+            has_guidance=bool(config.get("guidance_embeds")),
         )
 
     @property

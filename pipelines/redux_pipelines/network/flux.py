@@ -71,10 +71,10 @@ class FluxParams:
             num_heads=heads,
             depth=config["num_layers"],
             depth_single_blocks=config["num_single_layers"],
-            axes_dim=tuple(config.get("axes_dims_rope", cls().axes_dim)),
-            guidance_embed=config.get("guidance_embeds", False),
+            axes_dim=tuple(config.get("axes_dims_rope") or cls().axes_dim),
+            guidance_embed=bool(config.get("guidance_embeds")),
         )
-        if config.get("patch_size", 1) != 1 or sum(params.axes_dim) != head_dim:
+        if (config.get("patch_size") or 1) != 1 or sum(params.axes_dim) != head_dim:
             raise WeightsError(
                 f"the transformer has patch_size={config.get('patch_size', 1)} and "
                 f"axes_dims_rope={params.axes_dim}: FLUX.1 has 1, and axes that add up to "

@@ -6,6 +6,7 @@ Starting the app starts what the process does beside answering; stopping it ends
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 from fastapi import FastAPI, Request
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from redux_server import __version__
 from redux_server.api import housekeeping, openapi
 from redux_server.api.auth import AuthMiddleware
+from redux_server.api.decompression import Decompression
 from redux_server.api.middleware import (
     BodyLimit,
     Cors,
@@ -36,6 +38,7 @@ from redux_server.api.routes import (
     uploads,
 )
 from redux_server.api.services import Services
+from redux_server.api.target_uri import TargetUri, TrustedProxies
 from redux_server.database.connection import DATABASE_AWAY, WrongTables
 from redux_server.errors import ApiError, error_response, no_database, wrong_tables
 from redux_server.pictures.inline import MAX_BYTES
@@ -65,17 +68,17 @@ def build_app(services: Services) -> FastAPI:
     app.include_router(predictions.catch_all)
     app.include_router(service.probes())
     app.include_router(service.router)
-    app.add_middleware(
-        BodyLimit,
-        limit=BODY_LIMIT,
-        own_limit=lambda path: uploads.body_limit(path, services.uploads.max_bytes),
-    )
+    own_limit = partial(uploads.body_limit, max_upload_bytes=services.uploads.max_bytes)
+    app.add_middleware(Decompression, limit_of=lambda path: own_limit(path) or BODY_LIMIT)
+    app.add_middleware(BodyLimit, limit=BODY_LIMIT, own_limit=own_limit)
     app.add_middleware(
         AuthMiddleware, recognise=services.keys.recognise, remembers=services.keys.remembers
     )
     # Outside of what refuses, so that a page can read refusals; preflights come without a key.
     app.add_middleware(Cors, origins=services.settings.cors_origins)
     app.add_middleware(RequestContext)
+    proxies = TrustedProxies(services.settings.trusted_proxy_entries)
+    app.add_middleware(TargetUri, proxies=proxies)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_left)

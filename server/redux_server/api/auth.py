@@ -146,7 +146,8 @@ def read_keys_file(path: Path) -> dict[str, str]:
         if not text or text.startswith("#"):
             continue
         name, colon, key = text.partition(":")
-        if not colon or not 0 < len(name.strip()) <= _MAX_FILE_NAME or len(key.strip()) < 16:
+        is_name = 0 < len(name.strip()) <= _MAX_FILE_NAME and name.strip().isprintable()
+        if not colon or not is_name or len(key.strip()) < 16:
             raise KeyFileError(
                 f"{path}, line {number}: expected name:key with a key of 16 characters or more "
                 f"and a name of at most {_MAX_FILE_NAME}"

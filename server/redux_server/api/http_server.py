@@ -9,8 +9,11 @@ lying. The time that a body may take while it is still wanted is
 
 import asyncio
 import json
+import signal
+import threading
 from asyncio import TimerHandle
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -243,6 +246,21 @@ class DrainingServer(uvicorn.Server):
         """As uvicorn does."""
         self._loop = asyncio.get_running_loop()
         await super().serve(*args, **options)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, and SIGHUP too, as a closed terminal sends it, unless it is ignored."""
+        with super().capture_signals():
+            former = signal.getsignal(signal.SIGHUP)
+            is_ours = threading.current_thread() is threading.main_thread()
+            if not is_ours or former == signal.SIG_IGN:
+                yield
+                return
+            signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, former)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; whether to end."""

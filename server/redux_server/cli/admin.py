@@ -27,6 +27,7 @@ from redux_server.database.migration import (
 from redux_server.dispatch.fingerprint import described
 from redux_server.dispatch.presence import Presence
 from redux_server.settings import ModelSettings, ServerSettings, UsageError
+from redux_server.tasks.listing import last_submits
 from redux_server.tasks.store import TaskStore
 from redux_weights.layout import BASE_FILES
 
@@ -42,44 +43,60 @@ def create(settings: ServerSettings, name: str, priority: int) -> int:
     """Make a key; it is the last line printed, so that a script can take it."""
     if abs(priority) > MAX_PRIORITY:
         raise UsageError(f"--priority must be -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}")
+    name = name.strip()
     if len(name) > _MAX_NAME:
         raise UsageError(f"--name may have {_MAX_NAME} characters, got {len(name)}")
-    with _ring(settings) as ring:
-        key = ring.create(name, priority=priority)
+    if not name or not name.isprintable():
+        raise UsageError(
+            f"--name must be 1 to {_MAX_NAME} characters on one line, without control characters; "
+            f"got {name!a}"
+        )
+    with _database(settings, upgrade=True) as database:
+        key = KeyRing(database).create(name, priority=priority)
     print(f"Key for {name!r}; it is not stored and not shown again:", file=sys.stderr)
     print(key)
     return 0
 
 
 def list_keys(settings: ServerSettings) -> int:
-    """One line a key: id, when it was made, whether it is valid, its priority, name."""
-    with _ring(settings) as ring:
-        keys = ring.list()
+    """A header, and one line a key; times are in UTC."""
+    with _database(settings, upgrade=True) as database:
+        keys = KeyRing(database).list()
+        used = last_submits(database, [key.id for key in keys])
+    if not keys:
+        print("no keys yet; `flux-redux keys create --name me` makes one")
+        return 0
+    print(_LINE.format("id", "made", "last task", "state", "priority", "name"))
     for key in keys:
-        made = datetime.fromtimestamp(key.created_at, UTC).strftime("%Y-%m-%d %H:%M")
+        last = _minute(used[key.id]) if key.id in used else "-"
         state = "revoked" if key.revoked_at else "valid"
-        print(f"{key.id}  {made}  {state:<7}  {key.priority:>3}  {key.name}")
+        made = _minute(key.created_at)
+        print(_LINE.format(key.id, made, last, state, key.priority, _printable(key.name)))
     return 0
+
+
+_LINE = "{:<8}  {:<16}  {:<16}  {:<7}  {:>8}  {}"
+
+
+def _minute(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _printable(name: str) -> str:
+    """``name`` on one line: one of a former version may forge lines and move the cursor."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return shown or "(no name)"
 
 
 def revoke(settings: ServerSettings, key_id: str) -> int:
     """Make a key useless; running servers notice within two seconds."""
-    with _ring(settings) as ring:
-        is_revoked = ring.revoke(key_id)
+    with _database(settings, upgrade=True) as database:
+        is_revoked = KeyRing(database).revoke(key_id)
     if is_revoked:
         print(f"revoked {key_id}")
         return 0
     note(f"no valid key {key_id!r}; see `flux-redux keys list`")
     return 1
-
-
-@contextmanager
-def _ring(settings: ServerSettings) -> Iterator[KeyRing]:
-    database = open_database(settings.database)
-    try:
-        yield KeyRing(database)
-    finally:
-        database.dispose()
 
 
 # --- The database ---------------------------------------------------------------------------------
@@ -103,8 +120,9 @@ def upgrade(settings: ServerSettings) -> int:
 
 
 @contextmanager
-def _database(settings: ServerSettings) -> Iterator[Engine]:
-    database = connect(settings.database)
+def _database(settings: ServerSettings, *, upgrade: bool = False) -> Iterator[Engine]:
+    """The database; with ``upgrade``, its tables are made or brought up to date if need be."""
+    database = open_database(settings.database) if upgrade else connect(settings.database)
     try:
         yield database
     finally:

@@ -5,7 +5,9 @@ web framework, nor ``serve`` for torch.
 """
 
 import argparse
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,6 +36,7 @@ from redux_server.settings import (
 from redux_server.storage.temporary import use_temporary_folder
 
 EXIT_USAGE = 2
+EXIT_CLOSED_PIPE = 141  # as a shell shows a program that SIGPIPE ended
 _SERVERS = ("serve", "worker")  # they keep what is temporary in the data directory
 _LICENCE = (
     "FLUX.1 [dev] and FLUX.1 Redux [dev] weights are licensed for non-commercial use only; "
@@ -318,20 +321,44 @@ class _Parser(argparse.ArgumentParser):
 def run(arguments: Sequence[str]) -> int:
     """Parse ``arguments`` and run their verb; returns the exit code."""
     try:
-        given = vars(build_parser().parse_args(arguments))
-        verb: Verb = given.pop("verb")
-        return verb.run(given)
+        try:
+            given = vars(build_parser().parse_args(arguments))
+            verb: Verb = given.pop("verb")
+            return verb.run(given)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here a reader that has gone can be told from a fault
     except UsageError as error:
         note(str(error))
         return EXIT_USAGE
-    except PermissionError as error:
-        note(f"no permission for {error.filename}")
-        return EXIT_USAGE
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        note(f"cannot use {error.filename}: {error.strerror}")  # such as a --data-dir in a file
+    except BrokenPipeError:
+        _forget_output()
+        return EXIT_CLOSED_PIPE
+    except OSError as error:  # such as a --data-dir in a file, or on a disk that is read-only
+        if error.filename is None:
+            _forget_output()
+        note(_said_of(error))
         return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
+
+
+def _said_of(error: OSError) -> str:
+    """One line; names of files may have line breaks."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return reason
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    shown = str(name) if str(name).isprintable() else ascii(name)
+    if isinstance(error, PermissionError):
+        return f"no permission for {shown}"
+    return f"cannot use {shown}: {reason}"
+
+
+def _forget_output() -> None:
+    """Let what cannot be written to standard output go, or Python tries it again at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

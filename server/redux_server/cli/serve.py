@@ -19,6 +19,7 @@ from redux_server.api.app import build_app
 from redux_server.api.auth import KeyFileError
 from redux_server.api.http_server import BoundedHttpProtocol, DrainingServer
 from redux_server.api.services import Services, assemble
+from redux_server.api.target_uri import TrustedProxies
 from redux_server.cli.greeting import Greeting
 from redux_server.database.migration import open_database
 from redux_server.dispatch.choice import check_dispatch
@@ -57,10 +58,14 @@ def serve(settings: ServerSettings) -> int:
             server_header=False,
             http=BoundedHttpProtocol,
             ws="none",
+            proxy_headers=False,  # ours reads more of them, see redux_server.api.target_uri
+            timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # it only adds it
             timeout_graceful_shutdown=10,
         )
         # uvicorn ends by raising the signal once more, which would kill us before `atexit` runs.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, lambda *_: sys.exit(0))
         # What start-up made stays; not walking it at each collection halves the p99 of a busy API.
         gc.collect()
         gc.freeze()
@@ -115,6 +120,10 @@ def check(settings: ServerSettings) -> None:
         raise UsageError(f"--blob-url {error}") from None
     _check_hosts("--fetch-allow", settings.fetch_allow_entries)
     _check_hosts("--webhook-allow", settings.webhook_allow_entries)
+    try:
+        TrustedProxies(settings.trusted_proxy_entries)
+    except ValueError as error:
+        raise UsageError(f"--trusted-proxies: {error}") from None
 
 
 def _check_weights(settings: ServerSettings) -> None:

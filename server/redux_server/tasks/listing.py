@@ -4,6 +4,7 @@ Pages are found in one index, which holds the status too: of the tasks before a 
 with another status, no row is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +76,18 @@ class History:
                 rows = db.execute(_counts(replace(wanted, after=begin, before=stop)))
                 counts += [DayCount(day, m, Status(s), n) for m, s, n in sorted(map(tuple, rows))]
         return counts
+
+
+def last_submits(database: Engine, key_ids: Sequence[str]) -> dict[str, float]:
+    """When the newest task that is kept of each of these keys came, of those that have any."""
+    newest = func.max(tasks.c.created_at)
+    found = {}
+    with reader(database).connect() as db:
+        for key_id in key_ids:  # one look into the index each; grouped, all tasks would be read
+            at = db.scalar(select(newest).where(tasks.c.key_id == key_id))
+            if at is not None:
+                found[key_id] = float(at)
+    return found
 
 
 def page_ids(

@@ -237,8 +237,9 @@ def _has_tickets(settings: ServerSettings, *, is_supervised: bool) -> bool:
 
 
 def _stop_at_signals(worker: Worker) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, lambda *_: worker.stop())
 
 
 def _end_if_stuck(worker: Worker, announce: _Announcer) -> None:
