@@ -204,7 +204,13 @@ def test_public_url_that_can_be_joined_is_taken(url: str) -> None:
         *("https://gpu.example.com/flux?x=1", "https://gpu.example.com?", "https://h#x"),
         *("https://me:secret@gpu.example.com", "https://me@gpu.example.com"),
         *("https://gpu example.com", "https://gpu.example.com/a b", "https://gpu.example.com\n"),
-        *("https://h:99999", "https://h:65536", "https://h:port", "https://h:80:80", "https://[::1"),
+        *(
+            "https://h:99999",
+            "https://h:65536",
+            "https://h:port",
+            "https://h:80:80",
+            "https://[::1",
+        ),
         *("https://h\\x", "https://h/\\x", "javascript:alert(1)", "https://-"),
     ],
 )

@@ -88,6 +88,12 @@ class BoundedLookup:
             answer = answers.get(timeout=deadline.remaining_s())
         except queue.Empty:
             raise deadline.error() from None
+        if isinstance(answer, socket.gaierror) and answer.errno == socket.EAI_AGAIN:
+            raise FetchError(
+                "dns",
+                f"The host {quoted(host)} could not be looked up: the name server that this server "
+                "asks does not answer.",
+            ) from answer
         if isinstance(answer, (OSError, UnicodeError)):
             raise FetchError("dns", f"The host {quoted(host)} was not found.") from answer
         if isinstance(answer, Exception):

@@ -5,6 +5,7 @@ nothing of pictures, tasks or the HTTP API. The rules on hosts and addresses are
 ``redux_server.net.guard``, the exchange under them in ``redux_server.net.client``.
 """
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,16 +27,21 @@ from redux_server.net.client import (
     connect,
     resolve,
 )
+from redux_server.net.content_coding import codings
 from redux_server.net.guard import AddressPolicy, FetchError, Reason, Target, parse_url, quoted
 
 SPOOL_BYTES = 512 * 1024
-USER_AGENT = f"flux-redux-server/{__version__}"
+# Some hosts answer nobody without such a header, or whose header names no browser's kind.
+USER_AGENT = (
+    f"flux-redux-server/{__version__} (compatible; Mozilla/5.0; fetches one picture for its user)"
+)
 
 _HEADERS = {
     "User-Agent": USER_AGENT,
     "Accept": "image/*, */*;q=0.5",
     "Accept-Encoding": "identity",
 }
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUSY = frozenset({429, 502, 503, 504})
 _PAUSE_S = 0.5  # before the second try, unless the host names a time
@@ -48,14 +54,17 @@ _ADVICE: dict[Reason, str] = {
     ),
     "encoding": f"Instead, {_ANOTHER_WAY}.",
     "port": "Let the operator allow this port with --fetch-allow.",
-    "redirect": "Give the final URL of the picture.",
-    "status": "Check that the URL opens without a login, and has not expired.",
+    "redirect": f"Give the final URL of the picture, or {_ANOTHER_WAY}.",
     "too_large": "Send a smaller picture.",
     "tls": f"Instead, {_ANOTHER_WAY}.",
 }
 
 
-class _Busy(FetchError):
+class _Advised(FetchError):
+    """An error whose text says what to do already."""
+
+
+class _Busy(_Advised):
     """The host asks to come again; after how many seconds, if it says so."""
 
     def __init__(self, public_message: str, retry_after_s: float | None) -> None:
@@ -80,7 +89,7 @@ class ImageFetcher:
         open_file: Callable[[], IO[bytes]] = BytesIO,
         deadline_s: float = 10.0,
         max_bytes: int = 20 * 2**20,
-        max_redirects: int = 3,
+        max_redirects: int = 10,
         resolver: Resolver = resolve,
         connector: Connector = connect,
         clock: Clock = time.monotonic,
@@ -104,9 +113,11 @@ class ImageFetcher:
         deadline = Deadline(self._deadline_s, self._clock)
         try:
             return self._follow_twice(url, deadline)
+        except _Advised:
+            raise
         except FetchError as error:
             advice = _ADVICE.get(error.reason, _USUAL_ADVICE)
-            raise FetchError(error.reason, f"{error.public_message} {advice}") from error
+            raise _Advised(error.reason, f"{error.public_message} {advice}") from error
 
     def _follow_twice(self, url: str, deadline: Deadline) -> bytes:
         try:
@@ -119,8 +130,20 @@ class ImageFetcher:
         return self._follow(url, deadline)
 
     def _follow(self, url: str, deadline: Deadline) -> bytes:
-        for _ in range(self._max_redirects + 1):
-            target = parse_url(url)
+        host = ""
+        for hop in range(self._max_redirects + 1):
+            try:
+                target = parse_url(url)
+            except FetchError as error:
+                if not hop:
+                    raise
+                # The caller's URL is sound: another host is to blame.
+                raise _Advised(
+                    error.reason,
+                    f"The host {quoted(host)} redirects to a URL that cannot be fetched. "
+                    f"{error.public_message} {_ADVICE['redirect']}",
+                ) from error
+            host = target.host
             exchange = self._client.request(
                 "GET",
                 target,
@@ -175,16 +198,22 @@ def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:
-    values = [
-        value.decode("utf-8", "replace") for key, value in response.headers if key.lower() == name
-    ]
+    """Its values; bytes that are no UTF-8 are percent-encoded."""
+    values = [_text_of(value) for key, value in response.headers if key.lower() == name]
     return ", ".join(values)
 
 
-def _redirect_url(response: httpcore.Response, target: Target) -> str:
-    location = _header(response, b"location")
+def _text_of(value: bytes) -> str:
     try:
-        if location and location.isprintable():
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in value)
+
+
+def _redirect_url(response: httpcore.Response, target: Target) -> str:
+    location = _header(response, b"location").strip(" \t")
+    try:
+        if location and not _CONTROL.search(location):
             return urljoin(target.url, location)
     except ValueError:
         pass
@@ -198,12 +227,14 @@ def _redirect_url(response: httpcore.Response, target: Target) -> str:
 def _check_answer(response: httpcore.Response, target: Target) -> None:
     host = quoted(target.host)
     if response.status != 200:
-        text = f"The host {host} answered with status {response.status}, not with 200."
+        text = (
+            f"The host {host} answered with status {response.status}, not with 200. "
+            + _advice_on_status(response.status)
+        )
         if response.status in _BUSY:
             raise _Busy(text, _retry_after_s(response))
-        raise FetchError("status", text)
-    encoding = _header(response, b"content-encoding").strip().lower()
-    if encoding not in ("", "identity"):
+        raise _Advised("status", text)
+    if codings(_header(response, b"content-encoding")):
         raise FetchError(
             "encoding", f"The host {host} compressed its answer though asked for it as it is."
         )
@@ -229,3 +260,15 @@ def _pause_after(error: FetchError) -> float | None:
         wanted_s = _PAUSE_S if error.retry_after_s is None else error.retry_after_s
         return wanted_s if wanted_s <= _LONGEST_PAUSE_S else None
     return _PAUSE_S if error.reason == "connect" else None
+
+
+def _advice_on_status(status: int) -> str:
+    """Whose fault an answer is, and what to do."""
+    if status in (404, 410):
+        return f"There is nothing at this URL: check it, or {_ANOTHER_WAY}."
+    if status == 429 or status >= 500:
+        return f"This is the host's fault, not the URL's: try again later, or {_ANOTHER_WAY}."
+    return (
+        "Check that the URL opens without a login, and has not expired; where the host lets only "
+        f"browsers in, {_ANOTHER_WAY}."
+    )

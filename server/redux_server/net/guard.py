@@ -9,12 +9,15 @@ Python releases. Source: the IANA special-purpose address registries (RFC 6890 a
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal, Self
 from urllib.parse import quote
+
+import idna
 
 from redux_server.net import own_addresses
 
@@ -78,7 +81,8 @@ _AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{0,5
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _ENTRY = re.compile(r"(?:\[(?P<inner>[^\[\]]+)\]|(?P<name>[^\[\]:]+))(?::(?P<port>\*|[0-9]{1,5}))?")
-_UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
+_TO_ENCODE = re.compile(r"[^!#-;=?-_a-z~]|\^")  # as browsers do, in a path or a query
 # Client libraries repeat a failed request when its error text holds one of these.
 _RETRY_WORDS = re.compile(r"timeout|connection|http (?:5|429)", re.IGNORECASE)
 
@@ -126,8 +130,10 @@ class Target:
 def parse_url(url: str) -> Target:
     """Take an http or https URL apart, strictly by RFC 3986.
 
-    Forms that other parsers read as something else are refused instead of repaired: user names,
-    control characters, backslashes, percent-encoded or non-ASCII hosts, and every way to write an
+    Spaces and whatever else has to be are percent-encoded in the path and the query, and
+    international names become those that are looked up (``xn--``). Forms that other parsers read
+    as something else are refused instead of repaired: user names, control characters, backslashes,
+    percent-encoded hosts, letters that are another way to write ASCII, and every way to write an
     IPv4 address except four decimal numbers.
 
     Raises:
@@ -137,10 +143,11 @@ def parse_url(url: str) -> Target:
         raise FetchError(
             "host", f"The URL has {len(url)} characters; at most {MAX_URL_LENGTH} are accepted."
         )
-    if _UNSAFE.search(url):
+    if _UNSAFE.search(url) or url != url.strip():
         raise FetchError(
             "host",
-            "The URL holds a space, a control character or a backslash. Percent-encode these.",
+            "The URL holds a control character or a backslash, or a blank at an end. "
+            "Percent-encode these, or leave them out.",
         )
     match = _URL.fullmatch(url)
     scheme = match["scheme"].lower() if match else ""
@@ -163,7 +170,7 @@ def _scheme_message(url: str) -> str:
 
 def _ascii_only(text: str) -> str:
     try:
-        return "".join(c if c.isascii() else quote(c) for c in text)
+        return _TO_ENCODE.sub(lambda match: quote(match[0], safe=""), text)
     except UnicodeEncodeError:
         raise FetchError("host", "The URL holds characters that are not valid Unicode.") from None
 
@@ -189,15 +196,29 @@ def _port_number(text: str, host: str, default: int) -> int:
 def _normal_host(raw: str) -> str:
     if raw.startswith("["):
         return _ipv6_literal(raw)
-    host = raw.lower().removesuffix(".") if raw.isascii() else ""
+    host = (raw if raw.isascii() else _international(raw)).lower().removesuffix(".")
     labels = host.split(".")
     if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
         raise FetchError(
             "host",
             f"The URL's host {quoted(raw)} is not a host name. Names of letters, digits and "
-            "hyphens are accepted; write international names in their xn-- form.",
+            "hyphens are accepted, international ones by the rules of IDNA 2008.",
         )
     return _ipv4_literal(host) if _NUMERIC_LABEL.fullmatch(labels[-1]) else host
+
+
+def _international(raw: str) -> str:
+    """A name with other letters than ASCII's as it is looked up, or "" for none that may be.
+
+    IDNA 2008 without the mappings that browsers put before it: a letter that would be mapped to
+    ASCII is no letter of a name here, so nothing reads as an address, or as another host.
+    """
+    name = unicodedata.normalize("NFC", raw).lower()
+    try:
+        found = idna.encode(name, strict=True).decode()
+    except UnicodeError:  # idna's errors are such
+        return ""
+    return found if "xn--" in found else ""
 
 
 def _ipv4_literal(host: str) -> str:

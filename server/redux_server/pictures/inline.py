@@ -1,18 +1,17 @@
 """Pictures sent inside the request, as a data URI or as plain base64."""
 
 import binascii
-import re
 from collections.abc import Iterable, Iterator
 from typing import IO
+from urllib.parse import unquote_to_bytes
 
 from redux_server.errors import BadRequest
 from redux_server.parameters import IMAGE_FORMS
-from redux_server.pictures.decode import sniff
+from redux_server.pictures.data_uri import HEAD_LENGTH, is_data_uri, payload_start
+from redux_server.pictures.decode import accepted_formats, refusal_of, sniff
 from redux_server.pictures.incoming import append
 
 MAX_BYTES = 20 * 2**20
-_MAX_HEAD = 2**10
-_DATA_URI = re.compile(r"data:([\w.+/-]*)((?:;[\w.=+-]+)*),", re.IGNORECASE)
 _BLANKS = b" \t\n\r\v\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _SNIFFED_BYTES = 1024
@@ -26,11 +25,11 @@ def payload_of(image: str, name: str) -> str:
     Raises:
         BadRequest: neither of the two.
     """
-    match = _DATA_URI.match(image[:_MAX_HEAD])
-    if match is not None:
-        if not match[2].lower().endswith(";base64"):
-            raise BadRequest(f"{name} is a data URI without ;base64; encode the picture as base64.")
-        return image[match.end() :]
+    start = payload_start(image)
+    if start is not None:
+        return image[start:]
+    if is_data_uri(image) and "," in image[:HEAD_LENGTH]:
+        raise BadRequest(f"{name} is a data URI without ;base64; encode the picture as base64.")
     if ":" in image[:32]:
         raise BadRequest(f"{name} must be {IMAGE_FORMS}; got {image[:60]!r}.")
     return image
@@ -87,7 +86,13 @@ def decode_chunks(chunks: Iterable[bytes], name: str, size_bytes: int) -> Iterat
         shown = given.decode(errors="replace")
         raise BadRequest(f"{name} must be {IMAGE_FORMS}; got {shown!r}.") from None
     if sniff(start) is None:
-        raise BadRequest(f"{name} must be {IMAGE_FORMS}; the {decoded} bytes sent are no picture.")
+        what = refusal_of(start)
+        if what == "no known picture":
+            what = "no picture"
+        raise BadRequest(
+            f"{name} must be {IMAGE_FORMS}; the {decoded} bytes sent are {what}. Pictures are "
+            f"taken as {', '.join(accepted_formats())}."
+        )
 
 
 def media_type(data: bytes) -> str:
@@ -99,7 +104,7 @@ def media_type(data: bytes) -> str:
 def _decoded(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Raises ``binascii.Error``. Blanks count for nothing, and padding may be missing."""
     rest, is_over = b"", False
-    for chunk in chunks:
+    for chunk in _unquoted(chunks):
         plain, padding, more = chunk.translate(_URL_SAFE, _BLANKS).partition(b"=")
         if (is_over and plain) or more.strip(b"="):
             raise binascii.Error("more after the padding")
@@ -109,3 +114,14 @@ def _decoded(chunks: Iterable[bytes]) -> Iterator[bytes]:
         rest = text[whole:]
         yield binascii.a2b_base64(text[:whole], strict_mode=True)
     yield binascii.a2b_base64(rest + b"=" * (-len(rest) % 4), strict_mode=True)
+
+
+def _unquoted(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Without percent-encoding, in which base64 stands within URLs and forms."""
+    cut = b""
+    for chunk in chunks:
+        data = cut + chunk
+        at = data.rfind(b"%", max(0, len(data) - 2))
+        data, cut = (data, b"") if at < 0 else (data[:at], data[at:])
+        yield unquote_to_bytes(data) if b"%" in data else data
+    yield cut  # an escape that does not end: no base64

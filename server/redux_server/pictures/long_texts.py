@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
+from redux_server.pictures.data_uri import HEAD_LENGTH, payload_start
+
 LONG_BYTES = 64 * 2**10
 """A text of more stays where it is."""
 MAX_REST_BYTES = 256 * 2**10
 """Of a document, beside its long texts."""
 _MAX_QUOTES = 2**16  # in a document that has long texts
 _MAX_BACKSLASHES = 2**10  # in a row
-_HEAD_BYTES = 2**10  # of a data URI, before its comma
 _SHOWN_BYTES = 9000  # more than any URL may have
 _CHUNK_BYTES = 2**20
 _QUOTE, _BACKSLASH = b'"', ord("\\")
@@ -27,6 +28,7 @@ _ESCAPES = (
     *((rb"\/", b"/"), (rb"\n", b"\n"), (rb"\r", b"\r"), (rb"\t", b"\t")),
     *((rb"\u002B", b"+"), (rb"\u002b", b"+"), (rb"\u002F", b"/"), (rb"\u002f", b"/")),
     *((rb"\u003D", b"="), (rb"\u003d", b"=")),
+    *((rb"\u0025", b"%"), (rb"\u0020", b" "), (rb"\f", b"\f")),
 )
 _LONGEST_ESCAPE = 6
 _ASCII = bytes(each if each < 128 else ord("?") for each in range(256))
@@ -142,8 +144,8 @@ def _short(data: mmap.mmap, start: int, end: int, texts: LongTexts) -> bytes:
 
     Of one that can be no base64, as a colon tells, enough is left to see that, and what it is.
     """
-    head = data[start : start + _HEAD_BYTES]
-    body = head.find(b",") + 1 if head[:5].lower() == b"data:" else 0
+    head = data[start : start + HEAD_LENGTH]
+    body = payload_start(head.decode("latin-1")) or 0
     if not body and b":" in head[:32]:
         shown, _ = _split_cut_escape(data[start : start + _SHOWN_BYTES].translate(_ASCII))
         head, body = shown.rstrip(b"\\"), 0

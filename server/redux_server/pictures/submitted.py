@@ -28,6 +28,7 @@ from redux_server.storage.threads import StorageThreads
 _PICTURES = ("image", "images", "mask")
 _PORTS = {"http": 80, "https": 443}
 _log = structlog.get_logger("redux_server.pictures.submitted")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _Bytes = bytes | memoryview
 
 
@@ -166,11 +167,12 @@ def _check_url(given: _Given) -> None:
 
 
 def _is_usable(url: str) -> bool:
-    if len(url) > MAX_URL or any(character.isspace() for character in url):
+    if len(url) > MAX_URL or _CONTROL.search(url):
         return False
     try:
         parts = urlsplit(url)
-        return bool(parts.hostname) and (parts.port or 1) > 0
+        is_host = bool(parts.hostname) and not any(each.isspace() for each in parts.netloc)
+        return is_host and (parts.port or 1) > 0
     except ValueError:
         return False
 

@@ -290,7 +290,9 @@ def test_offer_whose_client_waits_for_100_continue_is_told_to_go_on(port: int) -
 
 
 def test_offer_in_http_1_0_is_ignored_too(port: int) -> None:
-    head = b"POST /echo HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 4\r\n\r\n"
+    head = (
+        b"POST /echo HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 4\r\n\r\n"
+    )
     assert answers(talk(port, head, b"body")) == [b"body"]
 
 

@@ -192,10 +192,108 @@ def test_three_redirects_are_followed_each_over_a_new_stream():
     assert b"GET /%C3%A4 " in web.sent and b"s3cret" not in web.sent
 
 
+@pytest.mark.parametrize(
+    ("location", "host", "line"),
+    [
+        (b"/my photo.png", "h.example", b"GET /my%20photo.png HTTP"),
+        (b"/c?name=my photo&b=\xc3\xa4", "h.example", b"GET /c?name=my%20photo&b=%C3%A4 HTTP"),
+        (b"/latin-1/\xe4.png", "h.example", b"GET /latin-1/%E4.png HTTP"),
+        (b"  /around  ", "h.example", b"GET /around HTTP"),
+        (b"/%20kept?a=%C3%A4", "h.example", b"GET /%20kept?a=%C3%A4 HTTP"),
+        (b"other dir/a.png", "h.example", b"GET /d/other%20dir/a.png HTTP"),
+        (b"?only=a query", "h.example", b"GET /d/start?only=a%20query HTTP"),
+        ("/no\u00a0break\u2028line/👩‍🎨.png".encode(), "h.example",
+         b"GET /no%C2%A0break%E2%80%A8line/%F0%9F%91%A9%E2%80%8D%F0%9F%8E%A8.png HTTP"),
+        (b'/"quotes"<and>{more}|^`', "h.example",
+         b"GET /%22quotes%22%3Cand%3E%7Bmore%7D%7C%5E%60 HTTP"),
+        ("http://bücher.example/ä b".encode(), "xn--bcher-kva.example", b"GET /%C3%A4%20b HTTP"),
+        (b"HTTP://OTHER.example/x#a b", "other.example", b"GET /x HTTP"),
+    ],
+)  # fmt: skip
+def test_redirects_are_followed_as_browsers_follow_them(location, host, line):
+    moved = b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 0\r\n\r\n"
+    web = FakeWeb(moved, with_length(PICTURE))
+    assert web.fetcher().fetch("http://h.example/d/start") == PICTURE
+    assert web.resolved == [("h.example", 80), (host, 80)]
+    assert line in web.sent
+
+
+def test_ten_redirects_are_followed_each_of_them_judged():
+    hops = [answer(b"", f"Location: http://h{n}.example/", status="307 Moved") for n in range(10)]
+    web = FakeWeb(*hops, with_length(PICTURE))
+    assert web.fetcher().fetch("http://h.example/") == PICTURE
+    assert len(web.resolved) == 11
+    public = [["1.1.1.1"]]
+    for inside in range(1, 11):
+        web = FakeWeb(*hops, with_length(PICTURE), answers=public * inside + [["10.0.0.1"]] * 9)
+        assert refusal(web.fetcher(), "http://h.example/").reason == "address"
+        assert len(web.connected) == inside
+
+
+def test_error_behind_a_redirect_blames_the_host_that_redirects():
+    web = FakeWeb(answer(b"", "Location: ftp://h.example/a", status="302 Found"))
+    text = str(refusal(web.fetcher(), "https://good.example/a.png"))
+    assert text.startswith("The host 'good.example' redirects to a URL that cannot be fetched.")
+    assert "'ftp:'" in text and "Check the URL" not in text
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ("404 Not Found", "nothing at this URL"),
+        ("410 Gone", "nothing at this URL"),
+        ("403 Forbidden", "without a login"),
+        ("401 Unauthorized", "without a login"),
+        ("429 Slow", "the host's fault"),
+        ("503 Busy", "the host's fault"),
+        ("500 Oops", "the host's fault"),
+    ],
+)
+def test_status_says_whose_fault_it_is(status, says):
+    web = FakeWeb(answer(b"", "Content-Length: 0", status=status))
+    assert says in str(refusal(web.fetcher(), "http://h.example/a"))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(socket.EAI_AGAIN, "name server that this server asks"), (socket.EAI_NONAME, "was not found")],
+)
+def test_name_server_that_does_not_answer_is_not_the_callers_fault(error, says):
+    def resolver(host, port):
+        raise socket.gaierror(error, "as the system says it")
+
+    fetcher = ImageFetcher(AddressPolicy(), resolver=resolver)
+    caught = refusal(fetcher, "http://h.example/a")
+    assert caught.reason == "dns" and says in str(caught)
+
+
+MEANINGLESS = ["base64", "utf-8", "UTF-8, aws-chunked", "aws-chunked", "none", "binary", "null",
+               "identity", "", "image/png", "8bit", "*", "UTF8", "raw", "utf-8,identity",
+               "7bit", "application/octet-stream", "charset=utf-8", "plain"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEANINGLESS)
+def test_coding_that_is_none_means_nothing(name):
+    web = FakeWeb(with_length(PICTURE, f"Content-Encoding: {name}"))
+    assert web.fetcher().fetch("http://h.example/") == PICTURE
+
+
+@pytest.mark.parametrize("name", ["aws-chunked, gzip", "utf-8, br", "x-gzip", "compress"])
+def test_coding_beside_a_meaningless_one_is_one(name):
+    web = FakeWeb(with_length(PICTURE, f"Content-Encoding: {name}"))
+    assert refusal(web.fetcher(), "http://h.example/").reason == "encoding"
+
+
+def test_host_that_wants_a_user_agent_is_given_one():
+    web = FakeWeb(with_length(PICTURE))
+    web.fetcher().fetch("http://h.example/")
+    assert b"User-Agent: flux-redux-server/" in web.sent and b"Mozilla/5.0" in web.sent
+
+
 def test_redirect_circles_end():
-    web = FakeWeb(*[answer(b"", "Location: /", status="302 Found")] * 9)
+    web = FakeWeb(*[answer(b"", "Location: /", status="302 Found")] * 20)
     error = refusal(web.fetcher(), "http://h.example/")
-    assert error.reason == "redirect" and "3 times" in str(error) and len(web.connected) == 4
+    assert error.reason == "redirect" and "10 times" in str(error) and len(web.connected) == 11
 
 
 @pytest.mark.parametrize("status", ["404 Not Found", "206 Partial", "204 No Content", "503 Busy"])

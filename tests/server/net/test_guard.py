@@ -35,6 +35,34 @@ def test_nothing_is_allowed_that_python_calls_private_or_multicast(address):
         assert address.is_global and not address.is_multicast and not address.is_reserved
 
 
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://bücher.example/", "xn--bcher-kva.example"),
+        ("http://BÜCHER.example./", "xn--bcher-kva.example"),
+        ("http://bu\u0308cher.example/", "xn--bcher-kva.example"),
+        ("http://straße.example/", "xn--strae-oqa.example"),
+        ("http://例え.テスト/a", "xn--r8jz45g.xn--zckzah"),
+        ("http://пример.испытание:8080/", "xn--e1afmkfd.xn--80akhbyknj4f"),
+        ("http://xn--bcher-kva.example/", "xn--bcher-kva.example"),
+    ],
+)
+def test_international_hosts_are_looked_up_by_their_names(url, host):
+    assert parse_url(url).host == host
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["bücher.127.0.0.1", "\uff11\uff12\uff17.0.0.1", "ü.\uff11", "bücher\u200d.example",
+     "ü..example", "ü" * 64, "ⓑücher.example", "\ufb00ü.example", "-ü.example", "ü%2e.example",
+     "user@ü.example", "ü。example"],
+)  # fmt: skip
+def test_international_host_is_no_way_around_the_rules(host):
+    with pytest.raises(FetchError) as caught:
+        parse_url(f"http://{host}/")
+    assert caught.value.reason == "host"
+
+
 @pytest.mark.parametrize(("reason", "url"), ALL_MALFORMED, ids=lambda value: ascii(value)[:60])
 def test_malformed_urls_are_refused(reason, url):
     with pytest.raises(FetchError) as caught:
