@@ -20,7 +20,7 @@ from redux_pipelines.conditioning.text import TextEncoders
 from redux_pipelines.conditioning.tokens import Conditioning
 from redux_pipelines.contract.batching import check_together, has_text
 from redux_pipelines.contract.types import (
-    MIN_SIDE,
+    LEAST_SIDE,
     BatchEvent,
     CacheStats,
     CompilePlan,
@@ -114,7 +114,7 @@ class ReduxPipeline:
         """Warm up the transformer. Raises ``ValueError`` for another backend than the engine."""
         *grids, least = (
             sampling.grid_for(width, height, self._info.size_multiple)
-            for width, height in (*plan.sizes, (MIN_SIDE, MIN_SIDE))
+            for width, height in (*plan.sizes, (LEAST_SIDE, LEAST_SIDE))
         )
         batches = (1,) if self._max_batch_size == 1 else (1, 2)
         denoiser, limits = self._components.denoiser, self._components.plan.graphs

@@ -1,16 +1,16 @@
 """The parameters of a request: their names, defaults, ranges, and the words of their errors.
 
-Those of the hosted endpoint come from its documentation, descriptions included. ``Extensions`` are
-those it does not have, in the words of ``redux_pipelines.contract.types``: nobody who leaves them
-out notices them. Knows neither HTTP nor storage.
+Those of the hosted endpoints come from their documentation, descriptions included.
+``Extensions`` are those they do not have, in the words of ``redux_pipelines.contract.types``:
+nobody who leaves them out notices them. Knows neither HTTP nor storage.
 """
 
 import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import CoreSchema
 
@@ -28,6 +29,7 @@ from redux_pipelines.contract.batching import has_text, is_solitary, weights_of
 from redux_pipelines.contract.types import (
     EMPTY_PROMPTS,
     FITS,
+    LEAST_SIDE,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_PICTURES,
@@ -36,7 +38,6 @@ from redux_pipelines.contract.types import (
     MAX_STEPS,
     MAX_WEIGHT,
     MIN_GUIDANCE,
-    MIN_SIDE,
     OUTPUT_FORMATS,
     QUALITIES,
     EmptyPrompt,
@@ -44,8 +45,14 @@ from redux_pipelines.contract.types import (
     OutputFormat,
     Quality,
 )
+from redux_server.coercion import meant
 
+MIN_SIDE = 512
+MIN_SIDE_OF_ALIASES = LEAST_SIDE
+DEFAULT_SIDE = 1024
 MAX_SEED = 9_999_999_999
+MAX_SEED_OF_ALIASES = 2**31 - 1
+MAX_GUIDANCE_OF_PRO = 5.0
 MAX_PROMPT = 10_000
 MAX_URL = 8192
 """Of a picture or a webhook; nothing looks into a longer one."""
@@ -54,6 +61,8 @@ MODELS: Final = (
     "wavespeed-ai/flux-redux-pro",
     "wavespeed-ai/flux-redux-dev",
 )
+_UI = "x-ui-component"  # the widget that the hosted service's own forms have for a parameter
+_NOT_WANTED = {"enable_sync_mode", "width", "height"}  # sides are in the size
 _SIZE = re.compile(r"(\d{1,9})\s*[*x×]\s*(\d{1,9})", re.IGNORECASE)
 _EXAMPLE_IMAGE = (
     "https://d2g64w682n9w0w.cloudfront.net/media/images/1745413935078739480_xIVRNKGD.png"
@@ -66,12 +75,20 @@ def _one_of(names: tuple[str, ...]) -> str:
     return "one of " + ", ".join(f'"{name}"' for name in names)
 
 
+def _size_words(least: int) -> str:
+    return f'"WIDTH*HEIGHT", each from {least} to {MAX_SIDE}, such as "1024*1024"'
+
+
+def _seed_words(most: int) -> str:
+    return f"an integer from -1 (random) to {most}"
+
+
 IMAGE_FORMS: Final = "an http(s) URL, a data URI (data:image/png;base64,...) or base64 of a picture"
 ALLOWED: Final = {
     "image": IMAGE_FORMS,
     "prompt": f"a text of at most {MAX_PROMPT} characters",
-    "size": f'"WIDTH*HEIGHT", each from {MIN_SIDE} to {MAX_SIDE}, such as "1024*1024"',
-    "seed": f"an integer from -1 (random) to {MAX_SEED}",
+    "size": _size_words(MIN_SIDE),
+    "seed": _seed_words(MAX_SEED),
     "num_inference_steps": f"an integer from 1 to {MAX_STEPS}",
     "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
     "num_images": f"an integer from 1 to {MAX_IMAGES}",
@@ -95,24 +112,27 @@ ALLOWED: Final = {
 """What each parameter takes, in the words of an error message."""
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, least: int = MIN_SIDE) -> tuple[int, int]:
     """Width and height in pixels of ``"1024*768"`` (``x`` is understood too).
 
     Raises:
-        ValueError: not of that form, or a side out of range.
+        ValueError: not of that form, or a side of less than ``least`` or more than ``MAX_SIDE``.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError("not a size")
     width, height = int(match[1]), int(match[2])
-    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
+    if not all(least <= side <= MAX_SIDE for side in (width, height)):
         raise ValueError("out of range")
     return width, height
 
 
-def _check_size(text: str) -> str:
-    width, height = parse_size(text)
-    return f"{width}*{height}"
+def _checked_size(least: int) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        width, height = parse_size(text, least)
+        return f"{width}*{height}"
+
+    return check
 
 
 def _whole(value: Any) -> Any:
@@ -123,6 +143,49 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+# Fields that the names of the model have with limits of their own; forms read those of a size, too.
+def _size_field(least: int) -> Any:
+    return Field(
+        f"{DEFAULT_SIDE}*{DEFAULT_SIDE}",
+        description=f"The size of the generated image, {least} ~ {MAX_SIDE} per dimension.",
+        examples=["1024*1024"],
+        json_schema_extra={"minimum": least, "maximum": MAX_SIDE},
+    )
+
+
+def _side_field(name: str) -> Any:
+    return Field(
+        None,
+        ge=MIN_SIDE_OF_ALIASES,
+        le=MAX_SIDE,
+        description=f"The {name} of the generated image in pixels, {DEFAULT_SIDE} if left out; "
+        "size goes before it.",
+        json_schema_extra={_UI: "slider"},
+    )
+
+
+def _seed_field(most: int) -> Any:
+    return Field(
+        -1,
+        ge=-1,
+        le=most,
+        description="The same seed and the same prompt given to the same version of the model "
+        "will output the same image every time. -1 (or none) picks one and reports it.",
+    )
+
+
+def _guidance_field(most: float) -> Any:
+    return Field(
+        3.5,
+        ge=MIN_GUIDANCE,
+        le=most,
+        description="How close the model is to stick to the prompt (FLUX's distilled guidance).",
+        json_schema_extra={_UI: "slider", "step": 0.1},
+    )
+
+
 Picture = Annotated[str, Field(min_length=1)]
 Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 
@@ -130,11 +193,14 @@ Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 class Extensions(BaseModel):
     """Beside the parameters of the hosted endpoint, after which the schema lists them."""
 
+    hosted_order: ClassVar[tuple[str, ...]] = ()
+
     images: list[Picture] = Field(
         [],
         max_length=MAX_PICTURES - 1,
         description="More pictures to vary at the same time, each given like image. Without image "
         "the first of them takes its place; one that is image again, at their head, counts once.",
+        json_schema_extra={_UI: "uploaders", "x-accept": "image/*"},
     )
     image_weights: list[Weight] = Field(
         [],
@@ -149,6 +215,7 @@ class Extensions(BaseModel):
         le=MAX_WEIGHT,
         description="How much the pictures count against the prompt: 1 is Redux as it is, 2 the "
         "same pictures twice, 0 leaves them out.",
+        json_schema_extra={_UI: "slider", "step": 0.05},
     )
     redux_pooling: Whole = Field(
         MAX_POOLING,
@@ -157,23 +224,29 @@ class Extensions(BaseModel):
         description=f"How finely the pictures are seen: their {MAX_POOLING} x {MAX_POOLING} tokens "
         "are averaged to so many a side. Fewer keep less of the layout and leave more to the "
         "prompt.",
+        json_schema_extra={_UI: "slider"},
     )
     fit: Fit = Field(
         "squash",
         description="How pictures that are no squares become the square that Redux sees: squash "
         "distorts them, letterbox keeps them whole, center cuts out the middle.",
+        json_schema_extra={_UI: "select"},
     )
     mask: Picture | None = Field(
         None,
         description="Which part of image counts: a picture, given like image and stretched over "
         "it, that is white there and black elsewhere.",
+        json_schema_extra={_UI: "uploader", "x-accept": "image/*"},
     )
     empty_prompt: EmptyPrompt = Field(
         "zeros",
         description="What an empty prompt is: no text at all (zeros), or the empty text (encode).",
+        json_schema_extra={_UI: "select"},
     )
     output_format: OutputFormat = Field(
-        "png", description="The kind of file of the generated images."
+        "png",
+        description="The kind of file of the generated images.",
+        json_schema_extra={_UI: "select"},
     )
 
     @field_validator("image_weights")
@@ -188,11 +261,13 @@ class Extensions(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """The schema with these parameters after all others: forms are built from it."""
+        """The schema in the hosted order, our own parameters last: forms are built from it."""
         schema = handler.resolve_ref_schema(handler(core_schema))
         properties = schema["properties"]
-        for name in Extensions.model_fields:
-            properties[name] = properties.pop(name)
+        first = cls.hosted_order
+        own = [name for name in Extensions.model_fields if name not in first]
+        others = [name for name in properties if name not in (*first, *own)]
+        schema["properties"] = {name: properties[name] for name in (*first, *others, *own)}
         return schema
 
     def steering(self) -> dict[str, Any]:
@@ -205,42 +280,44 @@ class Extensions(BaseModel):
 
 
 class PredictionRequest(Extensions):
-    """Parameters of one task. Unknown fields are ignored; null means absent."""
+    """Parameters of one task. Unknown fields are ignored; null means absent.
+
+    ``allowed`` are the words of errors, ``hosted_order`` the names that the hosted service has
+    first, in its order.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    allowed: ClassVar[Mapping[str, str]] = ALLOWED
 
     image: str = Field(
         min_length=1,
         description="The URL of the image to generate an image from. A data URI or plain base64 "
         "is taken too. The picture is fetched after the task is accepted.",
         examples=[_EXAMPLE_IMAGE],
+        json_schema_extra={_UI: "uploader", "x-accept": "image/*"},
     )
     prompt: str = Field(
-        "", max_length=MAX_PROMPT, description="The prompt to generate an image from."
+        "",
+        max_length=MAX_PROMPT,
+        description="The prompt to generate an image from.",
+        json_schema_extra={_UI: "textarea"},
     )
-    size: Annotated[str, AfterValidator(_check_size)] = Field(
-        "1024*1024",
-        description=f"The size of the generated image, {MIN_SIDE} ~ {MAX_SIDE} per dimension.",
-        examples=["1024*1024"],
-    )
-    seed: Whole = Field(
-        -1,
-        ge=-1,
-        le=MAX_SEED,
-        description="The same seed and the same prompt given to the same version of the model "
-        "will output the same image every time. -1 (or none) picks one and reports it.",
-    )
+    size: Annotated[str, AfterValidator(_checked_size(MIN_SIDE))] = _size_field(MIN_SIDE)
+    seed: Whole = _seed_field(MAX_SEED)
     num_inference_steps: Whole = Field(
-        28, ge=1, le=MAX_STEPS, description="The number of inference steps to perform."
+        28,
+        ge=1,
+        le=MAX_STEPS,
+        description="The number of inference steps to perform.",
+        json_schema_extra={_UI: "slider"},
     )
-    guidance_scale: float = Field(
-        3.5,
-        ge=MIN_GUIDANCE,
-        le=MAX_GUIDANCE,
-        description="How close the model is to stick to the prompt (FLUX's distilled guidance).",
-    )
+    guidance_scale: float = _guidance_field(MAX_GUIDANCE)
     num_images: Whole = Field(
-        1, ge=1, le=MAX_IMAGES, description="The number of images to generate."
+        1,
+        ge=1,
+        le=MAX_IMAGES,
+        description="The number of images to generate.",
+        json_schema_extra={_UI: "slider"},
     )
     enable_safety_checker: bool = Field(
         True, description="If set to true, the safety checker will be enabled."
@@ -260,6 +337,7 @@ class PredictionRequest(Extensions):
         None,
         description="An extension of this server. exact computes every step; balanced and fast "
         "reuse work between steps. Left out, it is what the server was started with.",
+        json_schema_extra={_UI: "select"},
     )
 
     webhook_url: str | None = Field(
@@ -274,7 +352,7 @@ class PredictionRequest(Extensions):
         """What the answer depends on, but pictures; with a seed, extras only if asked for."""
         values = self.model_dump(
             exclude={
-                *("image", "webhook", "webhook_url", "enable_sync_mode"),
+                *("image", "webhook", "webhook_url", "enable_sync_mode", "width", "height"),
                 *Extensions.model_fields,
             }
             | ({"quality"} if self.quality is None else set())
@@ -305,19 +383,87 @@ class PredictionRequest(Extensions):
         Defaults are left out: it stays the same when a later version has more parameters. Whether
         to wait is no part of what is wanted: who waited in vain may ask again without.
         """
-        text = self.model_dump_json(exclude_defaults=True, exclude={"enable_sync_mode"})
+        text = self.model_dump_json(exclude_defaults=True, exclude=_NOT_WANTED)
         return hashlib.sha256(json.dumps([text, *more]).encode()).hexdigest()
 
 
-def parse_request(body: Any) -> PredictionRequest:
-    """Validate a decoded JSON body.
+class FluxReduxPro(PredictionRequest):
+    """Parameters of ``flux-redux-pro``, as the hosted service has it."""
+
+    hosted_order: ClassVar[tuple[str, ...]] = (
+        *("image", "prompt", "size", "seed", "num_inference_steps", "guidance_scale"),
+    )
+    allowed: ClassVar[Mapping[str, str]] = ALLOWED | {
+        "size": _size_words(MIN_SIDE_OF_ALIASES),
+        "seed": _seed_words(MAX_SEED_OF_ALIASES),
+        "guidance_scale": f"a number from {MIN_GUIDANCE:g} to {MAX_GUIDANCE_OF_PRO:g}",
+    }
+
+    size: Annotated[str, AfterValidator(_checked_size(MIN_SIDE_OF_ALIASES))] = _size_field(
+        MIN_SIDE_OF_ALIASES
+    )
+    seed: Whole = _seed_field(MAX_SEED_OF_ALIASES)
+    guidance_scale: float = _guidance_field(MAX_GUIDANCE_OF_PRO)
+
+
+class FluxReduxDev(PredictionRequest):
+    """Parameters of ``flux-redux-dev``, as the hosted service has it.
+
+    Its sides may be given one by one; ``size`` goes before them.
+    """
+
+    hosted_order: ClassVar[tuple[str, ...]] = (
+        *("image", "size", "width", "height", "num_inference_steps", "guidance_scale"),
+        *("num_images", "seed", "output_format", "enable_base64_output", "enable_sync_mode"),
+    )
+    allowed: ClassVar[Mapping[str, str]] = ALLOWED | {
+        "size": _size_words(MIN_SIDE_OF_ALIASES),
+        "seed": _seed_words(MAX_SEED_OF_ALIASES),
+        **dict.fromkeys(
+            ("width", "height"), f"an integer from {MIN_SIDE_OF_ALIASES} to {MAX_SIDE}"
+        ),
+    }
+
+    size: Annotated[str, AfterValidator(_checked_size(MIN_SIDE_OF_ALIASES))] = _size_field(
+        MIN_SIDE_OF_ALIASES
+    )
+    width: Whole | None = _side_field("width")
+    height: Whole | None = _side_field("height")
+    seed: Whole = _seed_field(MAX_SEED_OF_ALIASES)
+    output_format: OutputFormat = Field(
+        "jpeg",
+        description="The kind of file of the generated images.",
+        json_schema_extra={_UI: "select"},
+    )
+
+    @model_validator(mode="after")
+    def _size_of_sides(self) -> Self:
+        if "size" not in self.model_fields_set and (self.width or self.height):
+            self.size = f"{self.width or DEFAULT_SIDE}*{self.height or DEFAULT_SIDE}"
+        return self
+
+
+_REQUESTS: Final[dict[str, type[PredictionRequest]]] = {
+    MODELS[0]: PredictionRequest,
+    MODELS[1]: FluxReduxPro,
+    MODELS[2]: FluxReduxDev,
+}
+
+
+def requests_of(model: str) -> type[PredictionRequest]:
+    """What a request to ``model``, one of ``MODELS``, may say."""
+    return _REQUESTS[model]
+
+
+def parse_request(body: Any, model: str = MODELS[0]) -> PredictionRequest:
+    """Validate a decoded JSON body that was sent to ``model``.
 
     Raises:
         pydantic.ValidationError: see ``complaint`` for its text.
     """
     if isinstance(body, dict):
-        body = _with_first_image({name: each for name, each in body.items() if each is not None})
-    return PredictionRequest.model_validate(body)
+        body = _with_first_image(meant(body))
+    return requests_of(model).model_validate(body)
 
 
 def _with_first_image(body: dict[str, Any]) -> dict[str, Any]:

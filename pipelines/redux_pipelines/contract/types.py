@@ -27,7 +27,9 @@ QUALITIES: Final[tuple[Quality, ...]] = get_args(Quality)
 FITS: Final[tuple[Fit, ...]] = get_args(Fit)
 EMPTY_PROMPTS: Final[tuple[EmptyPrompt, ...]] = get_args(EmptyPrompt)
 OUTPUT_FORMATS: Final[tuple[OutputFormat, ...]] = get_args(OutputFormat)
+LEAST_SIDE = 256
 MIN_SIDE = 512
+"""Of what memory is planned for; smaller images take less."""
 MAX_SIDE = 1536
 MAX_STEPS = 50
 MAX_IMAGES = 4

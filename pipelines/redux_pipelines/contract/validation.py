@@ -11,6 +11,7 @@ from PIL import Image
 from redux_pipelines.contract.types import (
     EMPTY_PROMPTS,
     FITS,
+    LEAST_SIDE,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_PICTURES,
@@ -19,7 +20,6 @@ from redux_pipelines.contract.types import (
     MAX_STEPS,
     MAX_WEIGHT,
     MIN_GUIDANCE,
-    MIN_SIDE,
     QUALITIES,
     GenerationRequest,
     PreprocessedPicture,
@@ -36,8 +36,8 @@ def check_request(request: GenerationRequest) -> None:
         raise RequestError(f"image is {_given(request.image)}: it must be a PIL image")
     if not isinstance(request.prompt, str):
         raise RequestError(f"prompt is {_given(request.prompt)}: it must be a string")
-    _check_integer("width", request.width, MIN_SIDE, MAX_SIDE)
-    _check_integer("height", request.height, MIN_SIDE, MAX_SIDE)
+    _check_integer("width", request.width, LEAST_SIDE, MAX_SIDE)
+    _check_integer("height", request.height, LEAST_SIDE, MAX_SIDE)
     _check_integer("num_inference_steps", request.num_inference_steps, 1, MAX_STEPS)
     _check_integer("num_images", request.num_images, 1, MAX_IMAGES)
     _check_integer("seed", request.seed, 0, MAX_SEED - MAX_IMAGES)

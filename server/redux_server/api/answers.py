@@ -62,22 +62,35 @@ async def full_answer(
 
 
 async def held_answer(
-    task: Task, request: Request, services: Services, headers: Mapping[str, str] | None
+    task: Task,
+    request: Request,
+    services: Services,
+    headers: Mapping[str, str] | None,
+    *,
+    digest: str,
 ) -> Response:
     """The answer once the task has ended; too early, it says so, and where to ask again.
+
+    A caller who leaves meanwhile is noted, with the ``digest`` of the request.
 
     Raises:
         NotFound: the task was deleted meanwhile.
         Unauthorized: the API key was revoked meanwhile.
         Gone, Unavailable: as ``base64_answer`` does.
     """
-    try:
-        found = await services.sync_mode.hold(task, lambda: _leaves(request))
-    except KeyRevoked:
-        raise Unauthorized(
-            "The API key was revoked while the request was held. The task goes on.",
-            headers={"WWW-Authenticate": "Bearer"},
-        ) from None
+    async with services.rejoining.waiting(task, digest) as waiting:
+
+        async def leaves() -> None:
+            await _leaves(request)
+            waiting.leave()
+
+        try:
+            found = await services.sync_mode.hold(task, leaves)
+        except KeyRevoked:
+            raise Unauthorized(
+                "The API key was revoked while the request was held. The task goes on.",
+                headers={"WWW-Authenticate": "Bearer"},
+            ) from None
     if found.task is None:
         raise no_task(task.id)
     if not found.too_early:

@@ -65,6 +65,7 @@ def build_app(services: Services) -> FastAPI:
     app.include_router(predictions.router)  # first: polls are most of the traffic
     for module in (files, cancel, lists, stream, models, account, uploads):
         app.include_router(module.router)
+    app.include_router(models.catalogue)
     app.include_router(predictions.catch_all)
     app.include_router(service.probes())
     app.include_router(service.router)

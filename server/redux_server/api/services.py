@@ -108,7 +108,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         accept=Coalescer(accept, name="accept"),
         find=find,
         reservations=QueueReservations(partial(free_places, database, bounds=bounds)),
-        idempotency=IdempotencyKeys(database),
+        idempotency=IdempotencyKeys(database, clock=clock),
         keys=keys,
         rate=RateLimit(settings.rate_limit),
         upload_rate=RateLimit(settings.rate_limit),

@@ -86,12 +86,11 @@ def decode_chunks(chunks: Iterable[bytes], name: str, size_bytes: int) -> Iterat
         shown = given.decode(errors="replace")
         raise BadRequest(f"{name} must be {IMAGE_FORMS}; got {shown!r}.") from None
     if sniff(start) is None:
-        what = refusal_of(start)
-        if what == "no known picture":
-            what = "no picture"
+        kind = refusal_of(start)
+        what = "" if kind == "no known picture" else f" that is taken, but {kind}"
         raise BadRequest(
-            f"{name} must be {IMAGE_FORMS}; the {decoded} bytes sent are {what}. Pictures are "
-            f"taken as {', '.join(accepted_formats())}."
+            f"{name} must be {IMAGE_FORMS}; the {decoded} bytes sent are no picture{what}. "
+            f"Pictures are taken as {', '.join(accepted_formats())}."
         )
 
 

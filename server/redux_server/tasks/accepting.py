@@ -5,8 +5,9 @@ later ones are answered with that task, or refused if they ask for something els
 """
 
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,13 @@ from redux_server.tasks.task import (
     NewTask,
     NoRoom,
     Replayed,
+    Status,
     Task,
 )
 
+REJOINED_S = 60.0
 _TICK_S = 1e-6
+_LEFT = "\x1f"  # before the digest, of what no client can send as its key
 _Known = dict[tuple[str, str], tuple[str, Task | None]]
 
 
@@ -124,9 +128,10 @@ class OpenByKey:
 class IdempotencyKeys:
     """The idempotency keys that came. Every method may be called from any thread."""
 
-    def __init__(self, database: Engine) -> None:
+    def __init__(self, database: Engine, *, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._reader = reader(database)
+        self._clock = clock
 
     def knows(self, key_id: str, idempotency_key: str) -> bool:
         """Whether an API key has sent this idempotency key before."""
@@ -138,6 +143,31 @@ class IdempotencyKeys:
         """The answer that ``accept`` has for ``new`` already; None if its key is new to us."""
         with self._reader.connect() as db:
             return _answer_again(new, _recall(db, [new]))
+
+    def leave(self, key_id: str, digest: str, task_id: str) -> None:
+        """Note that whoever waited for a task has gone; ``digest`` is that of the request."""
+        row = {"key_id": key_id, "key": _LEFT + digest, "digest": digest, "task_id": task_id}
+        mine = idempotency.c.key_id == key_id, idempotency.c.key == row["key"]
+        with self._database.begin() as db:
+            db.execute(delete(idempotency).where(*mine))
+            db.execute(insert(idempotency), row | {"created_at": self._clock()})
+
+    def rejoin(self, key_id: str, digest: str) -> Task | None:
+        """The task of such a request whose caller left within ``REJOINED_S``, once.
+
+        None for a task that was cancelled or deleted: whoever asks again wants another.
+        """
+        mine = idempotency.c.key_id == key_id, idempotency.c.key == _LEFT + digest
+        recent = idempotency.c.created_at > self._clock() - REJOINED_S
+        with self._reader.connect() as db:
+            if not db.scalar(select(exists().where(*mine, recent))):
+                return None
+        with self._database.begin() as db:
+            left = delete(idempotency).where(*mine, recent).returning(idempotency.c.task_id)
+            task_id = db.scalar(left)
+            row = db.execute(select(*COLUMNS).where(tasks.c.id == task_id)).one_or_none()
+        task = None if row is None else task_of(row)
+        return None if task is None or task.status is Status.CANCELLED else task
 
     def forget(self, before: float) -> int:
         """Free those that came ``before`` (Unix seconds); returns how many."""

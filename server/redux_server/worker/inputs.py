@@ -10,7 +10,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from PIL.Image import Image
 
-from redux_pipelines.contract.types import GenerationRequest, PreprocessedPicture
+from redux_pipelines.contract.types import (
+    LEAST_SIDE,
+    GenerationRequest,
+    PreprocessedPicture,
+)
 from redux_pipelines.images.rgb import grey
 from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import FetchError
@@ -77,7 +81,7 @@ class Pictures(NamedTuple):
 
 def generation_request(given: Mapping[str, Any], pictures: Pictures) -> GenerationRequest:
     """What ``PredictionRequest.parameters`` ask for."""
-    width, height = parse_size(given["size"])
+    width, height = parse_size(given["size"], LEAST_SIDE)
     return GenerationRequest(
         **pictures._asdict(),
         width=width,

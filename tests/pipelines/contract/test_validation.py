@@ -18,8 +18,8 @@ def named(fields):
 
 
 REFUSED = [
-    ({"width": 511}, r"width is 511: .* 512 to 1536"),
-    ({"height": 1537}, r"height is 1537: .* 512 to 1536"),
+    ({"width": 255}, r"width is 255: .* 256 to 1536"),
+    ({"height": 1537}, r"height is 1537: .* 256 to 1536"),
     ({"width": 512.0}, r"width is 512.0: .* integer"),
     ({"height": "512"}, r"height is '512': .* integer"),
     ({"num_inference_steps": 0}, r"num_inference_steps is 0: .* 1 to 50"),

@@ -154,11 +154,13 @@ def test_what_is_no_data_uri_in_base64_is_refused(uri: str, says: str) -> None:
         (b"<!doctype html><html>" + bytes(99), "an HTML page"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>" + bytes(99), "an SVG drawing"),
         (b"PK\x03\x04" + bytes(99), "an archive"),
-        (b"\1\2\3\4" * 30, "no picture"),
+        (b"\0\0\0\x18ftypqt  " + bytes(99), "a video"),
     ],
 )
 def test_inline_file_of_another_kind_is_named(data: bytes, kind: str) -> None:
-    with pytest.raises(BadRequest, match=f"the {len(data)} bytes sent are {kind}. Pictures are"):
+    with pytest.raises(
+        BadRequest, match=f"the {len(data)} bytes sent are no pic.*{kind}. Pictures"
+    ):
         decode("data:image/png;base64," + base64.b64encode(data).decode())
 
 

@@ -1,6 +1,6 @@
 """Which models there are, and the form of their parameters.
 
-The form is made of ``PredictionRequest`` itself: a JSON schema as flat as form builders and tools
+The form is made of what validates requests itself: a JSON schema as flat as form builders and tools
 expect it, which has every parameter that is added there.
 """
 
@@ -14,7 +14,9 @@ from pydantic import BaseModel, Field
 from redux_server.api.dependencies import ServicesDep
 from redux_server.api.openapi import Success, responses
 from redux_server.api.prediction import envelope
-from redux_server.parameters import MODELS, PredictionRequest
+from redux_server.api.services import Services
+from redux_server.errors import NotFound
+from redux_server.parameters import MODELS, requests_of
 
 KIND = "image-to-image"
 # Whom to tell is no property of the image, and a form cannot know it.
@@ -58,8 +60,61 @@ class ModelsEnvelope(Success):
 )
 async def models(request: Request, services: ServicesDep) -> JSONResponse:
     """Every name that a submit path has."""
-    server = (services.settings.public_url or str(request.base_url)).rstrip("/")
+    server = _server(request, services)
     return JSONResponse(envelope([_entry(i, name, server) for i, name in enumerate(MODELS)]))
+
+
+# --- The catalogue of the hosted web site, from which ComfyUI's dynamic nodes build their forms --
+
+
+CATALOGUE = "/center/default/api/v1/model_product"
+catalogue = APIRouter(tags=["models"], include_in_schema=False)
+
+
+@catalogue.get(CATALOGUE + "/type_statistics")
+async def type_statistics() -> JSONResponse:
+    """How many models there are of each kind."""
+    return JSONResponse(envelope([{"type": KIND, "count": len(MODELS)}]))
+
+
+@catalogue.get(CATALOGUE + "/search")
+async def search(request: Request, services: ServicesDep) -> JSONResponse:
+    """A page of the models of the kinds asked for, or of all, whose names have the keyword."""
+    asked = request.query_params
+    kinds = {each.strip() for text in asked.getlist("types") for each in text.split(",")} - {""}
+    keyword = (asked.get("keyword") or asked.get("search") or "").strip().lower()
+    number, size = (_whole(asked.get(n), d) for n, d in (("page", 1), ("page_size", 100)))
+    is_kind = not kinds or KIND in kinds
+    names = [name for name in MODELS if is_kind and keyword in name]
+    shown = names[(number - 1) * size : number * size]
+    items = [_product(name, request, services) for name in shown]
+    page = {"page": number, "page_size": size, "total": len(names), "items": items}
+    return JSONResponse(envelope(page))
+
+
+@catalogue.get(CATALOGUE + "/detail/{name:path}")
+async def detail(name: str, request: Request, services: ServicesDep) -> JSONResponse:
+    """One model."""
+    found = name.strip("/")
+    if found not in MODELS:
+        raise NotFound(f"No model {name[:100]!r} here; available are {', '.join(MODELS)}.")
+    return JSONResponse(envelope(_product(found, request, services)))
+
+
+def _whole(text: str | None, default: int) -> int:
+    is_number = text is not None and text.isascii() and text.isdigit() and int(text[:9]) > 0
+    return int(text[:9]) if text is not None and is_number else default
+
+
+def _product(name: str, request: Request, services: Services) -> dict[str, Any]:
+    """A model in the catalogue's words; what submits it is its ``model_uuid``."""
+    entry = _entry(MODELS.index(name), name, _server(request, services))
+    none: dict[str, Any] = {"cover_url": "", "poster": "", "readme": "", "tags": []}
+    return {**entry, **none, "model_uuid": name, "model_name": name, "categories": [KIND]}
+
+
+def _server(request: Request, services: Services) -> str:
+    return (services.settings.public_url or str(request.base_url)).rstrip("/")
 
 
 def _entry(position: int, model_id: str, server: str) -> dict[str, Any]:
@@ -68,7 +123,7 @@ def _entry(position: int, model_id: str, server: str) -> dict[str, Any]:
         "method": "POST",
         "server": server,
         "api_path": f"/api/v3/{model_id}",
-        "request_schema": request_form(),
+        "request_schema": request_form(model_id),
     }
     return {
         "model_id": model_id,
@@ -83,9 +138,9 @@ def _entry(position: int, model_id: str, server: str) -> dict[str, Any]:
 
 
 @cache
-def request_form() -> dict[str, Any]:
-    """The form of a task; callers must not change it."""
-    return form_of(PredictionRequest, leave_out=NOT_IN_THE_FORM)
+def request_form(model: str = MODELS[0]) -> dict[str, Any]:
+    """The form of a task of ``model``; callers must not change it."""
+    return form_of(requests_of(model), leave_out=NOT_IN_THE_FORM)
 
 
 def form_of(model: type[BaseModel], *, leave_out: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -36,9 +36,16 @@ from redux_server.api.openapi import (
 )
 from redux_server.api.prediction import envelope
 from redux_server.api.services import Services
+from redux_server.coercion import trimmed
 from redux_server.database.connection import DATABASE_AWAY
 from redux_server.errors import BadRequest, NotFound, Unavailable
-from redux_server.parameters import MODELS, PredictionRequest, complaint, parse_request
+from redux_server.parameters import (
+    MODELS,
+    PredictionRequest,
+    complaint,
+    parse_request,
+    requests_of,
+)
 from redux_server.pictures.long_texts import LongTexts
 from redux_server.pictures.submitted import (
     check_long_texts,
@@ -82,14 +89,15 @@ async def submit(request: Request, services: ServicesDep) -> Response:
         async with services.bodies.receive(request, request.state.key_id) as body:
             asked = await _read_body(request, body, services)
             new = await _new_task(request, asked, repeat_key, services)
-            acceptance = await _accept(new, asked, reservation, services)
+            left = await _left_alone(new, asked, services)
+            acceptance = left or await _accept(new, asked, reservation, services)
     headers = {} if fleet.ready else {NO_WORKERS: "0"}
     if isinstance(acceptance, Replayed):
         headers["Idempotent-Replayed"] = "true"
     else:
         services.dispatch.wake()
     if asked.wanted.enable_sync_mode:
-        return await held_answer(acceptance.task, request, services, headers)
+        return await held_answer(acceptance.task, request, services, headers, digest=new.digest)
     return await full_answer(acceptance.task, request, services, headers)
 
 
@@ -104,15 +112,23 @@ class _Asked(NamedTuple):
 async def _read_body(request: Request, body: Body, services: Services) -> _Asked:
     document, texts = await services.bodies.read(body, '{"image": "https://example.com/photo.jpg"}')
     check_long_texts(document, texts)
+    model = _model_of(request)
     try:
-        wanted = parse_request(document)
+        wanted = parse_request(document, model)
     except ValidationError as error:
-        raise BadRequest(complaint(error.errors(include_url=False))) from None
-    in_query = request.query_params.getlist("webhook")
+        allowed = requests_of(model).allowed
+        raise BadRequest(complaint(error.errors(include_url=False), allowed)) from None
+    in_query = [trimmed(url) for url in request.query_params.getlist("webhook")]
     webhook = one_webhook([*in_query, wanted.webhook, wanted.webhook_url])
     if webhook and wanted.enable_base64_output:
         raise BadRequest(NO_BASE64)
     return _Asked(wanted, webhook, texts)
+
+
+def _model_of(request: Request) -> str:
+    """The model that was submitted to: paths end in its name."""
+    path: str = request.scope["path"]
+    return path.split("/", 3)[3]
 
 
 async def _new_task(
@@ -128,7 +144,8 @@ async def _new_task(
     for name, sent in sent_pictures(wanted):
         check_own_url(sent, services.signer, bases, name=name)
     check_quality(wanted.quality, services.settings.backend)
-    model = request.url.path.split("/", 3)[3]
+    is_told_apart = bool(repeat_key) or wanted.enable_sync_mode
+    model = _model_of(request)
     return NewTask(
         key_id=request.state.key_id,
         model=model,
@@ -138,8 +155,19 @@ async def _new_task(
         shape=wanted.shape,
         fingerprint=services.fleet.last.fingerprint,
         idempotency_key=repeat_key,
-        digest=await asyncio.to_thread(wanted.digest, model, webhook) if repeat_key else "",
+        digest=await asyncio.to_thread(wanted.digest, model, webhook) if is_told_apart else "",
     )
+
+
+async def _left_alone(new: NewTask, asked: _Asked, services: Services) -> Replayed | None:
+    """The task of an equal request in sync mode whose caller left less than a minute ago.
+
+    Some clients give up long before a task ends, and send their request again without saying so.
+    """
+    if not asked.wanted.enable_sync_mode or new.idempotency_key:
+        return None
+    task = await asyncio.to_thread(services.idempotency.rejoin, new.key_id, new.digest)
+    return Replayed(task) if task else None
 
 
 async def _accept(
@@ -220,7 +248,7 @@ def _submit_operation(version: str, model: str) -> dict[str, Any]:
             "parameters": [WEBHOOK_PARAMETER, IDEMPOTENCY_KEY],
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": PredictionRequest.model_json_schema()}},
+                "content": {"application/json": {"schema": requests_of(model).model_json_schema()}},
             },
         },
     }
