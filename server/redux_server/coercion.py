@@ -16,8 +16,8 @@ from redux_pipelines.contract.types import FITS, QUALITIES
 _WHOLE = re.compile(r"[+-]?\d{1,20}")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][+-]?\d{1,2})?")
 _BOOLEANS: Final = {
-    **dict.fromkeys(("true", "yes", "on", "1"), True),
-    **dict.fromkeys(("false", "no", "off", "0"), False),
+    **dict.fromkeys(("true", "1"), True),
+    **dict.fromkeys(("false", "0"), False),
 }
 _FORMATS: Final = {
     **dict.fromkeys(("jpg", "jpe", "jfif", "image/jpg", "image/jpeg"), "jpeg"),

@@ -25,6 +25,7 @@ from redux_server.api.following import (
 from redux_server.api.http_server import Draining
 from redux_server.api.limits import QueueReservations, RateLimit
 from redux_server.api.prediction import Presenter
+from redux_server.api.rejoining import Rejoining
 from redux_server.database.clock import ClockGuard, clock_of
 from redux_server.dispatch.choice import Dispatch, build_dispatch
 from redux_server.dispatch.presence import Presence
@@ -73,6 +74,7 @@ class Services:
     poller: TaskPoller
     streams: Subscriptions
     sync_mode: SyncMode
+    rejoining: Rejoining
     disk: DiskSpace
     ballast: Ballast
     uploads: Uploads
@@ -102,13 +104,14 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     held_requests = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
     bounds = Bounds(settings.max_queue, settings.max_open_per_key)
     accept = partial(store.accept, max_open=bounds.of_all, max_open_per_key=bounds.of_a_key)
+    idempotency = IdempotencyKeys(database, clock=clock)
     return Services(
         settings=settings,
         store=store,
         accept=Coalescer(accept, name="accept"),
         find=find,
         reservations=QueueReservations(partial(free_places, database, bounds=bounds)),
-        idempotency=IdempotencyKeys(database, clock=clock),
+        idempotency=idempotency,
         keys=keys,
         rate=RateLimit(settings.rate_limit),
         upload_rate=RateLimit(settings.rate_limit),
@@ -126,6 +129,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         queue=QueuePositions(database),
         poller=poller,
         streams=Subscriptions(poller, most=MAX_STREAMS, most_of_a_key=MAX_STREAMS_OF_A_KEY),
+        rejoining=Rejoining(idempotency),
         sync_mode=SyncMode(held_requests, find, limit_s=settings.sync_timeout_s),
         disk=disk,
         ballast=open_ballast(settings),

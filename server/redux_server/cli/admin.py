@@ -64,7 +64,7 @@ def list_keys(settings: ServerSettings) -> int:
         keys = KeyRing(database).list()
         used = last_submits(database, [key.id for key in keys])
     if not keys:
-        print("no keys yet; `flux-redux keys create --name me` makes one")
+        note("no keys yet; `flux-redux keys create --name me` makes one")
         return 0
     print(_LINE.format("id", "made", "last task", "state", "priority", "name"))
     for key in keys:

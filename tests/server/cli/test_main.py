@@ -1,6 +1,8 @@
 """Verbs and flags: what is understood, refused, and said in how many lines."""
 
+import errno
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from redux_server import __version__
 from redux_server.cli import main
-from redux_server.cli.main import EXIT_USAGE, Verb, build_parser, run
+from redux_server.cli.main import EXIT_CLOSED_PIPE, EXIT_USAGE, Verb, build_parser, run
 from redux_server.settings import GROUPS
 
 VERBS = (
@@ -250,3 +252,76 @@ def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(
         told = capsys.readouterr().err.strip()
         assert told.startswith(f"flux-redux: cannot use {folder}: "), told
         assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "verb", ["serve --model fake --port 0", "keys list", "keys create --name x", "db upgrade"]
+)
+@pytest.mark.parametrize(
+    "folder", ["/etc/hostname", "/etc/hostname/x", "/tmp/" + "a" * 300, "/proc/x/y", "/dev/null/a"]
+)
+def test_place_that_cannot_be_used_is_told_in_one_line(
+    verb: str, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "_share_metrics", lambda: None)
+    assert run([*verb.split(), "--data-dir", folder]) == EXIT_USAGE
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].startswith("flux-redux: ") and folder[:20] in told[-1], told
+    assert not any("Traceback" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.EROFS, "Read-only file system", "/x"),
+            "cannot use /x: Read-only file system",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "no permission for /x"),
+        (OSError(errno.ELOOP, "Too many levels", b"/x"), "cannot use /x: Too many levels"),
+        (OSError(errno.ENAMETOOLONG, "Too long", "/a\nb"), "cannot use '/a\\nb': Too long"),
+        (OSError("odd"), "odd"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+    ids=str,
+)
+def test_fault_of_the_system_is_one_line(
+    error: OSError,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(main, "version", failing)
+    monkeypatch.setattr(main, "_forget_output", lambda: None)
+    assert run(["version"]) == EXIT_USAGE
+    assert capsys.readouterr().err == f"flux-redux: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "verb", ["version", "--help", "serve --help", "keys list", "doctor --help"]
+)
+def test_reader_that_closes_early_is_no_fault(verb: str, tmp_path: Path) -> None:
+    run(["keys", "create", "--name", "x", "--data-dir", str(tmp_path)])
+    reading, writing = os.pipe()
+    os.close(reading)
+    more = ["--data-dir", str(tmp_path)] if verb == "keys list" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "redux_server", *verb.split(), *more],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (EXIT_CLOSED_PIPE, "")
+
+
+def test_full_disk_behind_the_output_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "redux_server", "version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == EXIT_USAGE
+    assert done.stderr == "flux-redux: No space left on device\n"

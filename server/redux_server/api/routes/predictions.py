@@ -160,13 +160,10 @@ async def _new_task(
 
 
 async def _left_alone(new: NewTask, asked: _Asked, services: Services) -> Replayed | None:
-    """The task of an equal request in sync mode whose caller left less than a minute ago.
-
-    Some clients give up long before a task ends, and send their request again without saying so.
-    """
+    """The task of an equal request in sync mode whose caller left less than a minute ago."""
     if not asked.wanted.enable_sync_mode or new.idempotency_key:
         return None
-    task = await asyncio.to_thread(services.idempotency.rejoin, new.key_id, new.digest)
+    task = await services.rejoining.task_left(new.key_id, new.digest)
     return Replayed(task) if task else None
 
 
