@@ -455,14 +455,19 @@ def requests_of(model: str) -> type[PredictionRequest]:
     return _REQUESTS[model]
 
 
-def parse_request(body: Any, model: str = MODELS[0]) -> PredictionRequest:
+def parse_request(
+    body: Any, model: str = MODELS[0], *, is_for_us: bool = False
+) -> PredictionRequest:
     """Validate a decoded JSON body that was sent to ``model``.
+
+    One that ``is_for_us``, written by our own client, means nothing but what it says.
 
     Raises:
         pydantic.ValidationError: see ``complaint`` for its text.
     """
     if isinstance(body, dict):
-        body = _with_first_image(meant(body))
+        given = {name: each for name, each in body.items() if each is not None}
+        body = _with_first_image(given if is_for_us else meant(given))
     return requests_of(model).model_validate(body)
 
 

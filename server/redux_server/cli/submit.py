@@ -80,7 +80,7 @@ def read_parameters(
     places = {"image": "picture", "images": others}
     implied = {} if output_format is None else {"output_format": output_format}
     try:
-        return parse_request({**implied, **given, **places})
+        return parse_request({**implied, **given, **places}, is_for_us=True)
     except ValidationError as error:
         raise UsageError(complaint(error.errors(include_url=False))) from None
 

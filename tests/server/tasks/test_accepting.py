@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 
 from e2e.live import a_picture, data_uri
 from redux_server.database.tables import tasks
-from redux_server.tasks.accepting import Bounds, free_places
+from redux_server.tasks.accepting import Bounds, IdempotencyKeys, free_places
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import (
     Created,
@@ -280,3 +280,42 @@ def test_counting_reads_an_index_not_the_table(database: Engine) -> None:
         ).all()
     assert any("INDEX tasks_open" in row[3] for row in plan), plan
     assert any("finished_at" in index.columns for index in tasks.indexes)
+
+
+def test_request_that_was_left_is_rejoined_once_and_for_a_minute(
+    api: Api, database: Engine
+) -> None:
+    clock = Clock()
+    keys = IdempotencyKeys(database, clock=clock)
+    task_id = api.post(SUBMIT, json=URL).json()["data"]["id"]
+    assert keys.rejoin("k", "d") is None
+    keys.leave("k", "d", task_id)
+    assert keys.rejoin("other", "d") is None and keys.rejoin("k", "other") is None
+    clock.now += 59
+    found = keys.rejoin("k", "d")
+    assert found is not None and found.id == task_id
+    assert keys.rejoin("k", "d") is None, "one caller left, one came back"
+    keys.leave("k", "d", task_id)
+    keys.leave("k", "d", task_id)  # another one
+    clock.now += 61
+    assert keys.rejoin("k", "d") is None
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+def test_task_that_is_no_more_is_not_rejoined(api: Api, database: Engine, end: str) -> None:
+    keys = IdempotencyKeys(database)
+    task_id = api.post(SUBMIT, json=URL).json()["data"]["id"]
+    keys.leave("k", "d", task_id)
+    if end == "cancel":
+        api.post(f"/api/v3/predictions/{task_id}/cancel")
+    else:
+        api.post("/api/v3/predictions/delete", json={"ids": [task_id]})
+    assert keys.rejoin("k", "d") is None
+
+
+def test_no_key_of_a_client_is_that_of_a_request_that_was_left(api: Api, database: Engine) -> None:
+    keys = IdempotencyKeys(database)
+    keys.leave(api.services.keys.list()[0].id, "d", "t" * 32)
+    for sent in ("d", "\x1fd", "%1Fd"):
+        answer = api.post(SUBMIT, json=URL, headers={"Idempotency-Key": sent})
+        assert answer.status_code in (200, 400), answer.text
