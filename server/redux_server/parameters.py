@@ -2,7 +2,8 @@
 
 Those of the hosted endpoints come from their documentation, descriptions included.
 ``Extensions`` are those they do not have, in the words of ``redux_pipelines.contract.types``:
-nobody who leaves them out notices them. Knows neither HTTP nor storage.
+nobody who leaves them out notices them. The names of the model are in one file, since they differ
+in few fields. Knows neither HTTP nor storage.
 """
 
 import hashlib

@@ -63,8 +63,8 @@ class Rejoining:
         if here:
             leaving = [asyncio.create_task(each.has_left.wait()) for each in here]
             await asyncio.wait(leaving, timeout=SOON_S, return_when=asyncio.FIRST_COMPLETED)
-            for each in leaving:
-                each.cancel()
+            for task in leaving:
+                task.cancel()
             for each in here:
                 if each.has_left.is_set():
                     await each.is_over.wait()
