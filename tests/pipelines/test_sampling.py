@@ -72,3 +72,31 @@ def test_starting_leaves_the_template_alone(pipeline):
     started = sampling.start(template, 3, 64, torch.device("cpu"))
     assert torch.equal(template.timesteps, before)
     assert started is not template
+
+
+def test_every_seed_of_the_range_has_noise_of_its_own():
+    grid = Grid(2, 3)
+    low = (0, 1, 7, 1_410_065_407, 2**31, 2**32 - 1)
+    seeds = [s + high * 2**32 for s in low for high in range(3)] + [2**62, 2**62 + 1, 2**32 + 2**40]
+    drawn = [sampling.noise(seed, 16, grid) for seed in seeds]
+    assert len({each.numpy().tobytes() for each in drawn}) == len(seeds)
+    for each, seed in zip(drawn, seeds, strict=True):
+        assert (each.shape, each.dtype) == ((1, 16, 4, 6), torch.float32)
+        assert torch.equal(each, sampling.noise(seed, 16, grid))
+
+
+def test_noise_of_seeds_below_2_to_the_32_is_torchs():
+    for seed in (0, 5, 2**31, 2**32 - 1):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        expected = torch.randn((1, 16, 4, 6), generator=generator)
+        assert torch.equal(sampling.noise(seed, 16, Grid(2, 3)), expected)
+
+
+def test_noise_of_large_seeds_is_standard_normal_and_independent():
+    drawn = torch.stack([sampling.noise(2**32 + seed, 16, Grid(32, 32)) for seed in range(8)])
+    flat = drawn.flatten(1).double()
+    assert flat.mean().abs() < 0.01 and (flat.std() - 1).abs() < 0.01
+    correlation = torch.corrcoef(
+        torch.cat([flat, sampling.noise(0, 16, Grid(32, 32)).flatten()[None]])
+    )
+    assert (correlation - torch.eye(9, dtype=torch.float64)).abs().max() < 0.02

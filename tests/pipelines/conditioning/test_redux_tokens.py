@@ -195,6 +195,26 @@ def test_a_black_mask_is_refused_with_what_to_do(tokens):
         tokens(mask=BLACK)
 
 
+SLIVERS = [(2000, 60), (60, 2000), (1000, 100), (3000, 16)]
+
+
+@pytest.mark.parametrize("size", SLIVERS, ids=str)
+def test_a_sliver_in_a_letterbox_blames_no_mask_that_nobody_sent(tokens, request_for, size):
+    sliver = Image.new("RGB", size, "red")
+    for fields in ({"image": sliver}, {"image": sliver, "mask": WHITE}, {"images": (sliver,)}):
+        name = r"images\[0\]" if "images" in fields else "image"
+        with pytest.raises(RequestError, match=rf"^{name} is too narrow for fit letterbox") as told:
+            tokens(fit="letterbox", **fields)
+        assert "mask" not in str(told.value)
+        for fit in ("squash", "center"):
+            assert tokens(fit=fit, **{**fields, "mask": None})
+
+
+def test_a_black_mask_in_a_letterbox_is_the_masks_fault(tokens):
+    with pytest.raises(RequestError, match="the mask leaves nothing of image"):
+        tokens(fit="letterbox", mask=BLACK)
+
+
 def test_masked_areas_average_what_counts_and_weigh_what_they_replace(
     tokens, engine, oracle, model
 ):

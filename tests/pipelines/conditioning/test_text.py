@@ -94,3 +94,10 @@ def test_clip_gets_77_tokens_whatever_the_tokenizer_states(tiny):
     tokenizer, *_ = encoders._clip
     tokenizer.model_max_length = 10**30
     assert encoders.encode("a " * 200)[1].shape == (32,)
+
+
+@pytest.mark.parametrize("absent", [{}, {"guidance_embeds": None}], ids=["left out", "null"])
+def test_a_model_whose_configuration_has_no_guidance_is_one_without(tiny, absent):
+    sizes = {"joint_attention_dim": 32, "pooled_projection_dim": 32}
+    without = TextSizes.of({**sizes, "guidance_embeds": False}, tiny.base)
+    assert TextSizes.of({**sizes, **absent}, tiny.base) == without

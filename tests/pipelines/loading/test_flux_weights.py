@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from pipelines.networks import CPU, FULL_WIDTH, SMALL, diffusers_model
 from redux_pipelines.errors import WeightsError
 from redux_pipelines.loading.flux_weights import WEIGHTS, Shards, key_map, load_flux
+from redux_pipelines.memory.model_sizes import TransformerSize
 from redux_pipelines.network.flux import Flux, FluxParams
 
 PARAMS = FluxParams.of(SMALL)
@@ -51,7 +52,11 @@ def test_sizes_are_read_from_the_config_with_the_defaults_of_diffusers():
         "pooled_projection_dim": 768,
     }
     assert FluxParams.of({**config, "guidance_embeds": True}) == FluxParams()
-    assert FluxParams.of(config) == FluxParams(guidance_embed=False)
+    for absent in ({}, {"guidance_embeds": None}, {"guidance_embeds": False}):
+        assert FluxParams.of({**config, **absent}) == FluxParams(guidance_embed=False)
+        assert not TransformerSize.of({**config, **absent}).has_guidance
+    nulls = dict.fromkeys(("out_channels", "axes_dims_rope", "patch_size"))
+    assert FluxParams.of({**config, **nulls}) == FluxParams(guidance_embed=False)
     with torch.device("meta"):
         model = FluxTransformer2DModel(**FULL_WIDTH)
     assert FluxParams.of(model.config) == FluxParams(depth=1, depth_single_blocks=1)
