@@ -91,7 +91,6 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         KeyFileError: ``--api-keys-file`` cannot be used.
     """
     clock = clock_of(database)
-    presence = Presence(database, clock=clock)
     store = TaskStore(
         database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
     )
@@ -104,7 +103,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     held_requests = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
     bounds = Bounds(settings.max_queue, settings.max_open_per_key)
     accept = partial(store.accept, max_open=bounds.of_all, max_open_per_key=bounds.of_a_key)
-    idempotency = IdempotencyKeys(database, clock=clock)
+    idempotency, presence = IdempotencyKeys(database, clock=clock), Presence(database, clock=clock)
     return Services(
         settings=settings,
         store=store,
