@@ -17,10 +17,11 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
-        soak mutate check lint format types imports dockerfile bench bench-server bench-files bench-engine \
-        bench-attention bench-products bench-host bench-kernels bench-growth bench-roofline bench-mini \
-        gpu-report gpu-bundle gpu-tables train-mini eval-mini eval-approximations eval-controls docs \
-        docs-build docs-reference docker clean
+        soak mutate check lint format types imports dockerfile playground bench bench-server \
+        bench-files bench-engine bench-attention bench-products bench-host bench-kernels bench-growth \
+        bench-roofline bench-mini bench-previews gpu-report gpu-bundle gpu-tables train-mini \
+        fit-preview eval-mini eval-approximations eval-controls docs docs-build docs-reference docker \
+        clean
 
 help:  ## show this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' plain=$$'\033[0m'; fi; \
@@ -147,7 +148,7 @@ soak: $(DEV)  ## mix all faults for 10 seeds x 2 minutes, and check what clients
 mutate: $(DEV)  ## plant faults, one at a time, and see whether the tests notice (ARGS="signing no-fence")
 	@cd tests && ../$(BIN)/python -m mutation.run $(ARGS)
 
-check: lint types imports dockerfile docs-build  ## run every static check (make -k check: do not stop at the first)
+check: lint types imports dockerfile playground docs-build  ## run every static check (make -k check: do not stop at the first)
 
 lint: $(DEV)  ## ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -163,6 +164,13 @@ imports: $(DEV)  ## import-linter: server -> pipelines -> kernels, weights on th
 
 dockerfile: $(DEV)  ## hadolint
 	@$(BIN)/hadolint Dockerfile && echo 'Dockerfile: no complaints'
+
+# Its types and rules. Nothing of npm is served or needed to serve.
+playground:  ## TypeScript and oxlint on the page's modules (left out, and said, where there is no npm)
+	@if command -v npm >/dev/null; then \
+	  cd tests/playground && npm ci --silent --no-fund --no-audit && npm run --silent check >&2 \
+	    && echo 'Page: no complaints'; \
+	else echo 'Page: types and rules were not checked, for there is no npm'; fi
 
 # Material for MkDocs tells of its successor at each build.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
@@ -182,6 +190,9 @@ QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=20000
 
 train-mini: $(DEV)  ## train the embedded model (hours; needs node and npm; ARGS="--help" lists the options)
 	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.train $(ARGS)
+
+fit-preview: $(DEV)  ## fit the map from mini's latents to colours by which previews are made
+	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.preview $(ARGS)
 
 eval-mini: $(DEV)  ## measure the embedded model on held-out icons: JSON and contact sheets (needs node and npm)
 	@cd weights && $(QUIET_THREADS) ../$(BIN)/python -W ignore -m training.evaluate $(ARGS)
@@ -229,6 +240,9 @@ bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, 
 ANY_PYTHON = $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3)
 GPU_REPORT := pipelines/benchmarks/gpu_report
 
+bench-previews: $(RUNTIME)  ## measure what previews cost, of mini and at FLUX.1's sizes
+	@$(BIN)/python -W ignore pipelines/benchmarks/bench_previews.py $(ARGS)
+
 gpu-report:  ## measure FLUX.1 + Redux at full size on a GPU in 8 minutes, on random weights (ARGS="--help")
 	@$(ANY_PYTHON) $(GPU_REPORT) $(ARGS)
 
@@ -239,5 +253,5 @@ gpu-tables:  ## write the GPU figures of README and docs from docs/benchmarks/gp
 	@$(ANY_PYTHON) $(GPU_REPORT)/launch.py gpu_report.tables $(ARGS)
 
 clean:  ## delete .venv*, installed clients, caches and build results (never data/ or demo-output/)
-	rm -rf $(VENV) .venv-3.* .venv-oldest .clients gpu-bundle dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-3.* .venv-oldest .clients gpu-bundle dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache tests/playground/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

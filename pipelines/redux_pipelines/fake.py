@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from PIL import Image
 
@@ -105,7 +106,7 @@ class FakePipeline:
         rows = rows_of(requests)
         for first in range(0, len(rows), self._max_batch_size):
             chunk = rows[first : first + self._max_batch_size]
-            yield from self._denoise(jobs, chunk)
+            yield from self._denoise(jobs, chunk, seen)
             for row in chunk:
                 job = jobs[row.request]
                 with job.timed("decode_s"):
@@ -115,7 +116,7 @@ class FakePipeline:
                     yield index, jobs[index].end()
 
     def _denoise(
-        self, jobs: Sequence[Job], chunk: Sequence[Row]
+        self, jobs: Sequence[Job], chunk: Sequence[Row], seen: Sequence[bytes]
     ) -> Generator[BatchEvent, None, None]:
         counts = images_per_request(chunk)
         for step in range(1, jobs[0].request.num_inference_steps + 1):
@@ -125,7 +126,9 @@ class FakePipeline:
             for index in counts:
                 jobs[index].spend("denoise_s", time.perf_counter() - begin)
             for index, images in counts.items():
-                yield index, jobs[index].progress(step, images)
+                row = next(row for row in chunk if row.request == index)
+                look = partial(_small, jobs[index].request, row.seed, seen[index])
+                yield index, jobs[index].progress(step, images, look)
             for index in counts:
                 self._fail_if_asked(jobs[index].request)
 
@@ -162,6 +165,11 @@ def _picture(request: GenerationRequest, seed: int, seen: bytes) -> Image.Image 
     if SPOILED in request.prompt:
         return OutputError(f"told to make no picture of prompts that contain {SPOILED!r}")
     return _plain(request, seed, seen)
+
+
+def _small(request: GenerationRequest, seed: int, seen: bytes) -> Image.Image:
+    """A preview: its picture, an eighth as large."""
+    return _plain(request, seed, seen).reduce(8)
 
 
 def _plain(request: GenerationRequest, seed: int, seen: bytes) -> Image.Image:

@@ -4,14 +4,21 @@ Every pipeline keeps this account, real or fake. Imports no torch; knows no netw
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from PIL import Image
 
-from redux_pipelines.contract.types import BatchEvent, GenerationRequest, Progress, Quality, Result
+from redux_pipelines.contract.types import (
+    BatchEvent,
+    GenerationRequest,
+    Preview,
+    Progress,
+    Quality,
+    Result,
+)
 from redux_pipelines.errors import ReduxError
 from redux_pipelines.images.rgb import centre_crop
 
@@ -82,10 +89,17 @@ class Job:
         yield
         self.spend(stage, time.perf_counter() - begin)
 
-    def progress(self, steps: int, images: int) -> Progress:
-        """``steps`` steps of the next ``images`` images are done. Never less than was reported."""
+    def progress(
+        self, steps: int, images: int, look: Callable[[], Image.Image] | None = None
+    ) -> Progress:
+        """``steps`` steps of the next ``images`` images are done. Never less than was reported.
+
+        ``look`` makes a small picture of the first of them.
+        """
         self._steps_reported = max(self._steps_reported, self._steps_done + steps * images)
-        return Progress(self._steps_reported, self.total_steps)
+        index = len(self.images)
+        preview = None if look is None else lambda: Preview(look(), index)
+        return Progress(self._steps_reported, self.total_steps, preview)
 
     def take(self, image: Image.Image | ReduxError, *, reused: int) -> None:
         """One image more, larger than asked for perhaps, or what spoiled it.

@@ -5,8 +5,10 @@ to the caller. Knows neither where checkpoints come from nor which transformer b
 """
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -39,6 +41,7 @@ from redux_pipelines.devices import Clock, fence_on
 from redux_pipelines.errors import OutputError, RequestError
 from redux_pipelines.jobs import Job, Row, images_per_request, only, rows_of
 from redux_pipelines.memory.plan import Plan
+from redux_pipelines.previews import LatentColours
 from redux_pipelines.sampling import Grid, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ class Components:
 
     ``scheduler`` is a template that is copied, never stepped. ``plan`` says where the weights live.
     ``has_fp8``: large layers of the transformer are not in ``dtype``, but in fp8. ``parallel``: so
-    many devices run the denoiser.
+    many devices run the denoiser. ``colours``: previews are made by it, or there are none.
     """
 
     image_encoder: ImageEncoder
@@ -63,6 +66,7 @@ class Components:
     plan: Plan
     has_fp8: bool = False
     parallel: int = 1
+    colours: LatentColours | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -270,13 +274,23 @@ class ReduxPipeline:
         img = self._noise([row.seed for row in chunk], grid)
         fence = fence_on(self._components.device)
         for step in range(steps):
-            img = _advance(run, scheduler, img, step)
+            img, velocity = _advance(run, scheduler, img, step)
             previous, fence = fence, fence_on(self._components.device)
             if previous is not None:  # never more than one step queued beyond what is reported
                 previous.synchronize()
-            for index, images in shares.items():
-                yield index, jobs[index].progress(step + 1, images)
+            look = self._look(img, velocity, scheduler.sigmas[step + 1], grid)
+            for row, (index, images) in zip(_first_rows(shares), shares.items(), strict=True):
+                yield index, jobs[index].progress(step + 1, images, look and partial(look, row))
         return img
+
+    def _look(
+        self, img: Tensor, velocity: Tensor, sigma: Tensor, grid: Grid
+    ) -> Callable[[int], Image.Image] | None:
+        """What makes a small picture of a row of ``img``; None where the model has no colours."""
+        colours = self._components.colours
+        if colours is None:
+            return None
+        return lambda row: colours.picture(img[row, None], velocity[row, None], sigma, grid)
 
     @torch.inference_mode()
     def _prepare(self, request: GenerationRequest, grid: Grid) -> PreparedDenoiser:
@@ -306,9 +320,16 @@ class ReduxPipeline:
 
 
 @torch.inference_mode()
-def _advance(run: Run, scheduler: Scheduler, img: Tensor, step: int) -> Tensor:
+def _advance(run: Run, scheduler: Scheduler, img: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """The tokens after a step, and the velocity that brought them there."""
     velocity = run.predict(img, step)
-    return scheduler.step(velocity, scheduler.timesteps[step], img, return_dict=False)[0]
+    after = scheduler.step(velocity, scheduler.timesteps[step], img, return_dict=False)[0]
+    return after, velocity
+
+
+def _first_rows(shares: Mapping[int, int]) -> Iterator[int]:
+    """The row of the first image of each request that has images in a batch."""
+    return accumulate(list(shares.values())[:-1], initial=0)
 
 
 def _check_tier(denoiser: Denoiser, quality: Quality) -> None:

@@ -4,7 +4,7 @@ Also how a model is loaded and compiled, as plain values. Imports no torch, so t
 speak of requests without loading a model.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Protocol, get_args
@@ -102,11 +102,24 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """How image ``index`` of a request will about look: small, RGB, judged by nobody."""
+
+    image: "Image.Image"
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
-    """``step`` of ``total_steps`` denoising steps are done, over all images of the request."""
+    """``step`` of ``total_steps`` denoising steps are done, over all images of the request.
+
+    ``preview`` makes one of the image that is being made, where the model can. It is to be called
+    before the next event, by the thread that drives the pipeline, which waits for the device then.
+    """
 
     step: int
     total_steps: int
+    preview: Callable[[], Preview] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

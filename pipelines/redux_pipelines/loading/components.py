@@ -41,6 +41,7 @@ from redux_pipelines.memory.plan import MEMORY_MODES, Options, Placement, Plan, 
 from redux_pipelines.network import operator_choice
 from redux_pipelines.network.flux import Flux, FluxParams
 from redux_pipelines.pipeline import Components
+from redux_pipelines.previews import latent_colours
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def load_components(base: Path, redux: Path, options: LoadOptions) -> Components
         dtype=dtype,
         plan=plan,
         has_fp8=isinstance(denoiser, EngineDenoiser) and denoiser.has_fp8,
+        colours=latent_colours(base / "vae", vae.config, device),
     )
 
 
