@@ -109,6 +109,7 @@ ALLOWED: Final = {
     "mask": IMAGE_FORMS,
     "empty_prompt": _one_of(EMPTY_PROMPTS),
     "output_format": _one_of(OUTPUT_FORMATS),
+    "enable_preview": "true or false",
 }
 """What each parameter takes, in the words of an error message."""
 
@@ -208,7 +209,6 @@ class Extensions(BaseModel):
         max_length=MAX_PICTURES,
         description="How much each picture counts: one number per picture, that of image first. "
         "Left out, each counts 1; 0 leaves a picture out.",
-        examples=[[1.0, 0.5]],
     )
     redux_strength: float = Field(
         1.0,
@@ -248,6 +248,12 @@ class Extensions(BaseModel):
         "png",
         description="The kind of file of the generated images.",
         json_schema_extra={_UI: "select"},
+    )
+
+    enable_preview: bool = Field(
+        False,
+        description="If set to true, the task's stream also tells of small previews of the images "
+        "while they form.",
     )
 
     @field_validator("image_weights")

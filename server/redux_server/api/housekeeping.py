@@ -42,6 +42,7 @@ def sweep_all(services: Services) -> None:
     found = {"count": sweep(services)}
     sweep_idempotency_keys(services)
     services.presence.forget_gone(FORGET_WORKERS_S)
+    services.previews.sweep()
     if services.store_owner.look(lambda: _tasks_before(services, math.inf)):
         found["strays"] = sweep_strays(services)
         # Their dates are those of the machine, or the bucket, that stored them.

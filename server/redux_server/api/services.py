@@ -40,6 +40,7 @@ from redux_server.storage.signing import Signer, signing_secret
 from redux_server.storage.threads import StorageThreads
 from redux_server.tasks.accepting import Bounds, IdempotencyKeys, free_places
 from redux_server.tasks.listing import History
+from redux_server.tasks.previews import Previews
 from redux_server.tasks.queue_position import QueuePositions
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Acceptance, NewTask, Task
@@ -71,6 +72,7 @@ class Services:
     webhooks: Webhooks
     history: History
     queue: QueuePositions
+    previews: Previews
     poller: TaskPoller
     streams: Subscriptions
     sync_mode: SyncMode
@@ -126,6 +128,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         webhooks=build_webhooks(settings, database, store, present, clock=clock),
         history=History(database),
         queue=QueuePositions(database),
+        previews=Previews(database, clock=clock),
         poller=poller,
         streams=Subscriptions(poller, most=MAX_STREAMS, most_of_a_key=MAX_STREAMS_OF_A_KEY),
         rejoining=Rejoining(idempotency),

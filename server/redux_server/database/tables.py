@@ -7,7 +7,19 @@ their own is in ``redux_server.database.connection``. A change of the tables nee
 
 from typing import Any
 
-from sqlalchemy import JSON, Column, Float, Index, Integer, MetaData, String, Table, Text, text
+from sqlalchemy import (
+    JSON,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
 
 metadata = MetaData()
 
@@ -118,6 +130,17 @@ webhooks = Table(
     Column("delivered_at", Float),
     Column("error", Text, nullable=False, default=""),
     Index("webhooks_next", "next_at"),
+)
+previews = Table(
+    "previews",
+    metadata,
+    # The last preview of a task that is worked on, or that somebody wants them: jpeg is empty then.
+    Column("task_id", String(32), primary_key=True),
+    Column("attempt", Integer),
+    Column("step", Integer),
+    Column("image", Integer),
+    Column("jpeg", LargeBinary),
+    Column("made_at", Float, nullable=False),
 )
 secrets = Table(
     "secrets",

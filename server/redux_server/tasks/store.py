@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 
 from redux_server.database.connection import reader, take_turns
-from redux_server.database.tables import tasks, webhooks
+from redux_server.database.tables import previews, tasks, webhooks
 from redux_server.tasks import accepting, claiming
 from redux_server.tasks.rows import COLUMNS, IS_DELAYED, IS_LEASED, IS_QUEUED, count, end, task_of
 from redux_server.tasks.task import Acceptance, Code, NewTask, Outcome, Status, Task
@@ -36,8 +36,10 @@ _QUEUE_STATE = select(
     count(IS_LEASED),
     select(func.min(tasks.c.queued_at)).scalar_subquery(),
 )
-_GLANCE = select(tasks.c.id, tasks.c.status, tasks.c.attempt, tasks.c.progress_step).where(
-    tasks.c.id.in_(bindparam("ids", expanding=True))
+_GLANCE = (
+    select(tasks.c.id, tasks.c.status, tasks.c.attempt, tasks.c.progress_step, previews.c.step)
+    .join_from(tasks, previews, previews.c.task_id == tasks.c.id, isouter=True)
+    .where(tasks.c.id.in_(bindparam("ids", expanding=True)))
 )
 _GET = select(*COLUMNS).where(tasks.c.id.in_(bindparam("ids", expanding=True)))
 
@@ -48,6 +50,7 @@ class Glance(NamedTuple):
     status: Status
     attempt: int
     steps_done: int
+    previewed_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,8 @@ class TaskStore:
         with self._reader.connect() as db:
             found = db.execute(_GLANCE, {"ids": list(ids)})
             return {
-                row.id: Glance(Status(row.status), row.attempt, row.progress_step) for row in found
+                row.id: Glance(Status(row.status), row.attempt, row.progress_step, row.step)
+                for row in found
             }
 
     def cancel(self, task_id: str, key_id: str) -> Cancellation | None:
@@ -158,7 +162,8 @@ class TaskStore:
         mine = [tasks.c.id.in_(ids)] + ([tasks.c.key_id == key_id] if key_id is not None else [])
         with self._database.begin() as db:
             gone = list(db.scalars(delete(tasks).where(*mine).returning(tasks.c.id)))
-            db.execute(delete(webhooks).where(webhooks.c.task_id.in_(gone)))
+            for table in (webhooks, previews):
+                db.execute(delete(table).where(table.c.task_id.in_(gone)))
         return gone
 
     # --- the worker's side --------------------------------------------------------------------

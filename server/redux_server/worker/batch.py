@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ from redux_server.worker.inputs import (
 )
 from redux_server.worker.leased import Abandoned, Cancelled, LeasedTask, logged_together
 from redux_server.worker.outputs import Postponed, RetryingStore, provenance
+from redux_server.worker.previews import PreviewSender
 from redux_server.worker.watchdog import Watchdog
 
 _UNREAD = "The input picture could not be read"
@@ -77,12 +78,14 @@ class BatchRunner:
         device: Executor | None = None,
         force_safety: bool = False,
         watchdog: Watchdog | None = None,
+        previews: PreviewSender | None = None,
     ) -> None:
         self._images = images
         self._pipeline = pipeline
         self._safety = safety
         self._device = device or ThreadPoolExecutor(1, thread_name_prefix="device")
         self._force_safety = force_safety
+        self._previews = previews
         self._caches = metrics.CacheMeter()
         self.watchdog = watchdog or Watchdog()
         self.on_device: tuple[LeasedTask, ...] = ()
@@ -183,7 +186,7 @@ class BatchRunner:
             has_begun()
         started = time.perf_counter()
         try:
-            with logged_together([member.leased for member in members]):
+            with logged_together([member.leased for member in members]), self._previewed(members):
                 self._generate(members)
             self.device_is_idle.set()
             has_left()
@@ -195,6 +198,20 @@ class BatchRunner:
             self._caches.update(self._pipeline.cache_stats())
         for member in members:
             member.leased.note("inference", time.perf_counter() - started)
+
+    @contextmanager
+    def _previewed(self, members: list[BatchMember]) -> Iterator[None]:
+        """Let previews of ``members`` be stored meanwhile."""
+        if self._previews is None:
+            yield
+            return
+        for member in members:
+            self._previews.begin(member.leased.task)
+        try:
+            yield
+        finally:
+            for member in members:
+                self._previews.end(member.leased.task)
 
     def _generate(self, members: list[BatchMember]) -> None:
         """Give every member its end. A group that fails is tried again in halves, down to one."""
@@ -233,6 +250,8 @@ class BatchRunner:
                 member = members[index]
                 if isinstance(event, Progress):
                     member.leased.step = event.step
+                    if self._previews is not None and member.end is None:
+                        self._previews.offer(member.leased.task, event)
                 elif member.end is None:
                     member.end = event
                 # In a batch, the images of a task that is dropped are made nevertheless.

@@ -46,11 +46,13 @@ from redux_server.storage.blobs import BlobStore, StorageError
 from redux_server.storage.opening import open_ballast, open_pictures
 from redux_server.storage.signing import Signer, signing_secret
 from redux_server.storage.temporary import check_room, nameless_file
+from redux_server.tasks.previews import Previews
 from redux_server.tasks.store import TaskStore
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.inputs import ImageLoader
 from redux_server.worker.loop import POLL_S, Worker
 from redux_server.worker.model import check_parallel, describe_model, load_model
+from redux_server.worker.previews import PreviewSender
 from redux_server.worker.probes import WorkerProbes, serve
 from redux_server.worker.watchdog import Watchdog
 
@@ -116,12 +118,11 @@ def run_worker(settings: ServerSettings, *, device: str, is_supervised: bool) ->
                 return code
             signer = Signer(signing_secret(database), clock=clock)
             fingerprint = fingerprint_of(model[0].info.weights or settings.model)
+            kept = blobs, signer, Previews(database, clock=clock)
             worker = Worker(
                 announce.name,
                 store=store,
-                runner=_runner(
-                    settings, announce.name, (blobs, signer), model, (device_thread, watchdog)
-                ),
+                runner=_runner(settings, announce.name, kept, model, (device_thread, watchdog)),
                 ballast=open_ballast(settings),
                 accepts=Served(fingerprint, store, presence),
                 ends_process=True,
@@ -313,11 +314,11 @@ def _tickets(
 def _runner(
     settings: ServerSettings,
     worker_id: str,
-    pictures: tuple[BlobStore, Signer],
+    kept: tuple[BlobStore, Signer, Previews],
     model: tuple[Pipeline, SafetyChecker],
     device: tuple[Executor, Watchdog],
 ) -> BatchRunner:
-    blobs, signer = pictures
+    blobs, signer, previews = kept
     pipeline, safety = model
     policy = AddressPolicy.from_entries(settings.fetch_allow_entries)
     temporary = settings.temporary_dir
@@ -332,7 +333,13 @@ def _runner(
         device=device[0],
         force_safety=settings.force_safety_checker,
         watchdog=device[1],
+        previews=_sender(settings, previews),
     )
+
+
+def _sender(settings: ServerSettings, previews: Previews) -> PreviewSender | None:
+    """None where every image is to be checked: nobody checks a preview."""
+    return None if settings.force_safety_checker else PreviewSender(previews)
 
 
 class _Supervisor:

@@ -1,9 +1,11 @@
 """A task's progress as server-sent events."""
 
 import asyncio
+import base64
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -30,24 +32,45 @@ _DESCRIPTION = (
     "task is open, `end` when it has ended (and with it the stream), `gone` if it was deleted. "
     "With the `Last-Event-ID` of a `progress` event, the state that it told of is not told again; "
     "with that of an `end`, the answer is 204. Streams also end after ten minutes, and when the "
-    "server stops."
+    "server stops. With `preview=1`, or where the task has `enable_preview`, `preview` events tell "
+    "how an image forms: small JPEGs, up to five a second, without an id. There are none where the "
+    "server has to check every image."
 )
 _SCHEMAS = "#/components/schemas/"
 _EVENT = {
     "type": "object",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": ["progress", "end", "gone"]},
+        "event": {"enum": ["progress", "preview", "end", "gone"]},
         "id": {"type": "string"},
         "retry": {"type": "integer"},
         "data": {
             "type": "string",
             "contentMediaType": "application/json",
             "contentSchema": {
-                "anyOf": [{"$ref": f"{_SCHEMAS}Prediction"}, {"$ref": f"{_SCHEMAS}ErrorBody"}]
+                "anyOf": [
+                    {"$ref": f"{_SCHEMAS}Prediction"},
+                    {"$ref": f"{_SCHEMAS}ErrorBody"},
+                    {
+                        "type": "object",
+                        "required": ["step", "image", "data"],
+                        "properties": {
+                            "step": {"type": "integer"},
+                            "image": {"type": "integer"},
+                            "data": {"type": "string", "format": "uri"},
+                        },
+                    },
+                ]
             },
         },
     },
+}
+_PREVIEW = {
+    "name": "preview",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "string", "enum": ["0", "1"]},
+    "description": "1 has previews made and told",
 }
 _LAST_EVENT_ID = {
     "name": "Last-Event-ID",
@@ -98,7 +121,7 @@ class EventStream(StreamingResponse):
         },
         204: {"description": "The end was told already"},
     },
-    openapi_extra={"parameters": [_LAST_EVENT_ID]},
+    openapi_extra={"parameters": [_LAST_EVENT_ID, _PREVIEW]},
 )
 async def stream(task_id: str, request: Request, services: ServicesDep) -> Response:
     """Tell of a task until it has ended."""
@@ -106,6 +129,7 @@ async def stream(task_id: str, request: Request, services: ServicesDep) -> Respo
     last_id = request.headers.get("last-event-id", "")
     if task.status.is_terminal and last_id == event_id(task, None):
         return Response(status_code=204)
+    has_previews = await _has_previews(task, request, services)
     try:
         subscription = services.streams.open(task.id, task.key_id)
     except TooManySubscriptions as error:
@@ -116,8 +140,23 @@ async def stream(task_id: str, request: Request, services: ServicesDep) -> Respo
         services.streams.release(subscription)
         metrics.STREAMS.dec()
 
-    writer = EventWriter(services, str(request.base_url), subscription, last_id)
+    writer = EventWriter(
+        services, str(request.base_url), subscription, last_id, has_previews=has_previews
+    )
     return EventStream(writer.events(task), release)
+
+
+async def _has_previews(task: Task, request: Request, services: Services) -> bool:
+    """Whether the stream tells of previews; if so, they are made from now on."""
+    if task.status.is_terminal or services.settings.force_safety_checker:
+        return False
+    if task.input.get("enable_preview"):
+        return True
+    if request.query_params.get("preview") not in ("1", "true"):
+        return False
+    with suppress(*DATABASE_AWAY):  # without them, then
+        await asyncio.to_thread(services.previews.want, task.id)
+    return True
 
 
 def event_id(task: Task, position: int | None) -> str:
@@ -129,12 +168,20 @@ class EventWriter:
     """What one stream says."""
 
     def __init__(
-        self, services: Services, base_url: str, subscription: Subscription, last_id: str
+        self,
+        services: Services,
+        base_url: str,
+        subscription: Subscription,
+        last_id: str,
+        *,
+        has_previews: bool = False,
     ) -> None:
         self._services = services
         self._base_url = base_url
         self._subscription = subscription
         self._told = last_id
+        self._has_previews = has_previews
+        self._previewed: tuple[int, int] | None = None
 
     async def events(self, task: Task) -> AsyncIterator[bytes]:
         """Everything from the state ``task`` on."""
@@ -147,6 +194,7 @@ class EventWriter:
                 yield self._gone()
                 return
             event = await self._event(found)
+            event += await self._preview(found)
             if event or time.monotonic() - silent_since >= HEARTBEAT_S:
                 yield event or KEEPALIVE_COMMENT
                 silent_since = time.monotonic()
@@ -185,6 +233,26 @@ class EventWriter:
             event="end" if task.status.is_terminal else "progress",
             id=name,
         )
+
+    async def _preview(self, task: Task) -> bytes:
+        """The last preview of a task that is worked on; empty if that was told, or there is none.
+
+        It has no id: a reader that comes back goes on after the last state that it knows.
+        """
+        if not self._has_previews or task.started_at is None or task.status.is_terminal:
+            return b""
+        try:
+            found = await asyncio.to_thread(self._services.previews.get, task.id)
+        except DATABASE_AWAY:
+            return b""
+        if found is None or found.attempt != task.attempt:
+            return b""
+        if (name := (found.attempt, found.step)) == self._previewed:
+            return b""
+        self._previewed = name
+        picture = f"data:image/jpeg;base64,{base64.b64encode(found.jpeg).decode()}"
+        data = {"step": found.step, "image": found.index, "data": picture}
+        return format_sse_event(data_str=json.dumps(data), event="preview")
 
     def _gone(self) -> bytes:
         error = no_task(self._subscription.task_id)

@@ -1,12 +1,13 @@
 """A task followed as server-sent events: what is said, when it ends, and what it may cost."""
 
 import asyncio
+import base64
 import json
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from e2e.live import LiveServer, a_picture, data_uri, wait_until
 from redux_server.api.auth import KeyRing
 from redux_server.api.following import Subscriptions
 from redux_server.api.routes import stream
+from redux_server.tasks.previews import StoredPreview
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import Outcome, Status
 from server.in_process import Api, submit
@@ -52,6 +54,7 @@ class Reader:
     task_id: str
     last_id: str = ""
     key: str = ""
+    query: str = ""
     is_reading: bool = True
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -68,7 +71,7 @@ class Reader:
             "scheme": "http",
             "path": f"/api/v3/predictions/{self.task_id}/stream",
             "raw_path": b"",
-            "query_string": b"",
+            "query_string": self.query.encode(),
             "headers": [
                 (b"host", b"test"),
                 (b"authorization", f"Bearer {self.key or self.api.key}".encode()),
@@ -252,6 +255,73 @@ def test_stream_ends_after_a_while_so_that_its_key_is_looked_at_again(
 
     run(api, follow)
     assert len(api.services.streams) == 0
+
+
+# --- previews -------------------------------------------------------------------------------------
+
+PREVIEW = StoredPreview(1, 2, 0, b"\xff\xd8 a picture")
+
+
+def claimed(api: Api, **more: Any) -> Any:
+    """A task that is worked on."""
+    submit(api, {"image": "https://example.com/a.png", **more})
+    (task,) = api.services.store.claim("w")
+    return task
+
+
+@pytest.mark.parametrize("asks", ["task", "reader"])
+def test_previews_are_told_without_an_id_to_whom_asks_for_them(api: Api, asks: str) -> None:
+    task = claimed(api, **({"enable_preview": True} if asks == "task" else {}))
+    previews = api.services.previews
+
+    async def follow() -> None:
+        async with Reader(api, task.id, query="preview=1" if asks == "reader" else "") as reader:
+            await reader.see(lambda events: len(events) == 1)
+            is_known = previews.wanted([task.id]) == {task.id}
+            assert is_known == (asks == "reader"), "its worker knows of the task's own wish"
+            for step in (2, 3):
+                await asyncio.to_thread(previews.put, task.id, replace(PREVIEW, step=step))
+                events = await reader.see(lambda events, step=step: len(events) == step)
+                assert (events[-1].name, events[-1].id) == ("preview", "")
+                assert events[-1].data["step"] == step
+            kind, _, data = events[-1].data["data"].partition(",")
+            assert (kind, base64.b64decode(data)) == ("data:image/jpeg;base64", PREVIEW.jpeg)
+            await asyncio.to_thread(api.services.store.finish, task.id, task.attempt, DONE)
+            assert (await reader.end())[-1].name == "end"
+
+    run(api, follow)
+
+
+def test_previews_of_an_attempt_that_failed_and_for_who_does_not_ask_are_not_told(api: Api) -> None:
+    task = claimed(api)
+
+    async def follow() -> None:
+        async with Reader(api, task.id) as plain, Reader(api, task.id, query="preview=1") as asking:
+            await asking.see(lambda events: len(events) == 1)
+            put = api.services.previews.put
+            await asyncio.to_thread(put, task.id, replace(PREVIEW, attempt=0))
+            await asyncio.to_thread(put, task.id, replace(PREVIEW, step=3))
+            events = await asking.see(lambda events: len(events) == 2)
+            assert events[-1].data["step"] == 3
+            await asyncio.to_thread(api.services.store.finish, task.id, task.attempt, DONE)
+            assert [event.name for event in await plain.end()] == ["progress", "end"]
+
+    run(api, follow)
+
+
+def test_where_every_image_is_checked_nobody_is_told_of_previews(build_api: Any) -> None:
+    api = build_api(force_safety_checker=True)
+    task = claimed(api, enable_preview=True)
+
+    async def follow() -> None:
+        async with Reader(api, task.id, query="preview=1") as reader:
+            await reader.see(lambda events: len(events) == 1)
+            assert api.services.previews.wanted([task.id]) == set()
+            await asyncio.to_thread(api.services.previews.put, task.id, PREVIEW)
+            await asyncio.to_thread(api.services.store.finish, task.id, task.attempt, DONE)
+            assert [event.name for event in await reader.end()] == ["progress", "end"]
+
+    run(api, follow)
 
 
 # --- what streams may cost ------------------------------------------------------------------------
