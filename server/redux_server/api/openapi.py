@@ -5,6 +5,7 @@ Descriptions are those of the hosted service's documentation, where it has the f
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +19,24 @@ RESULT_PATHS = (
     "/api/v2/wavespeed-ai/flux/{task_id}/result",
 )
 _ID = "45b392b22c3b449fa935bd4dc2219dfe"
+# An apple of 32 x 32 pixels, drawn for this document, so that the example needs no network.
+_APPLE = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAgMAAAAOFJJnAAAADFBMVEX////WMDEnjEaWHijc"
+    "4vv+AAAAWklEQVR42mNgwAuYX62CMxpwMMShaljDrwaAGaKhoSEgmjEUCByQGawBQDmQIlEH"
+    "VogiOCMUxAgFMUBqwAwwIJIB0gMxEMYAGQe2C9MZcBeCFEHczCAagjUAAKjGK2o5PwCSAAAA"
+    "AElFTkSuQmCC"
+)
+SUBMIT_EXAMPLE = {
+    "image": _APPLE,
+    "prompt": "",
+    "size": "512*512",
+    "seed": 0,
+    "num_inference_steps": 28,
+    "guidance_scale": 3.5,
+    "num_images": 1,
+}
+LIST_EXAMPLE = {"page": 1, "page_size": 20}
 WEBHOOK_PARAMETER = {
     "name": "webhook",
     "in": "query",
@@ -199,6 +218,12 @@ def responses(
     for status in errors:
         documented[status] = {"model": ErrorBody, "description": _ERRORS[status]}
     return documented
+
+
+def json_body(model: type[BaseModel], example: Mapping[str, Any]) -> dict[str, Any]:
+    """A documented JSON body, with an example that is answered with 200 as it stands."""
+    content = {"schema": model.model_json_schema(), "example": example}
+    return {"required": True, "content": {"application/json": content}}
 
 
 def _result_operation(path: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import json
 import re
+from typing import Any
 
+from e2e.live import LiveServer
 from redux_server import __version__
 from redux_server.parameters import PredictionRequest
 from server.in_process import SUBMIT, Api
@@ -39,3 +41,31 @@ def test_openapi_is_well_formed(api: Api) -> None:
             assert operation["responses"]
     assert len(set(ids)) == len(ids)
     assert {SUBMIT, "/api/v2/wavespeed-ai/flux-pro-redux", "/readyz"} <= set(document["paths"])
+
+
+def examples(document: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The path and the example of each operation that takes JSON."""
+    found = []
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            content = operation.get("requestBody", {}).get("content", {})
+            if "application/json" in content:
+                found.append((path, content["application/json"]["example"]))
+    return found
+
+
+def test_every_example_is_answered_as_it_stands_and_submitted_ones_complete(
+    live: LiveServer,
+) -> None:
+    with live.client() as client:
+        given = examples(client.get("/openapi.json").json())
+        assert len(given) >= 8
+        submitted = []
+        for path, example in given:
+            answer = client.post(path, json=example)
+            assert answer.status_code == 200, (path, answer.text)
+            if path.endswith("/flux-pro-redux"):
+                submitted.append(answer.json()["data"]["id"])
+        assert len(submitted) == 2
+    for task_id in submitted:
+        assert live.wait(task_id)["status"] == "completed"

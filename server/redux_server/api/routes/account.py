@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redux_server.api.dependencies import ServicesDep, read_json
-from redux_server.api.openapi import Success, responses
+from redux_server.api.openapi import Success, json_body, responses
 from redux_server.api.prediction import envelope, timestamp
 from redux_server.api.routes.lists import (
     A_TIME,
@@ -146,11 +146,17 @@ class UsageRequest(BaseModel):
     model_uuid: str = ""
 
 
+_EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
+    PriceRequest: {"model_id": MODELS[0], "inputs": {"num_images": 2}},
+    BillingsRequest: {"page": 1, "page_size": 10},
+    UsageRequest: {"start_time": "2026-11-01T00:00:00Z", "end_time": "2026-12-01T00:00:00Z"},
+}
+
+
 def _documented(model: type[BaseModel], answer: type[BaseModel], *errors: int) -> dict[str, Any]:
-    content = {"application/json": {"schema": model.model_json_schema()}}
     return {
         "responses": responses(400, 401, 408, 413, *errors, model=answer, description="The answer"),
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "openapi_extra": {"requestBody": json_body(model, _EXAMPLES[model])},
     }
 
 

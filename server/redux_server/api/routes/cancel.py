@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from redux_server import metrics
 from redux_server.api.answers import answer
 from redux_server.api.dependencies import ServicesDep, no_task, read_json
-from redux_server.api.openapi import DeletedEnvelope, responses
+from redux_server.api.openapi import DeletedEnvelope, json_body, responses
 from redux_server.api.prediction import envelope
 from redux_server.api.services import Services
 from redux_server.errors import BadRequest
@@ -72,10 +72,7 @@ async def delete_one(task_id: str, request: Request, services: ServicesDep) -> J
     description="As deleting each. Ids that are unknown, or another key's, are not counted.",
     responses=responses(400, 401, 413, 503, model=DeletedEnvelope),
     openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": DeleteRequest.model_json_schema()}},
-        }
+        "requestBody": json_body(DeleteRequest, {"ids": ["45b392b22c3b449fa935bd4dc2219dfe"]})
     },
 )
 async def delete_many(request: Request, services: ServicesDep) -> JSONResponse:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from redux_server.api.dependencies import ServicesDep, read_json
-from redux_server.api.openapi import Prediction, Success, responses
+from redux_server.api.openapi import LIST_EXAMPLE, Prediction, Success, json_body, responses
 from redux_server.api.prediction import envelope
 from redux_server.errors import BadRequest
 from redux_server.parameters import MODELS, Whole, complaint
@@ -109,12 +109,7 @@ class ListedEnvelope(Success):
     summary="List tasks",
     description="The tasks of this API key, newest first, as long as they are kept.",
     responses=responses(400, 401, 408, 413, 503, model=ListedEnvelope, description="A page"),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": ListRequest.model_json_schema()}},
-        }
-    },
+    openapi_extra={"requestBody": json_body(ListRequest, LIST_EXAMPLE)},
 )
 async def list_tasks(request: Request, services: ServicesDep) -> JSONResponse:
     """A page of what this key has submitted."""

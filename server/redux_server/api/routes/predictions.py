@@ -30,8 +30,10 @@ from redux_server.api.limits import Reservation
 from redux_server.api.openapi import (
     IDEMPOTENCY_KEY,
     RESULT_PATHS,
+    SUBMIT_EXAMPLE,
     WEBHOOK_PARAMETER,
     SecretEnvelope,
+    json_body,
     responses,
 )
 from redux_server.api.prediction import envelope
@@ -243,10 +245,7 @@ def _submit_operation(version: str, model: str) -> dict[str, Any]:
         "responses": responses(400, 401, 404, 408, 409, 410, 413, 429, 503),
         "openapi_extra": {
             "parameters": [WEBHOOK_PARAMETER, IDEMPOTENCY_KEY],
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": requests_of(model).model_json_schema()}},
-            },
+            "requestBody": json_body(requests_of(model), SUBMIT_EXAMPLE),
         },
     }
 

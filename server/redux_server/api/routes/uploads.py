@@ -15,7 +15,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from redux_server.api.admission import refuse_excess
 from redux_server.api.dependencies import ServicesDep, read_json
-from redux_server.api.openapi import Success, responses
+from redux_server.api.openapi import Success, json_body, responses
 from redux_server.api.prediction import envelope, timestamp
 from redux_server.api.services import Services
 from redux_server.errors import BadRequest
@@ -101,10 +101,9 @@ class TicketEnvelope(Success):
     description="The raw bytes of the file are then sent by PUT to `upload.url`, once.",
     responses=responses(400, 401, 408, 413, 429, 503, model=TicketEnvelope, description="A ticket"),
     openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": TicketRequest.model_json_schema()}},
-        }
+        "requestBody": json_body(
+            TicketRequest, {"filename": "photo.png", "size": 9000, "content_type": "image/png"}
+        )
     },
 )
 async def create_upload(request: Request, services: ServicesDep) -> JSONResponse:
