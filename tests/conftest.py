@@ -11,6 +11,7 @@ import pytest
 _LONGEST = (
     "weights/test_mini.py",
     "e2e/test_cluster.py",
+    "playground/test_page.py",
     "server/tasks/test_store_model.py",
     "e2e/test_chaos.py",
     "pipelines/compilation/test_compiled.py",

@@ -43,6 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Safety checker": ("safety_threshold", "force_safety_checker"),
     "HTTP API": (
         *("public_url", "trusted_proxies", "cors_origins", "sync_timeout_s", "keep_alive_s"),
+        "playground",
     ),
     "Limits": ("max_open_per_key", "rate_limit", "max_upload", "min_free_disk"),
     "Storage": ("database_url", "blob_url", "retention_hours", "upload_retention_hours"),
@@ -220,6 +221,11 @@ class ServerSettings(ModelSettings):
         "127.0.0.1,::1",
         "addresses or networks of proxies whose X-Forwarded-* and Forwarded headers say how the "
         "client called us, separated by commas; * is all",
+    )
+    playground: str = option(
+        "on",
+        "the page at / to try the model in, for whoever has an API key",
+        choices=("on", "off"),
     )
     data_dir: Path = field(
         default_factory=default_data_dir,

@@ -48,6 +48,7 @@ OTHERS = {
     "public_url": "https://flux.example",
     "trusted_proxies": "10.0.0.0/8",
     "keep_alive_s": "620",
+    "playground": "off",
     "data_dir": "/srv/flux",
     "blob_url": "s3://pictures/flux",
     "min_free_disk": "64",

@@ -32,6 +32,7 @@ from redux_server.api.routes import (
     files,
     lists,
     models,
+    playground,
     predictions,
     service,
     stream,
@@ -67,6 +68,8 @@ def build_app(services: Services) -> FastAPI:
         app.include_router(module.router)
     app.include_router(models.catalogue)
     app.include_router(predictions.catch_all)
+    if services.settings.playground == "on":
+        app.include_router(playground.playground(services.settings.public_url))
     app.include_router(service.probes())
     app.include_router(service.router)
     own_limit = partial(uploads.body_limit, max_upload_bytes=services.uploads.max_bytes)

@@ -63,6 +63,7 @@ class Greeting:
         """What is said of a server that is ready; makes the first key if there is none."""
         made = self._services.keys.create("first") if self._services.keys.is_empty() else ""
         lines = {
+            "page": page_address(self._settings, self.url, made),
             "docs": f"{self.url}/docs",
             "key": f"{made}  (made now, and shown this once)" if made else self._about_keys(),
             "try": self._curl(made or f"${_KEY_VARIABLE}"),
@@ -70,7 +71,7 @@ class Greeting:
         }
         if not self._has_worker():
             lines["worker"] = f"none is ready; on each machine with a GPU: {_program()} worker"
-        told = "".join(f"\n  {name:<6} {line}" for name, line in lines.items())
+        told = "".join(f"\n  {name:<6} {line}" for name, line in lines.items() if line)
         return f"\nReady: {self.url}{told}\n"
 
     def _is_ready(self) -> bool:
@@ -113,6 +114,17 @@ class Greeting:
         except OSError:  # a store that is away: then a URL of the caller's own
             return "https://example.com/photo.jpg"
         return self.url + self._services.signer.path(blob, _SAMPLE_EXPIRES)
+
+
+def page_address(settings: ServerSettings, url: str, key: str) -> str:
+    """Where the page is, with ``key`` in the fragment, which no browser sends; "" without a page.
+
+    The page takes the key out of its address at once. The key is there only where this machine
+    alone can reach the page: who types in an address of a server elsewhere may have others look on.
+    """
+    if settings.playground != "on":
+        return ""
+    return f"{url}/#key={key}" if key and settings.is_loopback else f"{url}/"
 
 
 def _program() -> str:

@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from schemathesis.specs.openapi.checks import (
 from sqlalchemy import Engine
 from starlette.routing import BaseRoute, Mount, Route
 
+import redux_server
 from e2e.live import a_picture
 from redux_server.api.services import Services
 from redux_server.dispatch.presence import Presence, WorkerState
@@ -48,10 +50,13 @@ ENDS = {
     "failed": Outcome(Status.FAILED, error="It went wrong.", code=5000),
 }
 STATES = ("created", "processing", "cancelled", "deleted", *ENDS)
+PLAYGROUND = Path(redux_server.__file__).parent / "playground"
 PUBLIC = {
     "/livez", "/health", "/readyz", "/version", "/metrics", "/docs", "/openapi.json",
     "/files/{path:path}", "/uploads/{ticket}",  # their paths are signed
     "/static-offline-docs",
+    "/", "/playground/sample.png",
+    *(f"/playground/{path.name}" for path in PLAYGROUND.iterdir() if path.suffix != ".html"),
 }  # fmt: skip
 
 
