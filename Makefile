@@ -84,11 +84,11 @@ define install
 endef
 
 $(RUNTIME): pyproject.toml constraints.txt $(INSTEAD)
-	$(call install,.,the server)
+	$(call install,.[bench],the server)
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt $(INSTEAD)
-	$(call install,.[dev$(comma)cluster],the server and the development tools)
+	$(call install,.[bench$(comma)dev$(comma)cluster],the server and the development tools)
 	@touch $@ $(RUNTIME)
 
 # --- use ------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def load_pipeline(
             max_batch_size=how.max_batch_size,
         )
     _check_attention(how.attention, how.backend)
-    _silence_bars()
+    silence_bars()
     if base is None and model == MINI:
         return _load_mini(how)
     if base is None and model == "tiny":
@@ -144,7 +144,7 @@ def _quality(name: str, backend: str) -> Quality:
     return found
 
 
-def _silence_bars() -> None:
+def silence_bars() -> None:
     """No bars for reading and writing files: in a log they are noise. Downloads keep theirs."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -23,6 +23,8 @@ from redux_pipelines.contract.types import (
     QUALITIES,
 )
 from redux_server import __version__
+from redux_server.cli.bench_flags import BENCH, COMPARE
+from redux_server.cli.flags import Flag
 from redux_server.cli.progress import note
 from redux_server.settings import (
     ClientSettings,
@@ -45,20 +47,6 @@ _LICENCE = (
 _REQUEST = "The request"
 _PICTURES = "What of the pictures counts, and how much"
 _METRICS_FOLDER = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
-
-
-class Flag:
-    """A flag or an argument that is no setting: what ``add_argument`` takes, and its group."""
-
-    def __init__(self, *names: str, group: str = "", **options: Any) -> None:
-        self.names, self.group, self.options = names, group, options
-
-    @property
-    def usage(self) -> str:
-        """How it stands in the line of usage: not at all, if it may be left out."""
-        if not self.names[0].startswith("-"):
-            return f" {self.options['metavar']}"
-        return f" {self.names[0]} {self.options['metavar']}" if "required" in self.options else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +79,8 @@ class Verb:
         """
         _keep_metrics_in_memory()
         if self.settings is None:
-            return self.load()(**given)
+            mine = {flag.dest for flag in self.flags}  # `bench compare` is parsed by `bench`, too
+            return self.load()(**{name: given[name] for name in given if name in mine})
         settings = build(self.settings, given, os.environ)
         if self.name in _SERVERS and isinstance(settings, ServerSettings):
             _use_temporary_folder(settings)
@@ -281,6 +270,18 @@ VERBS = (
         [Flag("--out", required=True, metavar="DIR", help="the folder to make")],
         only=("base", "revision"),
     ),
+    Verb(
+        "bench",
+        "measure servers of the task API against each other: speed, images, cost",
+        "redux_server.cli.bench:bench",
+        flags=BENCH,
+    ),
+    Verb(
+        "bench compare",
+        "say what became slower between two runs; exit code 1 if something did",
+        "redux_server.cli.bench:compare",
+        flags=COMPARE,
+    ),
     Verb("version", "print the version", "redux_server.cli.main:version"),
     Verb(
         "doctor",
@@ -371,14 +372,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     families: dict[str, Any] = {"": verbs}
+    parsers: dict[str, argparse.ArgumentParser] = {}
     for verb in VERBS:
         family, _, name = verb.name.rpartition(" ")
         if family not in families:
-            parent = verbs.add_parser(family, help=_FAMILIES[family])
-            families[family] = parent.add_subparsers(
-                title="actions", metavar="ACTION", required=True
+            is_verb = family in parsers  # it does something by itself, too
+            parent = (
+                parsers[family] if is_verb else verbs.add_parser(family, help=_FAMILIES[family])
             )
-        _add_flags(families[family].add_parser(name, help=verb.help), verb)
+            families[family] = parent.add_subparsers(
+                title="actions", metavar="ACTION", required=not is_verb
+            )
+        parsers[verb.name] = families[family].add_parser(name, help=verb.help)
+        _add_flags(parsers[verb.name], verb)
     return parser
 
 

@@ -35,6 +35,8 @@ VERBS = (
     ["tasks", "unbind"],
     ["weights"],
     ["weights", "quantize"],
+    ["bench"],
+    ["bench", "compare"],
     ["version"],
     ["doctor"],
 )
@@ -46,6 +48,7 @@ CALLS = {
     "keys create": ["--name", "me"],
     "keys revoke": ["id"],
     "weights quantize": ["--out", "x"],
+    "bench compare": ["a.json", "b.json"],
 }
 NO_PARAMETERS = ("image", "images", "mask", "out", "wait", "as_json")
 

@@ -1,0 +1,1 @@
+"""The benchmark of servers that speak the task API. Loads torch only to measure likeness."""
