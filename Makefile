@@ -19,7 +19,7 @@ comma := ,
 .PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
         soak mutate check lint format types imports dockerfile playground bench bench-server \
         bench-files bench-engine bench-attention bench-products bench-host bench-kernels bench-growth \
-        bench-roofline bench-mini bench-previews gpu-report gpu-bundle gpu-tables train-mini \
+        bench-roofline bench-mini bench-open-tasks bench-previews gpu-report gpu-bundle gpu-tables train-mini \
         fit-preview eval-mini eval-approximations eval-controls docs docs-build docs-reference docker \
         clean
 
@@ -235,6 +235,9 @@ bench-roofline: $(RUNTIME)  ## print a lower bound on GPU times, from operation 
 
 bench-mini: $(RUNTIME)  ## measure the embedded model: loading, time per image, memory
 	@$(BIN)/python -W ignore pipelines/benchmarks/bench_mini.py $(ARGS)
+
+bench-open-tasks: $(RUNTIME)  ## measure what 1,000 open tasks cost the process of flux-redux bench
+	@$(BIN)/python server/benchmarks/bench_open_tasks.py $(ARGS)
 
 # Where nothing is installed, by whatever Python there is: see docs/performance/gpu-report.md.
 ANY_PYTHON = $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3)

@@ -81,7 +81,7 @@ def page(report: Mapping[str, Any], drawn: Drawn) -> str:
 def _subtitle(report: Mapping[str, Any]) -> str:
     load, workload = report["load"], report["workload"]
     how = {
-        "closed": lambda: f"{load['clients']} client(s), each waiting for its image",
+        "closed": lambda: _clients(load["clients"]),
         "open": lambda: f"{load['rate_per_minute']:g} images a minute, {load['arrivals']} arrivals",
         "knee": lambda: f"searching the rate whose p95 reaches {load['slo_s']:g} s",
     }[load["kind"]]()
@@ -90,6 +90,10 @@ def _subtitle(report: Mapping[str, Any]) -> str:
         f"{report['made_at']} · {workload['parameters']['size']}, "
         f"{workload['parameters']['num_inference_steps']} steps · {how}{stopped}"
     )
+
+
+def _clients(count: int) -> str:
+    return f"{count} clients, each waiting for its image" if count > 1 else "one client"
 
 
 def _verdicts(report: Mapping[str, Any]) -> list[str]:

@@ -122,7 +122,7 @@ def cost_over_images(
     if not priced:
         return ""
     days = [60 * 24 * rate for rate in per_minute.values() if rate]
-    end = max((even or 0) * 2.5, *(1.2 * each for each in days[:1]), 1.0)
+    end = even * 2.5 if even else 1.2 * max(days, default=1000.0)
     counts = np.linspace(0, end, 400)
     with rc_context(_STYLE):
         figure, axes = _figure()

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -23,6 +24,7 @@ from redux_server.settings import UsageError
 
 JSON, CSV, HTML = "report.json", "requests.csv", "report.html"
 _OUTPUTS = "outputs"
+_RESERVE_BYTES = 4 * 2**20
 _LISTS = ("outputs", "flagged")
 _COLUMNS = [each.name for each in fields(Sample)] + ["latency_s", "waiting_s"]
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
@@ -31,13 +33,16 @@ _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 class Folder:
     """The folder of a run. Samples are appended to the CSV as they end, so that a crash keeps them.
 
-    Raises ``UsageError`` where it cannot be written to.
+    Room for the report is set aside at the start: images may fill the disk. Raises ``UsageError``
+    where it cannot be written to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             (path / _OUTPUTS).mkdir(parents=True, exist_ok=True)
+            self._reserve = path / f".reserve.{os.getpid()}"
+            self._reserve.write_bytes(bytes(_RESERVE_BYTES))
             self._journal = (path / CSV).open("w", newline="", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--out {path}: {error.strerror}") from None
@@ -45,20 +50,27 @@ class Folder:
         self._writer.writerow(_COLUMNS)
 
     def close(self) -> None:
-        """Close the journal."""
-        self._journal.close()
+        """Close the journal, and give back the room that was set aside."""
+        with suppress(OSError):  # what it could not write on a full disk
+            self._journal.close()
+        self._reserve.unlink(missing_ok=True)
 
     def record(self, sample: Sample) -> None:
-        """Append one sample."""
-        self._writer.writerow(_row(sample))
-        self._journal.flush()
+        """Append one sample; on a full disk, ``write`` has it all the same."""
+        with suppress(OSError):
+            self._writer.writerow(_row(sample))
+            self._journal.flush()
 
     def save(self, target: str, index: int, place: int, data: bytes) -> str:
         """Store an output; its place under the folder. Raises ``OSError``."""
         suffix = next((s for head, s in _SUFFIXES.items() if data.startswith(head)), ".bin")
         name = Path(_OUTPUTS, target, f"{index:05d}-{place}{suffix}")
         (self.path / name).parent.mkdir(exist_ok=True)
-        (self.path / name).write_bytes(data)
+        try:
+            (self.path / name).write_bytes(data)
+        except OSError:
+            (self.path / name).unlink(missing_ok=True)
+            raise
         return str(name)
 
     def write(self, report: Mapping[str, Any], plan: Plan, measurement: Measurement) -> None:

@@ -133,13 +133,19 @@ def _run(plan: plans.Plan, keys: Mapping[str, str], path: Path, encoder: str) ->
             )
         if runner.measurement.is_interrupted:
             note("stopped; writing the report of what was measured")
-        told = run.report(
-            plan,
-            runner,
-            folder,
-            command=_command(keys),
-            encoder=_encoder(encoder, runner.measurement.samples),
-        )
+        try:
+            told = run.report(
+                plan,
+                runner,
+                folder,
+                command=_command(keys),
+                encoder=_encoder(encoder, runner.measurement.samples),
+            )
+        except OSError as error:
+            note(
+                f"cannot write the report to {path}: {error.strerror}; requests.csv has the samples"
+            )
+            return 1
     _print(told)
     print(path / HTML)
     if told["interrupted"]:

@@ -25,6 +25,7 @@ BENCH = (
         dest="targets",
         action="append",
         default=[],
+        required=False,  # `bench compare` needs none
         metavar="NAME=URL,key_env=VAR",
         help=_A_TARGET,
     ),
