@@ -93,14 +93,15 @@ class Runner:
             key = self._keys[target.name]
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             answer = await self._asked(target, "/api/v3/balance", headers)
-            if answer.status in (401, 403):
+            if answer is not None and answer.status in (401, 403):
                 given = f"the key in {target.key_env}" if key else "a request without a key"
                 raise Unusable(
                     f"{target.name} ({target.url}) refuses {given} (HTTP {answer.status}); "
                     "nothing was asked of any target"
                 )
             if target.idempotency == "auto":
-                document = (await self._asked(target, "/openapi.json", {})).json()
+                answer = await self._asked(target, "/openapi.json", {})
+                document = None if answer is None else answer.json()
                 self._clients[target.name].has_idempotency = _has_idempotency(document)
 
     @property
@@ -121,11 +122,14 @@ class Runner:
             if not self._plan.has_knee:
                 self._cut()
 
-    async def _asked(self, target: Target, path: str, headers: Mapping[str, str]) -> Answer:
+    async def _asked(self, target: Target, path: str, headers: Mapping[str, str]) -> Answer | None:
+        """An answer that costs nothing; None where the target has none, which is no fault of it."""
         transport = self._transports[target.name]
         try:
             return await transport.request("GET", target.url + path, headers, b"", _ASK_S)
-        except (NotSent, NoAnswer) as error:
+        except NoAnswer:
+            return None
+        except NotSent as error:
             raise Unusable(
                 f"cannot reach {target.name} at {target.url} ({error}); nothing was asked of any "
                 "target"

@@ -228,11 +228,11 @@ def _notes(plan: Plan, measurement: Measurement, latencies: Mapping[str, Latenci
             said.append(f"{name}: {count} arrivals were not sent; {MAX_OPEN} tasks were open.")
         if count := sum(map(_is_late, samples)):
             said.append(
-                f"{name}: {count} requests left more than {LATE_S * 1000:.0f} ms late; their time "
+                f"{name}: {count} request{'s' * (count != 1)} left more than {LATE_S * 1000:.0f} ms late; their time "
                 "counts from the schedule all the same."
             )
         if count := sum(sample.rate_limited for sample in samples):
-            said.append(f"{name}: said {count} times that requests came too fast (429); obeyed.")
+            said.append(f"{name}: {count} submits were answered with 429; Retry-After was obeyed.")
         search = measurement.searches.get(name)
         if search and search.carried and not search.is_bracketed:
             said.append(f"{name}: the images were used up before the knee was known to 5 %.")

@@ -94,7 +94,8 @@ def _plan(
 def _images(load: Mapping[str, Any]) -> int:
     """As many as the rate gives in the duration, else a few."""
     if load["rate"] and load["duration_s"]:
-        return max(1, round(load["rate"] * load["duration_s"] / 60))
+        count: int = round(load["rate"] * load["duration_s"] / 60)
+        return max(1, count)
     return plans.DEFAULT_IMAGES
 
 

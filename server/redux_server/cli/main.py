@@ -381,7 +381,10 @@ def build_parser() -> argparse.ArgumentParser:
                 parsers[family] if is_verb else verbs.add_parser(family, help=_FAMILIES[family])
             )
             families[family] = parent.add_subparsers(
-                title="actions", metavar="ACTION", required=not is_verb
+                title="actions",
+                metavar="ACTION",
+                required=not is_verb,
+                prog=f"flux-redux {family}",
             )
         parsers[verb.name] = families[family].add_parser(name, help=verb.help)
         _add_flags(parsers[verb.name], verb)

@@ -8,6 +8,7 @@ from redux_server.bench.measure import Unusable
 from redux_server.bench.plan import Plan
 from redux_server.bench.summary import errors_of
 from redux_server.bench.task_client import Limits, Sample
+from redux_server.bench.transport import NoAnswer
 from server.bench import virtual
 from server.bench.hosted import KEY, Hosted
 from server.bench.runs import measured, run, target, workload
@@ -155,6 +156,16 @@ def test_a_key_that_is_refused_stops_the_run_before_any_image() -> None:
     with pytest.raises(Unusable, match=r"B .*refuses the key in KEY \(HTTP 401\); nothing was"):
         measured({"A": good, "B": bad}, images=5)
     assert good.tasks == bad.tasks == {}
+
+
+def test_a_target_that_has_no_balance_and_no_document_can_be_measured() -> None:
+    class Bare(Hosted):
+        async def answer(self, method: str, base: str, path: str, headers, body: bytes):  # type: ignore[no-untyped-def]
+            if path in ("v3/balance", "openapi.json"):
+                raise NoAnswer("the connection was cut")
+            return await super().answer(method, base, path, headers, body)
+
+    assert only(Bare()).outcome == "completed"
 
 
 def test_arrivals_that_find_no_room_are_counted_and_not_sent() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from e2e.live import ROOT, wait_until
+from redux_server.bench.page import Drawn
+from redux_server.bench.page import page as write_page
 from redux_server.cli import bench as verb
 from redux_server.cli.main import EXIT_USAGE, run
 from server.bench.hosted import KEY, Hosted, serving, variation
@@ -72,7 +74,13 @@ def test_two_targets_are_measured_and_the_report_has_what_it_promises(
     )
     assert page.count("<svg") == 3
     assert page.count("data:image/jpeg") > 9
-    assert "[pro] is not [dev]" in page and "Likeness is not beauty" in page
+    assert "[pro] is not [dev]" in page
+    assert "Likeness is not beauty" in page
+    hostile = "<script>alert(1)</script>"
+    told["findings"].append(hostile)
+    told["notes"].append(hostile)
+    told["targets"]["hosted"]["errors_by_kind"][hostile] = 1
+    assert hostile not in write_page(told, Drawn())
 
 
 def test_the_key_is_nowhere_in_what_is_written_or_said(
