@@ -228,8 +228,8 @@ def _notes(plan: Plan, measurement: Measurement, latencies: Mapping[str, Latenci
             said.append(f"{name}: {count} arrivals were not sent; {MAX_OPEN} tasks were open.")
         if count := sum(map(_is_late, samples)):
             said.append(
-                f"{name}: {count} request{'s' * (count != 1)} left more than {LATE_S * 1000:.0f} ms late; their time "
-                "counts from the schedule all the same."
+                f"{name}: {count} request{'s' * (count != 1)} left more than "
+                f"{LATE_S * 1000:.0f} ms late; time counts from the schedule all the same."
             )
         if count := sum(sample.rate_limited for sample in samples):
             said.append(f"{name}: {count} submits were answered with 429; Retry-After was obeyed.")

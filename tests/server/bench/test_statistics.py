@@ -62,3 +62,15 @@ def test_how_many_samples_a_percentile_needs() -> None:
     for percent in (50, 95, 99):
         count = min_count(percent)
         assert (percent / 100) ** count <= 0.025 < (percent / 100) ** (count - 1)
+
+
+def test_very_many_samples_take_no_more_memory_than_few() -> None:
+    import tracemalloc
+
+    seen = Latencies.of(np.random.default_rng(0).lognormal(0, 0.3, 200_000).tolist(), [0] * 200_000)
+    tracemalloc.start()
+    found = percentile(seen, 50)
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
+    assert found.low < 1 < found.high
+    assert found.high / found.low < 1.01
