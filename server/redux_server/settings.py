@@ -45,7 +45,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("public_url", "trusted_proxies", "cors_origins", "sync_timeout_s", "keep_alive_s"),
         "playground",
     ),
-    "Limits": ("max_open_per_key", "rate_limit", "max_upload", "min_free_disk"),
+    "Limits": (
+        *("max_open_per_key", "queue_share", "rate_limit", "max_upload", "max_stored_uploads"),
+        "min_free_disk",
+    ),
     "Storage": ("database_url", "blob_url", "retention_hours", "upload_retention_hours"),
     "Workers": (
         *("dispatch", "broker_url", "max_attempts", "lease_s", "step_timeout_s"),
@@ -242,6 +245,12 @@ class ServerSettings(ModelSettings):
     max_upload: int = option(
         20, "MiB of an uploaded file beyond which it is answered 413", minimum=1, maximum=200
     )
+    max_stored_uploads: int = option(
+        1024,
+        "MiB of uploaded files of one API key that are kept, beyond which an upload is answered "
+        "413; on a disk never more than half of what is free above --min-free-disk",
+        minimum=1,
+    )
     upload_retention_hours: float = option(168.0, "how long uploaded files stay", minimum=0)
     database_url: str = secret_option(
         "sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME (default: a SQLite file in "
@@ -265,6 +274,13 @@ class ServerSettings(ModelSettings):
         0,
         "open tasks of one API key beyond which its submits are answered 429; 0: no limit",
         minimum=0,
+    )
+    queue_share: int = option(
+        80,
+        "percent of --max-queue that one API key may fill while no other has tasks; of several "
+        "each gets an equal part, and some room stays for the next; 100: no such limit",
+        minimum=1,
+        maximum=100,
     )
     rate_limit: int = option(
         0,

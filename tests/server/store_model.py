@@ -29,6 +29,7 @@ class Row:
     not_before: float | None = None
     started_at: float = 0.0
     is_queued: bool = True
+    charged: float = 0.0
     is_unwanted: bool = False
     outcome: Outcome | None = None
 
@@ -49,6 +50,8 @@ class Model:
         self.told: set[str] = set()  # tasks with a message in the outbox
         self.used: dict[tuple[str, str], tuple[str, str, float]] = {}  # digest, task, time
         self.accepted = 0
+        self.seconds: dict[str, float] = {}  # that each key has had
+        self.typical: dict[str, float] = {}  # of a task of each
 
     def open(self) -> list[Row]:
         return [row for row in self.rows.values() if not row.status.is_terminal]
@@ -71,6 +74,8 @@ class Model:
         if len(self.open()) >= self.max_open:
             return "full", ""
         self.accepted += 1
+        if not any(row.key == new.key_id for row in self.open()):
+            self._enter(new.key_id)
         self.rows[new.id] = Row(
             new.id,
             place=self.accepted,
@@ -82,6 +87,14 @@ class Model:
         if new.idempotency_key:
             self.used[new.key_id, new.idempotency_key] = (new.digest, new.id, self.now)
         return "created", new.id
+
+    def _enter(self, key: str) -> None:
+        """Who comes back has had as much as the least of the others that are there."""
+        priority = self.priorities[key]
+        active = {row.key for row in self.open() if self.priorities[row.key] == priority}
+        all_ = self.seconds.values()
+        tag = min((self.seconds[each] for each in active), default=max(all_, default=0.0))
+        self.seconds[key] = max(tag, self.seconds.get(key, 0.0))
 
     def cancel(self, task_id: str, key: str) -> Row | None:
         row = self.rows.get(task_id)
@@ -133,16 +146,17 @@ class Model:
                   for key in {row.key for row in top}]  # fmt: skip
         return min(oldest, key=self._turn, default=None)
 
-    def _turn(self, row: Row) -> tuple[int, float, int]:
-        running = sum(other.key == row.key for other in self.leased())
+    def _turn(self, row: Row) -> tuple[float, float, int]:
         latest = max(other.started_at for other in self.rows.values() if other.key == row.key)
-        return running, latest, row.place
+        return self.seconds[row.key], latest, row.place
 
     def _lease(self, row: Row, owner: str) -> None:
         row.status, row.owner, row.is_queued = Status.PROCESSING, owner, False
         row.attempt += 1
         row.started_at = self.now
         row.lease_until = self.now + self.lease_s
+        row.charged = self.typical.get(row.key, 1.0)
+        self.seconds[row.key] += row.charged
 
     def renew(self, owner: str, held: dict[str, int]) -> tuple[set[str], set[str]]:
         lost, cancelled = set(), set()
@@ -157,10 +171,16 @@ class Model:
                 cancelled.add(task_id)
         return lost, cancelled
 
-    def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
+    def finish(
+        self, task_id: str, attempt: int, outcome: Outcome, cost_s: float | None = None
+    ) -> bool:
         row = self.rows.get(task_id)
         if row is None or row.status is not Status.PROCESSING or row.attempt != attempt:
             return False
+        if cost_s is not None:
+            self.seconds[row.key] += cost_s - row.charged
+            typical = self.typical.get(row.key, 1.0)
+            self.typical[row.key] = typical * 0.7 + max(0.01, cost_s) * 0.3
         self.end(row, outcome)
         return True
 

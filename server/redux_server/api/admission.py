@@ -21,7 +21,7 @@ from redux_server.errors import (
     Unavailable,
 )
 from redux_server.storage.disk import refuse_without_room
-from redux_server.tasks.task import KeyConflict, KeyFull, NoRoom
+from redux_server.tasks.task import KeyConflict, KeyFull, NoRoom, ShareFull
 
 MAX_IDEMPOTENCY_KEY = 255
 _SMALL_BODY = 64 * 2**10
@@ -146,6 +146,14 @@ def refusal(acceptance: KeyConflict | Refusal, services: Services) -> ApiError:
         return QueueFull(
             f"This API key has {services.settings.max_open_per_key} open tasks, as many as it may; "
             "wait for one to end.",
+            headers={"Retry-After": "5"},
+        )
+    if isinstance(acceptance, ShareFull):
+        metrics.REJECTED.labels("share_full").inc()
+        return QueueFull(
+            "This API key has its share of the queue, and the places that are left are for others "
+            f"({services.settings.max_queue} open tasks may be, --queue-share "
+            f"{services.settings.queue_share}); wait for one of its tasks to end.",
             headers={"Retry-After": "5"},
         )
     if isinstance(acceptance, NoRoom):

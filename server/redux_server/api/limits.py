@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from redux_server.api.coalescer import Coalescer
-from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom
+from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom, ShareFull
 
-Refusal = NoRoom | KeyFull
+Refusal = NoRoom | KeyFull | ShareFull
 FRESH_S = 1.0
 """How long the count of a look may stand for one of its own when a place is reserved."""
 _PRUNE_ABOVE = 10_000
@@ -118,7 +118,8 @@ class QueueReservations:
         # Whose reservation ended meanwhile may have been accepted, and not be in this count yet.
         unsure = self._ended - count.ended
         others, of_key = self._reserved.total() + unsure, self._reserved[key_id] + unsure
-        return count.free.of_all > others and count.free.of_key > of_key
+        free = count.free
+        return free.of_all > others and min(free.of_key, free.of_share) > of_key
 
     def _end(self, key_id: str) -> None:
         self._reserved -= Counter({key_id: 1})  # leaves no zeros

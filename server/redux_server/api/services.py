@@ -30,6 +30,7 @@ from redux_server.database.clock import ClockGuard, clock_of
 from redux_server.dispatch.choice import Dispatch, build_dispatch
 from redux_server.dispatch.presence import Presence
 from redux_server.metrics import WorkerReports
+from redux_server.pictures.upload_records import UploadRecords
 from redux_server.pictures.uploads import Uploads
 from redux_server.settings import ServerSettings
 from redux_server.storage.blobs import BlobStore
@@ -103,13 +104,12 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     find = Coalescer(store.get, name="find")
     poller = TaskPoller(store.glance, revoked_of=keys.revoked_of)
     held_requests = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
-    bounds = Bounds(settings.max_queue, settings.max_open_per_key)
-    accept = partial(store.accept, max_open=bounds.of_all, max_open_per_key=bounds.of_a_key)
+    bounds = Bounds(settings.max_queue, settings.max_open_per_key, settings.queue_share)
     idempotency, presence = IdempotencyKeys(database, clock=clock), Presence(database, clock=clock)
     return Services(
         settings=settings,
         store=store,
-        accept=Coalescer(accept, name="accept"),
+        accept=Coalescer(_accepting(store, bounds), name="accept"),
         find=find,
         reservations=QueueReservations(partial(free_places, database, bounds=bounds)),
         idempotency=idempotency,
@@ -142,11 +142,23 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
             signer=signer,
             disk=disk,
             folder=settings.temporary_dir,
+            records=UploadRecords(database, clock=clock),
             clock=clock,
         ),
         bodies=Bodies(settings.temporary_dir, disk),
         worker_reports=worker_reports,
         dispatch=build_dispatch(settings, database, store, presence, worker_reports),
+    )
+
+
+def _accepting(
+    store: TaskStore, bounds: Bounds
+) -> Callable[[Sequence[NewTask]], Sequence[Acceptance]]:
+    return partial(
+        store.accept,
+        max_open=bounds.of_all,
+        max_open_per_key=bounds.of_a_key,
+        share=bounds.share,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     Float,
     Index,
@@ -61,6 +62,8 @@ tasks = Table(
     Column("webhook_url", Text),
     # Of the workers for which it was accepted (see dispatch/fingerprint.py); empty: of any.
     Column("fingerprint", String(64), nullable=False, default="", server_default=""),
+    # What the last claim charged its key for it, see tasks/usage.py.
+    Column("charged_s", Float, nullable=False, default=0.0, server_default="0"),
     Index("tasks_queued", "queued_at"),
     Index("tasks_leased", "lease_until"),
     Index("tasks_delayed", "not_before"),
@@ -93,6 +96,29 @@ keys = Table(
     Column("created_at", Float, nullable=False),
     Column("revoked_at", Float),
     Column("priority", Integer, nullable=False, default=0, server_default="0"),  # of its tasks
+)
+usage = Table(
+    "usage",
+    metadata,
+    # What an API key has had, and what a task of it costs; both in seconds of device and fetching.
+    Column("key_id", String(64), primary_key=True),
+    Column("seconds", Float, nullable=False, default=0.0, server_default="0"),
+    Column("typical_s", Float, nullable=False, default=1.0, server_default="1"),
+)
+uploads = Table(
+    "uploads",
+    metadata,
+    # stored_at is empty while the file is announced or on its way; until expires_at it counts.
+    Column("id", String(32), primary_key=True),
+    Column("key_id", String(64), nullable=False),
+    Column("blob", String(128), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("stored_at", Float),
+    Index("uploads_listed", "key_id", "created_at", "id", "size_bytes"),
+    Index("uploads_expires", "expires_at"),
 )
 workers = Table(
     "workers",

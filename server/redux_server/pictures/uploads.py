@@ -12,18 +12,21 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from redux_server import metrics
 from redux_server.errors import BadRequest, Conflict, Gone, NotFound, TooLarge, TooManyRequests
 from redux_server.pictures.decode import sniff
 from redux_server.pictures.incoming import Incoming, nameless_file, refused_by_store
+from redux_server.pictures.upload_records import FILE_BYTES, UploadRecord, UploadRecords
 from redux_server.settings import ServerSettings
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.disk import DiskSpace, refuse_without_room
+from redux_server.storage.opening import local_folder
 from redux_server.storage.signing import Signer
 from redux_server.storage.threads import StorageThreads
 
@@ -38,6 +41,7 @@ _TICKET = re.compile(
     r"(?P<seal>[0-9a-f]{32})\.(?P<text>(?P<expires_at>[0-9]{1,12})\.(?P<size>[0-9]{1,10})\."
     r"(?P<owner>[0-9a-f]{8})\.(?P<id>[0-9a-f]{32})\.(?P<extension>[a-z]{3,4}))"
 )
+MAX_NAME = 1024
 MAX_OPEN = 64
 MAX_OPEN_PER_OWNER = 32
 GRACE_S = 3600.0  # a task that came with a URL in its last minute may have to wait
@@ -116,6 +120,10 @@ def key_of(id_: str, extension: str) -> str:
     return f"{PREFIX}{id_}/picture.{extension}"
 
 
+def _id_of(key: str) -> str:
+    return key.removeprefix(PREFIX).partition("/")[0]
+
+
 def owner_of(key_id: str) -> str:
     """Whom to count an upload for, in a form that may stand in a URL."""
     return hashlib.sha256(key_id.encode()).hexdigest()[:8]
@@ -144,8 +152,13 @@ class Uploads:
         signer: Signer,
         disk: DiskSpace,
         folder: Path,
+        records: UploadRecords,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self.records = records
+        self.max_stored_bytes = settings.max_stored_uploads * 2**20
+        # A bucket has no end; of a disk, a key may have as much as it leaves.
+        self._is_on_disk = local_folder(settings.blob_url, settings.blobs_dir) is not None
         self.max_bytes = settings.max_upload * 2**20
         self.tickets = UploadTickets(signer, clock=clock)
         self._kept_s = settings.upload_retention_hours * 3600
@@ -158,17 +171,33 @@ class Uploads:
         self._open: Counter[str] = Counter()
         self._storing = asyncio.Semaphore(_STORED_AT_ONCE)
 
-    def issue(self, key_id: str, name: str, content_type: str, size_bytes: int) -> UploadTicket:
-        """A ticket for a file of that name, type and size.
+    async def issue(
+        self, key_id: str, name: str, content_type: str, size_bytes: int
+    ) -> UploadTicket:
+        """A ticket for a file of that name, type and size, for which room is kept.
 
         Raises:
-            TooLarge: no file may have that size.
+            TooLarge: no file may have that size, or the key stores too much.
             Unavailable: there is no room on the disk.
         """
         if size_bytes > self.max_bytes:
             raise self._too_large(f"The file has {size_bytes:,} bytes")
         self._check_room()
-        return self.tickets.issue(key_id, name, content_type, size_bytes)
+        ticket = self.tickets.issue(key_id, name, content_type, size_bytes)
+        await self._note(key_id, ticket.key, name, size_bytes, expires_at=ticket.expires_at)
+        return ticket
+
+    async def check_stored(self, key_id: str) -> None:
+        """Refuse a file of a key that has no room for any.
+
+        Raises:
+            TooLarge: it has none.
+            Unavailable: there is no room on the disk.
+        """
+        self._check_room()
+        stored = await asyncio.to_thread(self.records.stored, key_id)
+        if self._left(stored.size_bytes) <= FILE_BYTES:
+            raise self._share_is_full(0)
 
     @contextmanager
     def receive(self, key_id: str) -> Iterator[Incoming]:
@@ -189,18 +218,26 @@ class Uploads:
         with self._take_in(ticket.owner, ticket.size_bytes, excess) as incoming:
             yield incoming
 
-    async def keep(self, incoming: Incoming) -> str:
-        """Store a whole file under a key of its own; returns the key.
+    async def keep(self, key_id: str, name: str, incoming: Incoming) -> str:
+        """Store a whole file of the API key ``key_id`` under a key of its own; returns the key.
 
         Raises:
             BadRequest: it is no picture of a kind that we take.
+            TooLarge: the API key stores too much.
             Unavailable: the store does not take it.
         """
         async with self._storing, incoming.whole() as data:
             extension = EXTENSIONS[(sniff(bytes(data[:64])) or "").lower()]
             key = key_of(secrets.token_hex(16), extension)
-            with refused_by_store():
-                await self._in_thread(self._blobs.put, key, data)
+            expires_at = self._clock() + self._kept_s
+            await self._note(key_id, key, name, len(data), expires_at=expires_at)
+            try:
+                with refused_by_store():
+                    await self._in_thread(self._blobs.put, key, data)
+            except BaseException:
+                await asyncio.to_thread(self.records.forget, [_id_of(key)])
+                raise
+            await asyncio.to_thread(self.records.has_come, _id_of(key), expires_at=expires_at)
         return key
 
     async def redeem(self, ticket: UploadTicket, incoming: Incoming) -> None:
@@ -209,21 +246,43 @@ class Uploads:
         Raises:
             BadRequest: not of the size that was told, or no picture of a kind that we take.
             Conflict: another file is there, which a task may be using.
+            Gone: it was deleted, or is older than this server remembers.
             Unavailable: the store does not take it.
         """
+        id_ = _id_of(ticket.key)
         async with self._storing, incoming.whole() as data:
             if len(data) != ticket.size_bytes:
                 raise ticket.wrong_size(f"{len(data):,}")
+            if await asyncio.to_thread(self.records.owner, id_) is None:
+                raise Gone("This upload was deleted; ask for another upload URL.")
             with refused_by_store():
                 is_there = await self._in_thread(self._create, ticket.key, data)
+            if is_there:
+                expires_at = self._clock() + self._kept_s
+                has_come = partial(self.records.has_come, id_, expires_at=expires_at)
+                if not await asyncio.to_thread(has_come):
+                    await self._in_thread(self._blobs.delete_under, PREFIX + id_)
+                    raise Gone("This upload was deleted; ask for another upload URL.")
         if not is_there:
             raise Conflict(
                 "Another file was stored with this upload URL, and stays; ask for another URL."
             )
 
-    def download_path(self, key: str) -> str:
-        """The path at which anyone may fetch ``key``, as long as it is kept."""
-        return self._signer.path(key, self._clock() + self._kept_s)
+    def download_path(self, key: str, until: float | None = None) -> str:
+        """The path at which anyone may fetch ``key``: ``until`` then, or as long as it is kept."""
+        return self._signer.path(key, self._clock() + self._kept_s if until is None else until)
+
+    def delete(self, key_id: str, ids: Collection[str]) -> int:
+        """Delete those of ``ids`` that are of the API key, files first; returns how many.
+
+        Raises:
+            OSError: the store does not delete; what it did not delete is still listed.
+        """
+        deleted = 0
+        for record in self.records.find(key_id, ids):
+            self._blobs.delete_under(PREFIX + record.id)
+            deleted += self.records.forget([record.id])
+        return deleted
 
     def sweep(self, now: float) -> int:
         """Delete what was stored longer ago than it is kept, and some grace; returns how many."""
@@ -231,6 +290,8 @@ class Uploads:
         folders = sorted(name for name in old if name.startswith(PREFIX))
         for folder in folders:
             self._blobs.delete_under(folder)
+        now = self._clock()
+        self.records.forget_expired(announced=now - GRACE_S, stored=now - GRACE_S)
         return len(folders)
 
     @contextmanager
@@ -250,6 +311,33 @@ class Uploads:
         finally:
             self._open[owner] -= 1
             self._open += Counter()  # drops those that have none
+
+    async def _note(
+        self, key_id: str, key: str, name: str, size_bytes: int, *, expires_at: float
+    ) -> None:
+        """Note the file ``key`` before it is stored, if there is room for it."""
+        record = UploadRecord(
+            _id_of(key), key, name[:MAX_NAME], size_bytes, self._clock(), expires_at, None
+        )
+        room = await asyncio.to_thread(self.records.add, key_id, record, left=self._left)
+        if room is not None:
+            raise self._share_is_full(room)
+
+    def _left(self, stored_bytes: int) -> int:
+        """How many bytes a key may still store that stores so many."""
+        left = self.max_stored_bytes - stored_bytes
+        if self._is_on_disk:  # what it stores then is at most what is left for others
+            left = min(left, (self._disk.room_bytes() - stored_bytes) // 2)
+        return left
+
+    def _share_is_full(self, room: int) -> TooLarge:
+        metrics.REJECTED.labels("uploads_stored").inc()
+        return TooLarge(
+            f"This API key has room for {room:,} bytes more of uploads ({self.max_stored_bytes:,} "
+            "may be stored, and no more than is left on the disk for others). Delete uploads that "
+            "are not needed: GET /api/v3/media/uploads lists them, POST /api/v3/media/uploads/"
+            "delete deletes them."
+        )
 
     def _create(self, key: str, data: memoryview) -> bool:
         """Whether ``data`` is what is under ``key`` now."""

@@ -47,6 +47,10 @@ class DiskSpace:
         except OSError:
             return 0
 
+    def room_bytes(self) -> int:
+        """Free bytes above the floor, on the fullest disk."""
+        return max(0, self.free_bytes() - self._floor_bytes)
+
     def complaint(self) -> str | None:
         """Why no task can be accepted now; None when there is room."""
         try:

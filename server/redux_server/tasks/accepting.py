@@ -14,7 +14,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, delete, exists, func, insert, select, tuple_
 
 from redux_server.database.connection import reader
-from redux_server.database.tables import idempotency, keys, tasks
+from redux_server.database.tables import idempotency, tasks
+from redux_server.tasks import usage
 from redux_server.tasks.rows import (
     COLUMNS,
     IS_DELAYED,
@@ -34,6 +35,7 @@ from redux_server.tasks.task import (
     NewTask,
     NoRoom,
     Replayed,
+    ShareFull,
     Status,
     Task,
 )
@@ -46,10 +48,23 @@ _Known = dict[tuple[str, str], tuple[str, Task | None]]
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many tasks may be open: ``of_all``, and ``of_a_key`` (0: as many as of all)."""
+    """How many tasks may be open: ``of_all``, and ``of_a_key`` (0: as many as of all).
+
+    A key that is alone may fill ``share`` percent of the queue. The rule is that it may have at
+    most ``share / (100 - share)`` times as many open tasks as places are free. So two keys, or
+    more, get equal parts, and there is always room left for the first tasks of another. Source:
+    Choudhury and Hahne, "Dynamic queue length thresholds", IEEE/ACM ToN 6 (1998). 100 is no rule.
+    """
 
     of_all: int
     of_a_key: int = 0
+    share: int = 100
+
+    def left_of_share(self, opened: int, free: int) -> int:
+        """How many tasks more a key with ``opened`` open ones may have while ``free`` are free."""
+        if self.share == 100:
+            return sys.maxsize
+        return -((opened * (100 - self.share) - self.share * free) // 100)
 
 
 def accept(
@@ -60,8 +75,10 @@ def accept(
     Belongs into a transaction of its own that takes turns with others.
     """
     room = _left_of_all(db, bounds)
-    by_key = OpenByKey(db, {task.key_id for task in new}, limit=bounds.of_a_key)
-    priorities = _priorities(db, {task.key_id for task in new})
+    key_ids = {task.key_id for task in new}
+    by_key = OpenByKey(db, key_ids, limit=bounds.of_a_key)
+    priorities = usage.priorities_of(db, key_ids)
+    idle = {key_id: priorities[key_id] for key_id in key_ids if not by_key.count(key_id)}
     known = _recall(db, new)
     answers: list[Acceptance] = []
     rows: list[dict[str, Any]] = []
@@ -71,16 +88,22 @@ def accept(
             answer = KeyFull()
         if answer is None and len(rows) >= room:
             answer = NoRoom()
+        if answer is None and (
+            bounds.left_of_share(by_key.count(task.key_id), room - len(rows)) <= 0
+        ):
+            answer = ShareFull()
         if answer is None:
             # A tick apart, so that the order within a batch is an order everywhere.
             at = now + len(rows) * _TICK_S
-            rows.append(new_row(task, priority=priorities.get(task.key_id, 0), now=at))
+            rows.append(new_row(task, priority=priorities[task.key_id], now=at))
             by_key.add(task.key_id)
             answer = Created(task_from(rows[-1]))
             if task.idempotency_key:
                 known[task.key_id, task.idempotency_key] = task.digest, answer.task
         answers.append(answer)
     if rows:
+        created = {row["key_id"] for row in rows}
+        usage.enter(db, {key_id: idle[key_id] for key_id in created & idle.keys()})
         db.execute(insert(tasks), rows)
         _remember(db, new, answers, now)
     return answers
@@ -91,30 +114,39 @@ def free_places(database: Engine, key_ids: Sequence[str], *, bounds: Bounds) -> 
     with reader(database).connect() as db:
         room = _left_of_all(db, bounds)
         by_key = OpenByKey(db, set(key_ids), limit=bounds.of_a_key)
-        return [FreePlaces(room, by_key.left(key_id)) for key_id in key_ids]
+        return [
+            FreePlaces(
+                room,
+                by_key.left(key_id),
+                bounds.left_of_share(by_key.count(key_id), room),
+            )
+            for key_id in key_ids
+        ]
 
 
 class OpenByKey:
     """The open tasks of some keys within one transaction.
 
     Counted by the database, so that a ``limit`` holds for all nodes; exact where transactions that
-    accept take turns. A ``limit`` of 0 is none, and counts nothing.
+    accept take turns. A ``limit`` of 0 is none.
     """
 
     def __init__(self, db: Connection, key_ids: Set[str], *, limit: int) -> None:
         self._limit = limit
-        self._open: Counter[str] = Counter()
-        if limit:
-            query = (
-                select(tasks.c.key_id, func.count())
-                .where(tasks.c.finished_at.is_(None), tasks.c.key_id.in_(key_ids))
-                .group_by(tasks.c.key_id)
-            )
-            self._open.update({key_id: count for key_id, count in db.execute(query)})
+        query = (
+            select(tasks.c.key_id, func.count())
+            .where(tasks.c.finished_at.is_(None), tasks.c.key_id.in_(key_ids))
+            .group_by(tasks.c.key_id)
+        )
+        self._open = Counter({key_id: count for key_id, count in db.execute(query)})
 
     def has_room(self, key_id: str) -> bool:
         """Whether ``key_id`` may have another open task."""
         return self.left(key_id) > 0
+
+    def count(self, key_id: str) -> int:
+        """How many open tasks ``key_id`` has."""
+        return self._open[key_id]
 
     def left(self, key_id: str) -> int:
         """How many open tasks more ``key_id`` may have."""
@@ -179,11 +211,6 @@ class IdempotencyKeys:
 def _left_of_all(db: Connection, bounds: Bounds) -> int:
     is_open = count(IS_QUEUED) + count(IS_LEASED) + count(IS_DELAYED)
     return bounds.of_all - int(db.scalar(select(is_open)) or 0)
-
-
-def _priorities(db: Connection, key_ids: set[str]) -> dict[str, int]:
-    query = select(keys.c.id, keys.c.priority).where(keys.c.id.in_(key_ids))
-    return {id_: priority for id_, priority in db.execute(query)}
 
 
 def _recall(db: Connection, new: Sequence[NewTask]) -> _Known:

@@ -2,14 +2,16 @@
 
 The position is the number of tasks that workers would begin before it if from now on no task
 ended, came or was cancelled, and each was begun alone: it follows from the order of
-``redux_server.tasks.claiming``, a key with few running tasks first. Tasks that end or come
-meanwhile move it both ways; a key's own later tasks never do.
+``redux_server.tasks.claiming``, the key that has had the fewest seconds first, each task costing
+what is typical of its key. Tasks that end or come meanwhile move it both ways; a key's own later
+tasks never do.
 
 Polls share a summary of the queue, one line for each key that waits. It is read at most every half
 second, in at most a fiftieth of the time, and polls go on with the last one while the next is read.
 """
 
 import asyncio
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -18,13 +20,15 @@ from dataclasses import dataclass, field
 from sqlalchemy import Engine, func, select
 
 from redux_server.database.connection import DATABASE_AWAY, reader
-from redux_server.database.tables import tasks
+from redux_server.database.tables import tasks, usage
 from redux_server.tasks.rows import IS_QUEUED
 from redux_server.tasks.task import Status, Task
+from redux_server.tasks.usage import FIRST_GUESS_S
 
 EVERY_S = 0.5
 SHARE = 50  # reading takes at most one part of so many of the time
 TOO_OLD_S = 15.0
+_SAME = 1e-6
 FURTHEST = 1000  # of a key's own tasks; those behind are told the position of this one
 
 
@@ -35,24 +39,31 @@ class Line:
     priority: int
     key_id: str
     waiting: int
-    running: int
-    turn: tuple[float, float, str]  # among keys with as many running
+    seconds: float  # that it has had
+    typical_s: float  # of each of its tasks
+    turn: tuple[float, float, str]  # among keys that have had as much
 
-    def goes_before(self, other: "Line") -> bool:
-        """Whether this key is served first once both have as many running tasks."""
-        return (-self.running, self.turn) < (-other.running, other.turn)
+    def begun(self, level: float, other: "Line") -> int:
+        """How many of its tasks are begun before ``other``, at the ``level``, has its turn."""
+        steps = (level - self.seconds) / self.typical_s
+        # Of two that have come to the same level, the one that was there first.
+        if steps >= 0 and abs(steps - round(steps)) < _SAME:
+            return round(steps) + self._goes_before(other)
+        return math.ceil(steps)
+
+    def _goes_before(self, other: "Line") -> bool:
+        return (-self.seconds, self.turn) < (-other.seconds, other.turn)
 
 
 def position(lines: Sequence[Line], mine: Line, rank: int) -> int:
     """How many tasks go before the one with ``rank`` (from 0) in the line ``mine``."""
     ahead = rank
-    level = mine.running + rank  # how many of its key run when its turn comes
+    level = mine.seconds + rank * mine.typical_s  # what its key has had when its turn comes
     for other in lines:
         if other.priority > mine.priority:
             ahead += other.waiting
         elif other.priority == mine.priority and other is not mine:
-            begun = level - other.running + other.goes_before(mine)
-            ahead += min(other.waiting, max(0, begun))
+            ahead += min(other.waiting, max(0, other.begun(level, mine)))
     return ahead
 
 
@@ -122,25 +133,25 @@ class QueuePositions:
     def _read_lines(self) -> list[Line]:
         others = tasks.alias()
         is_theirs = others.c.key_id == tasks.c.key_id
-        is_leased = others.c.lease_until >= 0
-        running = select(func.count()).select_from(others).where(is_leased, is_theirs)
         latest = select(func.max(others.c.started_at)).where(is_theirs)
         query = (
             select(
                 tasks.c.priority,
                 tasks.c.key_id,
                 func.count(),
-                running.scalar_subquery(),
+                func.coalesce(usage.c.seconds, 0.0),
+                func.coalesce(usage.c.typical_s, FIRST_GUESS_S),
                 func.coalesce(latest.scalar_subquery(), 0.0),
                 func.min(tasks.c.queued_at),
             )
+            .select_from(tasks.outerjoin(usage, usage.c.key_id == tasks.c.key_id))
             .where(IS_QUEUED)
-            .group_by(tasks.c.priority, tasks.c.key_id)
+            .group_by(tasks.c.priority, tasks.c.key_id, usage.c.seconds, usage.c.typical_s)
         )
         with self._reader.connect() as db:
             return [
-                Line(priority, key_id, waiting, running, (latest, oldest, key_id))
-                for priority, key_id, waiting, running, latest, oldest in db.execute(query)
+                Line(*columns[:5], (*columns[5:], columns[1]))
+                for columns in map(tuple, db.execute(query))
             ]
 
     def _read_times(self, line: Line) -> list[float]:

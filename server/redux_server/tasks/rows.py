@@ -1,6 +1,6 @@
 """A task as a row: conditions on it, how it is read, how it is ended. Begins no transaction."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -64,8 +64,10 @@ def task_of(row: Row[Any]) -> Task:
     return Task(**values)
 
 
-def end(db: Connection, *which: ColumnElement[bool], outcome: Outcome, now: float) -> int:
-    """End the tasks that meet all of ``which``; returns how many.
+def end(
+    db: Connection, *which: ColumnElement[bool], outcome: Outcome, now: float
+) -> Sequence[Row[Any]]:
+    """End the tasks that meet all of ``which``; returns the ``key_id`` and ``charged_s`` of each.
 
     Whoever asked for a webhook has it in the outbox with the same commit: there is no end without
     its message, and no message without an end.
@@ -81,13 +83,13 @@ def end(db: Connection, *which: ColumnElement[bool], outcome: Outcome, now: floa
             lease_until=None,
             not_before=None,
         )
-        .returning(tasks.c.id, tasks.c.key_id, tasks.c.webhook_url)
+        .returning(tasks.c.id, tasks.c.key_id, tasks.c.webhook_url, tasks.c.charged_s)
     ).all()
     messages = [
         {"task_id": id_, "key_id": key_id, "url": url, "created_at": now, "next_at": now}
-        for id_, key_id, url in ended
+        for id_, key_id, url, _ in ended
         if url and outcome.status in _TOLD_OF
     ]
     if messages:
         db.execute(insert(webhooks), messages)
-    return len(ended)
+    return ended

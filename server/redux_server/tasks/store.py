@@ -27,7 +27,7 @@ from sqlalchemy import (
 
 from redux_server.database.connection import reader, take_turns
 from redux_server.database.tables import previews, tasks, webhooks
-from redux_server.tasks import accepting, claiming
+from redux_server.tasks import accepting, claiming, usage
 from redux_server.tasks.rows import COLUMNS, IS_DELAYED, IS_LEASED, IS_QUEUED, count, end, task_of
 from redux_server.tasks.task import Acceptance, Code, NewTask, Outcome, Status, Task
 
@@ -104,17 +104,23 @@ class TaskStore:
     # --- the owner's side ---------------------------------------------------------------------
 
     def accept(
-        self, new: Sequence[NewTask], *, max_open: int, max_open_per_key: int = 0
+        self,
+        new: Sequence[NewTask],
+        *,
+        max_open: int,
+        max_open_per_key: int = 0,
+        share: int = 100,
     ) -> list[Acceptance]:
         """Store as many of ``new`` as fit under ``max_open`` open tasks, durably, in one commit.
 
         Returns what became of each, in the order given. A task whose idempotency key is known is
         answered from the first with it, whether or not there is room. No API key gets more than
-        ``max_open_per_key`` open tasks (0: as many as fit).
+        ``max_open_per_key`` open tasks (0: as many as fit), nor more than its share, of which
+        ``share`` is the percentage for a key that is alone (see ``accepting.Bounds``).
         """
         with self._database.begin() as db:
             take_turns(db, "accept")
-            bounds = accepting.Bounds(max_open, max_open_per_key)
+            bounds = accepting.Bounds(max_open, max_open_per_key, share)
             return accepting.accept(db, new, bounds=bounds, now=self._clock())
 
     def get(self, ids: Sequence[str]) -> list[Task | None]:
@@ -169,7 +175,14 @@ class TaskStore:
     # --- the worker's side --------------------------------------------------------------------
 
     def claim(
-        self, owner: str, n: int = 1, *, like: str = "", accepted_for: Collection[str] = ()
+        self,
+        owner: str,
+        n: int = 1,
+        *,
+        like: str = "",
+        without: Collection[str] = (),
+        priority: int | None = None,
+        accepted_for: Collection[str] = (),
     ) -> list[Task]:
         """Lease to ``owner`` the next task, and up to ``n - 1`` more of its shape and priority.
 
@@ -177,15 +190,17 @@ class TaskStore:
         of that shape. None of the others has ever cost a worker, and neither has a first that has
         company. Leases that ran out, and tasks whose delay is over, go back to the queue first.
 
-        With ``accepted_for`` only tasks with one of these fingerprints are taken.
+        No task of the API keys ``without`` is claimed, and none below ``priority``. With
+        ``accepted_for`` only tasks with one of these fingerprints are taken.
         """
-        if not self._has_work(like, accepted_for):
+        wanted = claiming.Wanted(like, frozenset(without), priority, tuple(accepted_for))
+        if not self._has_work(wanted):
             return []
         with self._database.begin() as db:
             now = self._clock()
             self._back_to_the_queue(db, now)
             lease = claiming.lease_values(owner, now, self._lease_s)
-            return claiming.claim(db, count=n, shape=like, lease=lease, accepted_for=accepted_for)
+            return claiming.claim(db, wanted, count=n, lease=lease)
 
     def renew(self, owner: str, leased: Mapping[str, tuple[int, int]]) -> Lease:
         """Extend ``owner``'s leases and record progress.
@@ -212,12 +227,20 @@ class TaskStore:
         cancelled = frozenset(task_id for task_id, is_wanted in wanted.items() if not is_wanted)
         return Lease(lost=frozenset(leased) - wanted.keys(), cancelled=cancelled)
 
-    def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
-        """Record how ``attempt`` ended. False: a later attempt or an end was there first."""
+    def finish(
+        self, task_id: str, attempt: int, outcome: Outcome, *, cost_s: float | None = None
+    ) -> bool:
+        """Record how ``attempt`` ended. False: a later attempt or an end was there first.
+
+        ``cost_s`` are the seconds of device and fetching that it took, None if nobody knows.
+        """
         is_current = tasks.c.id == task_id, tasks.c.attempt == attempt
         is_running = tasks.c.status == Status.PROCESSING
         with self._database.begin() as db:
-            return bool(end(db, *is_current, is_running, outcome=outcome, now=self._clock()))
+            ended = end(db, *is_current, is_running, outcome=outcome, now=self._clock())
+            for row in ended if cost_s is not None else ():
+                usage.settle(db, row.key_id, charged_s=row.charged_s, cost_s=cost_s)
+        return bool(ended)
 
     def give_back(
         self,
@@ -308,11 +331,9 @@ class TaskStore:
         with self._reader.connect() as db:
             return list(db.scalars(query))
 
-    def _has_work(self, shape: str, accepted_for: Collection[str]) -> bool:
-        is_alike = [tasks.c.shape == shape] if shape else []
-        is_alike += claiming.fitting(accepted_for)
+    def _has_work(self, wanted: claiming.Wanted) -> bool:
         # The least of each, not any: PostgreSQL would look for any in the table, not in the index.
-        priority = select(func.max(tasks.c.priority)).where(IS_QUEUED, *is_alike)
+        priority = select(func.max(tasks.c.priority)).where(*wanted.ready)
         query = select(
             priority.scalar_subquery(), _least(tasks.c.lease_until), _least(tasks.c.not_before)
         )
@@ -346,10 +367,10 @@ class TaskStore:
             return 0
         is_taken = tasks.c.id.in_(ids), IS_LEASED
         is_unwanted = tasks.c.cancel_requested_at >= 0
-        taken = end(db, *is_taken, is_unwanted, outcome=Outcome.cancellation(), now=now)
+        taken = len(end(db, *is_taken, is_unwanted, outcome=Outcome.cancellation(), now=now))
         if has_crashed:
             is_poison = tasks.c.crashes + 1 >= self._max_attempts
-            taken += end(db, *is_taken, is_poison, outcome=self._poisoned(error), now=now)
+            taken += len(end(db, *is_taken, is_poison, outcome=self._poisoned(error), now=now))
         # Back to its old place in the queue, not to its end.
         back = {"queued_at": tasks.c.created_at} if delay_s <= 0 else {"not_before": now + delay_s}
         suspect = {"crashes": tasks.c.crashes + 1, "shape": ""} if has_crashed else {}

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -143,17 +144,28 @@ class KeyFull:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareFull:
+    """Not accepted: its API key holds its share of the queue, and what is left is for others."""
+
+
+@dataclass(frozen=True, slots=True)
 class FreePlaces:
-    """How many tasks more would be accepted of anyone, and of one API key."""
+    """How many tasks more would be accepted of anyone, and of one API key.
+
+    ``of_key`` is by the limit of a key, ``of_share`` by its share of the queue.
+    """
 
     of_all: int
     of_key: int
+    of_share: int = sys.maxsize
 
-    def refusal(self) -> NoRoom | KeyFull | None:
+    def refusal(self) -> NoRoom | KeyFull | ShareFull | None:
         """What the next task of the key would be told; None if it would be accepted."""
         if self.of_key <= 0:
             return KeyFull()
-        return NoRoom() if self.of_all <= 0 else None
+        if self.of_all <= 0:
+            return NoRoom()
+        return ShareFull() if self.of_share <= 0 else None
 
 
-Acceptance = Created | Replayed | KeyConflict | NoRoom | KeyFull
+Acceptance = Created | Replayed | KeyConflict | NoRoom | KeyFull | ShareFull

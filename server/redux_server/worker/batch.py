@@ -7,11 +7,18 @@ made, does not touch the others. Knows no store, no leases beyond ``LeasedTask``
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import (
+    ALL_COMPLETED,
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from PIL import Image
@@ -38,14 +45,20 @@ from redux_server.worker.inputs import (
     ImageLoader,
     Seen,
     generation_request,
+    has_remote_pictures,
     load_pictures,
 )
 from redux_server.worker.leased import Abandoned, Cancelled, LeasedTask, logged_together
 from redux_server.worker.outputs import Postponed, RetryingStore, provenance
+from redux_server.worker.prefetch import DeviceQueue, FetchTurns, Place
 from redux_server.worker.previews import PreviewSender
 from redux_server.worker.watchdog import Watchdog
 
 _UNREAD = "The input picture could not be read"
+SLOW_S, SLOW_DECODE_S = 1.0, 5.0
+"""How long an idle device waits for a picture of another host, and for one that is here already."""
+T = TypeVar("T")
+_Preparation = Future[GenerationRequest | Exception]
 _log = structlog.get_logger("redux_server.worker.batch")
 
 
@@ -95,6 +108,8 @@ class BatchRunner:
         self._blobs = RetryingStore(
             blobs, worker_id=worker_id, stopping=self._stopping, check_room=check_room
         )
+        self._queue = DeviceQueue()
+        self._fetches = FetchTurns()
 
     def stop(self) -> None:
         """Begin nothing more on the device; what is there is finished."""
@@ -114,7 +129,7 @@ class BatchRunner:
     def work(
         self,
         group: Sequence[LeasedTask],
-        has_begun: Callable[[], None],
+        place: Place,
         *,
         has_left: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[LeasedTask, Outcome | Postponed | None]]:
@@ -122,33 +137,77 @@ class BatchRunner:
 
         None stands for a task that is no longer ours to end.
 
-        ``has_begun`` is called when the group is on the device and another may be prepared,
-        ``has_left`` when the device is idle again, which a lost one never is. Raises
-        ``DeviceError`` if the device was lost: tasks without an end then had a part in it.
+        ``place`` is told where the group is, so that others are prepared meanwhile; ``has_left`` is
+        called when the device is idle again, which a lost one never is. Raises ``DeviceError`` if
+        the device was lost: tasks without an end then had a part in it.
         """
-        members = []
-        for leased, request in zip(group, self._prepare_all(group), strict=True):
-            if isinstance(request, GenerationRequest):
-                members.append(BatchMember(leased, request))
-            else:
-                yield leased, _outcome_of(leased, request)
-        if members:
-            self._device.submit(self._on_device, members, has_begun, has_left).result()
-        for member in members:
-            yield member.leased, self._end(member)
-
-    def _prepare_all(self, group: Sequence[LeasedTask]) -> list[GenerationRequest | Exception]:
-        if len(group) < 2:
-            return [self._prepare(leased) for leased in group]
-        # Side by side: a slow picture keeps the others waiting, but not one after the other.
+        if not group:
+            return
+        # Side by side: a slow picture keeps no other waiting.
         with ThreadPoolExecutor(len(group), thread_name_prefix="picture") as threads:
-            return list(threads.map(self._prepare, group))
+            pending = {threads.submit(self._prepare, leased): leased for leased in group}
+            while pending:
+                members = []
+                for prepared in self._next_prepared(pending, place):
+                    leased, request = pending.pop(prepared), prepared.result()
+                    if isinstance(request, GenerationRequest):
+                        members.append(BatchMember(leased, request))
+                    else:
+                        yield leased, _outcome_of(leased, request)
+                if members:
+                    place.wait()
+                    yield from self._run(members, place, has_left)
+
+    def _next_prepared(
+        self, pending: Mapping[_Preparation, LeasedTask], place: Place
+    ) -> list[_Preparation]:
+        """Those that go on the device together, in their order: all, unless some come slowly.
+
+        An idle device does not wait for those. A suspect, which is alone, lets nobody pass.
+        """
+        began = time.monotonic()
+        is_suspect = any(leased.is_suspect for leased in pending.values())
+        is_slow = False
+        while True:
+            how = FIRST_COMPLETED if is_slow else ALL_COMPLETED
+            wait(pending, timeout=None if is_slow else SLOW_S / 4, return_when=how)
+            done = [each for each in pending if each.done()]
+            rest = [leased.task for each, leased in pending.items() if each not in done]
+            if is_slow or not rest:
+                return done
+            patience_s = SLOW_S if any(map(has_remote_pictures, rest)) else SLOW_DECODE_S
+            if time.monotonic() - began < patience_s or not self.device_is_idle.is_set():
+                continue
+            if done:
+                return done
+            is_slow = not is_suspect and place.fetch_on(
+                leased.task.key_id for leased in pending.values()
+            )
+
+    def _run(
+        self, members: list[BatchMember], place: Place, has_left: Callable[[], None]
+    ) -> Iterator[tuple[LeasedTask, Outcome | Postponed | None]]:
+        keys = frozenset(member.leased.task.key_id for member in members)
+        with self._queue.unstored():
+            with self._queue.turn(keys, members[0].leased.task.priority):
+                self._device.submit(self._on_device, members, place.begin, has_left).result()
+            for member in members:
+                yield member.leased, self._end(member)
 
     def _prepare(self, leased: LeasedTask) -> GenerationRequest | Exception:
         given = leased.task.input
+
+        def load(reference: str, use: Callable[[Image.Image], T], /) -> T:
+            with self._fetches.turn(leased.task.key_id):
+                began = time.perf_counter()
+                try:
+                    return self._images.load(reference, use)
+                finally:
+                    leased.costs_s.append(time.perf_counter() - began)
+
         try:
             with leased.logged(), leased.timed("fetch"):
-                pictures = load_pictures(self._images.load, given, partial(self._see, given))
+                pictures = load_pictures(load, given, partial(self._see, given))
                 # here, for on its own thread the device would wait for it
                 request = self._pipeline.preprocess(generation_request(given, pictures))
                 # Of a mask that was applied, all that still counts is that there was one.
@@ -196,8 +255,11 @@ class BatchRunner:
         finally:
             self.on_device = ()
             self._caches.update(self._pipeline.cache_stats())
+        took_s = time.perf_counter() - started
+        images = sum(member.request.num_images for member in members)
         for member in members:
-            member.leased.note("inference", time.perf_counter() - started)
+            member.leased.note("inference", took_s)
+            member.leased.costs_s.append(took_s * member.request.num_images / images)
 
     @contextmanager
     def _previewed(self, members: list[BatchMember]) -> Iterator[None]:

@@ -22,6 +22,7 @@ from redux_server.parameters import parse_size
 from redux_server.pictures.decode import DecodeError, decode_and
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
+from redux_server.tasks.task import Task
 
 T = TypeVar("T")
 Seen = Image | PreprocessedPicture
@@ -69,6 +70,13 @@ class ImageLoader:
             raise ImageGone(
                 "The input image is no longer kept by this server, or its upload was not completed."
             ) from None
+
+
+def has_remote_pictures(task: Task) -> bool:
+    """Whether a picture of the task is not in our store, or need not be."""
+    given = task.input
+    references = [given["image"], *given.get("images", ()), given.get("mask", _BLOB)]
+    return not all(reference.startswith(_BLOB) for reference in references)
 
 
 class Pictures(NamedTuple):

@@ -41,6 +41,12 @@ class LeasedTask:
     is_lost: bool = False
     is_cancelled: bool = False
     timings: dict[str, int] = field(default_factory=dict)
+    costs_s: list[float] = field(default_factory=list)
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds of fetching, and of the device, that it has taken so far."""
+        return sum(self.costs_s)
 
     @property
     def is_suspect(self) -> bool:
@@ -91,7 +97,9 @@ class EndRecorder:
     def finish(self, leased: LeasedTask, outcome: Outcome) -> None:
         """Record how a task ended, unless another worker has taken it over."""
         task = leased.task
-        recorded = self._persist(lambda: self._store.finish(task.id, task.attempt, outcome))
+        recorded = self._persist(
+            lambda: self._store.finish(task.id, task.attempt, outcome, cost_s=leased.cost_s)
+        )
         if recorded:
             _report(leased, outcome)
         elif recorded is not None:

@@ -1,9 +1,9 @@
 """The worker's loop: claims tasks, runs them in groups, records how they ended.
 
 ``step`` is one group of tasks from claim to finish, in plain order; a group is one task unless
-several are denoised together. A few identical lanes run it side by side, so that while one group is
-on the device the next one's pictures are being fetched and the last one's images are being checked,
-encoded and stored. Knows no HTTP and no torch, and neither pictures nor pipelines: those are for
+several are denoised together. Identical lanes run it side by side, so that while one group is on
+the device the next one's pictures are being fetched and the last one's images are being checked,
+encoded and stored. Most lanes are for groups whose pictures come slowly, and wait otherwise. Knows no HTTP and no torch, and neither pictures nor pipelines: those are for
 ``redux_server.worker.batch``.
 """
 
@@ -24,8 +24,9 @@ from redux_server.tasks.task import Outcome, Task
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.leased import EndRecorder, LeasedTask
 from redux_server.worker.outputs import Postponed
+from redux_server.worker.prefetch import AHEAD, SLOW, UNSTORED, Place, Prefetch
 
-LANES = 3
+LANES = AHEAD + SLOW + UNSTORED
 POLL_S = 0.5
 CANCEL_PATIENCE_S = 3.0
 """How long a step may go on before a cancelled task need not wait for its end."""
@@ -86,9 +87,9 @@ class Worker:
         self._work_arrived = threading.Event()
         self._has_looked = threading.Event()
         self._is_claiming = False
+        self._claiming = threading.Lock()
         self._has_ended = threading.Event()
-        # One group at most waits for the device; more would keep it from other workers.
-        self._next_up = threading.Semaphore(1)
+        self._prefetch = Prefetch(self.wake)
         self._lanes_end_at = math.inf
         self.device_failure: DeviceError | None = None
         self.is_stuck = False
@@ -136,6 +137,7 @@ class Worker:
         self._lanes_end_at = min(self._lanes_end_at, time.monotonic() + self._drain_timeout_s)
         self._stopping.set()
         self._runner.stop()
+        self._prefetch.stop()
         self._work_arrived.set()
         self._has_looked.set()
 
@@ -165,22 +167,21 @@ class Worker:
 
     def step(self) -> bool:
         """Work off one group. False when none came before ``stop`` (or, once stopped, at once)."""
-        self._next_up.acquire()
-        waits = _Once(self._next_up.release)
+        place = self._prefetch.take()
         try:
-            group = self._claim()
+            group = self._claim(place)
             try:
-                self._work(group, waits)
+                self._work(group, place)
             finally:
                 for leased in group:
                     self._forget(leased)
             return bool(group)
         finally:
-            waits()
+            place.leave()
 
-    def _work(self, group: Sequence[LeasedTask], waits: Callable[[], None]) -> None:
+    def _work(self, group: Sequence[LeasedTask], place: Place) -> None:
         try:
-            for leased, outcome in self._runner.work(group, waits, has_left=self.wake):
+            for leased, outcome in self._runner.work(group, place, has_left=self.wake):
                 if isinstance(outcome, Postponed):
                     with leased.logged():
                         self._recorder.postpone(leased, outcome)
@@ -217,15 +218,18 @@ class Worker:
                 _log.error("worker step failed", exc_info=error)
                 self._stopping.wait(1.0)
 
-    def _claim(self) -> list[LeasedTask]:
-        while not self._stopping.is_set():
-            self._runner.wait_until_usable()
-            claimed = self._look_for_work()
-            if claimed:
-                metrics.REDELIVERIES.inc(sum(task.crashes > 0 for task in claimed))
-                group = [self._lease(task) for task in claimed]
-                self._fill_batch(group)
-                return group
+    def _claim(self, place: Place) -> list[LeasedTask]:
+        with self._claiming:  # the next lane is to know what this one has found
+            while not self._stopping.is_set():
+                self._runner.wait_until_usable()
+                claimed = self._look_for_work()
+                if claimed:
+                    metrics.REDELIVERIES.inc(sum(task.crashes > 0 for task in claimed))
+                    group = [self._lease(task) for task in claimed]
+                    self._fill_batch(group)
+                    tasks = [each.task for each in group]
+                    place.hold({task.key_id for task in tasks}, tasks[0].priority)
+                    return group
         return []
 
     def _look_for_work(self) -> list[Task]:
@@ -246,7 +250,13 @@ class Worker:
 
     def _ask_the_store(self) -> list[Task]:
         try:
-            claimed = self._store.claim(self._id, accepted_for=self._accepts())
+            may = self._prefetch.claimable()
+            claimed = self._store.claim(
+                self._id,
+                without=may.without,
+                priority=may.priority,
+                accepted_for=self._accepts(),
+            )
         except SQLAlchemyError:
             self._is_database_away = True
             raise
@@ -266,7 +276,12 @@ class Worker:
                 return
             self._work_arrived.clear()
             try:
-                more = self._store.claim(self._id, like=shape, accepted_for=self._accepts())
+                more = self._store.claim(
+                    self._id,
+                    like=shape,
+                    without=self._prefetch.claimable().without,
+                    accepted_for=self._accepts(),
+                )
             except SQLAlchemyError as error:  # those that are here need not suffer for it
                 _log.error("cannot look for more tasks of a batch", exc_info=error)
                 return
@@ -320,15 +335,3 @@ class Worker:
                 with leased.logged():
                     self._recorder.finish(leased, Outcome.cancellation())
                 leased.is_lost = True
-
-
-class _Once:
-    """Calls ``action`` at the first call only."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action: Callable[[], None] | None = action
-
-    def __call__(self) -> None:
-        action, self._action = self._action, None
-        if action is not None:
-            action()

@@ -13,12 +13,14 @@ import httpx
 import pytest
 import structlog
 from PIL import Image
+from sqlalchemy import Engine
 
 from e2e.live import a_picture
 from redux_server.api import housekeeping
 from redux_server.api.routes.uploads import FORM_PATHS
 from redux_server.api.services import Services
 from redux_server.pictures import uploads
+from redux_server.pictures.upload_records import UploadRecords
 from redux_server.pictures.uploads import TICKET_S, Uploads
 from redux_server.storage.disk import DiskSpace
 from redux_server.storage.opening import open_blobs
@@ -46,7 +48,10 @@ def clock() -> Clock:
 
 @pytest.fixture
 def build(
-    build_services: Callable[..., Services], build_api: Callable[..., Api], clock: Clock
+    build_services: Callable[..., Services],
+    build_api: Callable[..., Api],
+    clock: Clock,
+    database: Engine,
 ) -> Callable[..., Api]:
     """APIs with a clock to turn, and parts of their own."""
 
@@ -56,6 +61,7 @@ def build(
             "blobs": blobs or services.blobs, "signer": services.signer,
             "threads": services.storage_threads,
             "disk": disk or services.disk, "folder": services.settings.data_dir,
+            "records": UploadRecords(database, clock=clock),
         }  # fmt: skip
         ours = Uploads(services.settings, **parts, clock=clock)
         return build_api(replace(services, blobs=parts["blobs"], uploads=ours))
@@ -398,14 +404,14 @@ def test_nearly_full_disk_takes_no_upload(build: Callable[..., Api], tmp_path: P
 def test_disk_that_fills_up_meanwhile_ends_an_upload(
     build: Callable[..., Api], tmp_path: Path
 ) -> None:
-    free = [10 * 2**20]
+    free = [40 * 2**20]
     disk = DiskSpace([tmp_path], floor_bytes=2**20, free=lambda _: free[0])
     api = build(disk=disk)
 
     async def pieces() -> AsyncIterator[bytes]:
         yield PICTURE
         for _ in range(64):
-            free[0] -= 2**19
+            free[0] -= 2**20
             yield bytes(2**18)
 
     given = ticket(api, len(PICTURE) + 64 * 2**18)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, delete, event, insert, select
 
 from redux_server.database.migration import open_database
-from redux_server.database.tables import idempotency, keys, tasks, webhooks
+from redux_server.database.tables import idempotency, keys, tasks, usage, webhooks
 from redux_server.tasks import claiming
 from redux_server.tasks.accepting import IdempotencyKeys
 from redux_server.tasks.store import Cancellation, Lease, TaskStore
@@ -63,7 +63,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self, engine: Engine, store_class: type[TaskStore]) -> None:
         super().__init__()
         with engine.begin() as db:
-            for table in (tasks, idempotency, webhooks, keys):
+            for table in (tasks, idempotency, webhooks, keys, usage):
                 db.execute(delete(table))
             for key, priority in PRIORITIES.items():
                 known = {"id": key, "name": key, "digest": key, "created_at": 0.0}
@@ -141,9 +141,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.worker_is_gone(owner, has_crashed=True)
         return claimed
 
-    @rule(claim=claims, outcome=OUTCOMES)
-    def finish(self, claim: tuple[str, int], outcome: Outcome) -> None:
-        assert self.store.finish(*claim, outcome) == self.model.finish(*claim, outcome)
+    @rule(claim=claims, outcome=OUTCOMES, cost_s=st.sampled_from([None, 0.0, 0.5, 8.0]))
+    def finish(
+        self, claim: tuple[str, int], outcome: Outcome, cost_s: float | None = None
+    ) -> None:
+        ours = self.store.finish(*claim, outcome, cost_s=cost_s)
+        assert ours == self.model.finish(*claim, outcome, cost_s)
 
     @rule(target=claims, claim=claims, outcome=OUTCOMES)
     def frozen_worker_comes_back(self, claim: tuple[str, int], outcome: Outcome) -> Any:
@@ -316,15 +319,15 @@ def test_store_behaves_like_its_model_for_long(either: Engine) -> None:
 class Unfenced(TaskStore):
     """Takes a result from whoever brings it."""
 
-    def finish(self, task_id: str, attempt: int, outcome: Outcome) -> bool:
+    def finish(self, task_id: str, attempt: int, outcome: Outcome, **how: Any) -> bool:
         [task] = self.get([task_id])
-        return super().finish(task_id, task.attempt if task else attempt, outcome)
+        return super().finish(task_id, task.attempt if task else attempt, outcome, **how)
 
 
 class Forgetful(TaskStore):
     """Never notices that a lease ran out."""
 
-    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
+    def claim(self, owner: str, n: int = 1, *, like: str = "", **how: Any) -> list[Task]:
         now, self._clock = self._clock, lambda: 0.0
         try:
             return super().claim(owner, n, like=like)
@@ -335,7 +338,7 @@ class Forgetful(TaskStore):
 class Crowded(TaskStore):
     """One more than allowed."""
 
-    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Acceptance]:
+    def accept(self, new: Sequence[NewTask], *, max_open: int, **how: Any) -> list[Acceptance]:
         return super().accept(new, max_open=max_open + 1)
 
 
@@ -349,29 +352,32 @@ class Patient(TaskStore):
 class Unfair(TaskStore):
     """First come, first served."""
 
-    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
-        with patch.object(claiming, "_claim_fairly", return_value=None):
+    def claim(self, owner: str, n: int = 1, *, like: str = "", **how: Any) -> list[Task]:
+        def oldest(db: Any, _priority: int, wanted: Any, lease: Any, _collided: Any) -> Any:
+            return claiming._claim_oldest(db, wanted.ready, lease)
+
+        with patch.object(claiming, "_claim_fairly", oldest):
             return super().claim(owner, n, like=like)
 
 
 class Sociable(TaskStore):
     """Puts any tasks together."""
 
-    def claim(self, owner: str, n: int = 1, *, like: str = "") -> list[Task]:
+    def claim(self, owner: str, n: int = 1, *, like: str = "", **how: Any) -> list[Task]:
         return [task for _ in range(n) for task in super(Sociable, self).claim(owner, like=like)]
 
 
 class Careless(TaskStore):
     """Does not look at what came with an idempotency key."""
 
-    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Acceptance]:
+    def accept(self, new: Sequence[NewTask], *, max_open: int, **how: Any) -> list[Acceptance]:
         return super().accept([replace(task, digest="") for task in new], max_open=max_open)
 
 
 class Silent(TaskStore):
     """Tells nobody of a task's end."""
 
-    def accept(self, new: Sequence[NewTask], *, max_open: int) -> list[Acceptance]:
+    def accept(self, new: Sequence[NewTask], *, max_open: int, **how: Any) -> list[Acceptance]:
         return super().accept([replace(task, webhook_url=None) for task in new], max_open=max_open)
 
 

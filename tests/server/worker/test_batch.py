@@ -231,10 +231,10 @@ def test_a_database_that_goes_away_meanwhile_costs_no_more_than_the_others(bench
         def __getattr__(self, name: str) -> Any:
             return getattr(bench.store, name)
 
-        def claim(self, owner: str, n: int = 1, *, like: str = "", **_: Any) -> Any:
+        def claim(self, owner: str, n: int = 1, *, like: str = "", **how: Any) -> Any:
             if like:
                 raise OperationalError("UPDATE tasks", {}, Exception("disk I/O error"))
-            return bench.store.claim(owner, n)
+            return bench.store.claim(owner, n, **how)
 
     tasks = submit(bench, "a", "b")
     worker = bench.worker(store=Flaky(), max_batch_size=2)

@@ -3,8 +3,9 @@
 Bytes are handed on as they arrive; ``redux_server.pictures.uploads`` checks and stores them.
 """
 
+import asyncio
 import re
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -14,12 +15,16 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from redux_server.api.admission import refuse_excess
-from redux_server.api.dependencies import ServicesDep, read_json
-from redux_server.api.openapi import Success, json_body, responses
+from redux_server.api.dependencies import ServicesDep, no_pictures, read_json
+from redux_server.api.openapi import DeletedEnvelope, Success, json_body, responses
 from redux_server.api.prediction import envelope, timestamp
+from redux_server.api.routes.cancel import MAX_IDS, DeleteRequest
+from redux_server.api.routes.lists import MAX_PAGE, MAX_PAGE_SIZE
 from redux_server.api.services import Services
-from redux_server.errors import BadRequest
+from redux_server.errors import BadRequest, NotFound
 from redux_server.parameters import Whole
+from redux_server.pictures.upload_records import UploadRecord
+from redux_server.pictures.uploads import MAX_NAME
 
 FORM_PATHS = (
     "/api/v3/media/upload/binary",
@@ -33,6 +38,8 @@ FORM_BYTES = 64 * 2**10  # what a form may have around its file
 FIELD = "file"
 MAX_PARTS = 16
 _SHOWN = 40
+_UPLOAD_ID = re.compile(r"[0-9a-f]{32}")
+_NUMBER = re.compile(r"[0-9]{1,10}")
 _HOW = f'send multipart/form-data with the file in the field "{FIELD}", such as curl -F file=@a.png'
 _CONTENT_TYPE = re.compile(r"[\w.+-]{1,80}/[\w.+-]{1,80}(?:; ?[\w.+-]{1,40}=[\w.+-]{1,40})?", re.A)
 _TICKET_EXAMPLE = '{"filename": "photo.jpg", "size": 123456}'
@@ -94,6 +101,39 @@ class TicketEnvelope(Success):
     data: TicketData
 
 
+class ListedUpload(BaseModel):
+    """A file of the list."""
+
+    id: str
+    filename: str = Field(description="As it was given")
+    size: int = Field(description="In bytes")
+    status: str = Field(description="stored, or announced: it has not come yet")
+    created_at: str
+    expires_at: str = Field(description="Until when it is kept, or may be sent")
+    download_url: str
+
+
+class ListedUploads(BaseModel):
+    """A page of files."""
+
+    page: int
+    total: int = Field(description="How many files there are")
+    stored_bytes: int = Field(description="What they count: their bytes, and 16 KiB for each")
+    max_stored_bytes: int = Field(description="What they may count, if the disk has room")
+    items: list[ListedUpload] = Field(description="Newest first")
+
+
+class ListedEnvelope(Success):
+    """The answer with a page of files."""
+
+    data: ListedUploads
+
+
+def _number(name: str, most: int) -> dict[str, Any]:
+    schema = {"type": "integer", "minimum": 1, "maximum": most}
+    return {"name": name, "in": "query", "required": False, "schema": schema}
+
+
 @router.post(
     TICKET_PATH,
     summary="Get a URL to send a file to",
@@ -111,7 +151,7 @@ async def create_upload(request: Request, services: ServicesDep) -> JSONResponse
     _check_rate(request.state.key_id, services)
     wanted = await _read_ticket_request(request)
     kind = wanted.content_type or "application/octet-stream"
-    ticket = services.uploads.issue(request.state.key_id, wanted.filename, kind, wanted.size)
+    ticket = await services.uploads.issue(request.state.key_id, wanted.filename, kind, wanted.size)
     base_url = _base_url(request, services)
     upload = {
         "method": "PUT",
@@ -156,10 +196,107 @@ async def upload_form(request: Request, services: ServicesDep) -> JSONResponse:
     """Store the file of a form."""
     _check_rate(request.state.key_id, services)
     content_type = request.headers.get("content-type", "")
+    await services.uploads.check_stored(request.state.key_id)
     with services.uploads.receive(request.state.key_id) as incoming:
         name = await read_file(content_type, request.stream(), incoming.write)
-        key = await services.uploads.keep(incoming)
-    return _stored(name[:1024], incoming.size_bytes, key, request, services)
+        key = await services.uploads.keep(request.state.key_id, name, incoming)
+    return _stored(name[:MAX_NAME], incoming.size_bytes, key, request, services)
+
+
+@router.get(
+    TICKET_PATH,
+    summary="List uploads",
+    operation_id="list_uploads",
+    description="The files of this API key, newest first: those that are kept, and those that were "
+    "announced within the hour. An extension of this server.",
+    responses=responses(400, 401, 503, model=ListedEnvelope, description="A page"),
+    openapi_extra={"parameters": [_number("page", MAX_PAGE), _number("page_size", MAX_PAGE_SIZE)]},
+)
+async def list_uploads(request: Request, services: ServicesDep) -> JSONResponse:
+    """A page of what this key has uploaded."""
+    uploads, key_id = services.uploads, request.state.key_id
+    number = _asked(request, "page", 1, MAX_PAGE)
+    size = _asked(request, "page_size", 20, MAX_PAGE_SIZE)
+    found = await asyncio.to_thread(uploads.records.page, key_id, number=number, size=size)
+    stored = await asyncio.to_thread(uploads.records.stored, key_id)
+    base_url = _base_url(request, services)
+    data = {
+        "page": number,
+        "total": stored.files,
+        "stored_bytes": stored.size_bytes,
+        "max_stored_bytes": uploads.max_stored_bytes,
+        "items": [_listed(record, base_url, services) for record in found],
+    }
+    return JSONResponse(envelope(data))
+
+
+@router.delete(
+    TICKET_PATH + "/{upload_id}",
+    summary="Delete an upload",
+    operation_id="delete_upload",
+    description="A task that has not read it yet then fails with code 1402. An extension.",
+    responses=responses(401, 404, 503, model=DeletedEnvelope),
+)
+async def delete_upload(upload_id: str, request: Request, services: ServicesDep) -> JSONResponse:
+    """Delete one file."""
+    deleted = await _delete([upload_id], request, services)
+    if not deleted:
+        raise NotFound(f"No upload {upload_id[:64]!r} of this key; GET {TICKET_PATH} lists them.")
+    return JSONResponse(envelope({"deleted_count": deleted}))
+
+
+@router.post(
+    TICKET_PATH + "/delete",
+    summary="Delete uploads",
+    operation_id="delete_uploads",
+    description="As deleting each. Ids that are unknown, or another key's, are not counted.",
+    responses=responses(400, 401, 408, 413, 503, model=DeletedEnvelope),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": DeleteRequest.model_json_schema()}},
+        }
+    },
+)
+async def delete_uploads(request: Request, services: ServicesDep) -> JSONResponse:
+    """Delete some files."""
+    try:
+        wanted = DeleteRequest.model_validate(await read_json(request, '{"ids": ["45b3..."]}'))
+    except ValidationError:
+        raise BadRequest(
+            f'The body must be {{"ids": [...]}} with at most {MAX_IDS} upload ids, each a text.'
+        ) from None
+    deleted = await _delete(wanted.ids, request, services)
+    return JSONResponse(envelope({"deleted_count": deleted}))
+
+
+async def _delete(ids: Sequence[str], request: Request, services: Services) -> int:
+    known = sorted({id_ for id_ in ids if _UPLOAD_ID.fullmatch(id_)})
+    try:
+        return await asyncio.to_thread(services.uploads.delete, request.state.key_id, known)
+    except OSError:
+        raise no_pictures() from None
+
+
+def _listed(record: UploadRecord, base_url: str, services: Services) -> dict[str, Any]:
+    url = base_url + services.uploads.download_path(record.blob, record.expires_at)
+    return {
+        "id": record.id,
+        "filename": record.filename,
+        "size": record.size_bytes,
+        "status": "announced" if record.stored_at is None else "stored",
+        "created_at": timestamp(record.created_at),
+        "expires_at": timestamp(record.expires_at),
+        "download_url": url,
+    }
+
+
+def _asked(request: Request, name: str, default: int, most: int) -> int:
+    """The number that the query gives."""
+    text = request.query_params.get(name, str(default))
+    if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= most:
+        raise BadRequest(f"{name} must be an integer from 1 to {most}; got {text[:_SHOWN]!r}.")
+    return int(text)
 
 
 for _path in FORM_PATHS:
