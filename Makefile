@@ -17,7 +17,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
-        soak mutate check lint format types imports dockerfile playground bench bench-server \
+        soak mutate check lint format types imports dockerfile playground bench bench-server bench-hostile \
         bench-files bench-engine bench-attention bench-products bench-host bench-kernels bench-growth \
         bench-roofline bench-mini bench-open-tasks bench-previews gpu-report gpu-bundle gpu-tables train-mini \
         fit-preview eval-mini eval-approximations eval-controls docs docs-build docs-reference docker \
@@ -208,6 +208,9 @@ bench:  ## list the benchmarks
 
 bench-server: $(RUNTIME)  ## measure the server alone, with a model that does nothing
 	@$(BIN)/python server/benchmarks/bench_server.py $(ARGS)
+
+bench-hostile: $(RUNTIME)  ## measure what a hostile API key costs others, the event loop and memory
+	@$(BIN)/python server/benchmarks/bench_hostile.py $(ARGS)
 
 bench-files: $(RUNTIME)  ## count the files that one submit and one whole request run through
 	@$(BIN)/python server/benchmarks/count_files.py $(ARGS)

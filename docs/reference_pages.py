@@ -51,7 +51,10 @@ class Setting(NamedTuple):
 
 def settings_rows() -> list[Setting]:
     """Every setting, in the order of ``--help``: the one place that knows how they are declared."""
-    client = [Setting("For `submit` and `cancel`", *row[1:]) for row in describe(ClientSettings)]
+    client = [
+        Setting("For `submit`, `cancel` and `uploads`", *row[1:])
+        for row in describe(ClientSettings)
+    ]
     return [Setting(*row) for row in describe(ServerSettings)] + client
 
 

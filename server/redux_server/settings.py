@@ -396,7 +396,7 @@ class ServerSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
-    """What ``submit`` and ``cancel`` need to reach a server."""
+    """What ``submit``, ``cancel`` and ``uploads`` need to reach a server."""
 
     url: str = option("http://127.0.0.1:8000", "base URL of the server")
     key: str = secret_option("API key (better in FLUX_REDUX_KEY than on the command line)")

@@ -79,7 +79,9 @@ class Steps:
         self, item: Any, times: tuple[int, int], start: int, go_on: _Go, *, is_lazy: bool
     ) -> bool:
         end = start
-        while end < len(self._text) and end - start < times[1] and self._fits(item, self._text[end]):
+        while (
+            end < len(self._text) and end - start < times[1] and self._fits(item, self._text[end])
+        ):
             end += 1
             self.count += 1
         ends = range(start + times[0], end + 1)

@@ -263,7 +263,7 @@ def growth(pattern: Pattern, *, is_searched: bool) -> float:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
-        sizes = (300, 600) if is_searched else (80, 160)
+        sizes = (600, 1200) if is_searched else (80, 160)
         short, long = (worst_steps(pattern, size, is_searched=is_searched) for size in sizes)
     finally:
         sys.setrecursionlimit(limit)
@@ -286,7 +286,7 @@ def test_exceptions_are_still_there() -> None:
     [
         (r"(a+)+b", False),
         (r"\s*,?\s*x", False),
-        (r"data:(.*)(;.*)*,", False),
+        (r"data:(.*);(.*),", False),
         (r"a+b", True),
         (r"(?:x|xx)+y", False),
     ],

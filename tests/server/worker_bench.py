@@ -68,8 +68,10 @@ class GatedPipeline(FakePipeline):
         self.is_running = threading.Event()
         self.gate = threading.Semaphore(0)
         self.closed = 0
+        self.seen: list[GenerationRequest] = []
 
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> Any:
+        self.seen += requests
         return self._gated(super().generate_batch(requests))
 
     def _gated(self, events: Iterator[BatchEvent]) -> Iterator[BatchEvent]:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,9 +90,12 @@ class Bodies:
         """Of all bodies that are here, or on their way."""
         return self._held.total()
 
-    def _check_room(self) -> None:
+    def _check_room(self, key_id: str) -> None:
         refuse_without_room(
-            self._disk, refused="No task is accepted now", therefore="nothing was started"
+            self._disk,
+            refused="No task is accepted now",
+            therefore="nothing was started",
+            held_bytes=self._held[key_id],
         )
 
     @asynccontextmanager
@@ -99,11 +103,12 @@ class Bodies:
         """The whole body of ``request``, for as long as the context lasts.
 
         Raises:
-            TooManyRequests: the key, or all, hold as much as they may.
+            TooManyRequests: the key, or all, hold as much as they may, or the key more of the disk
+                than is left of it.
             Unavailable: there is no room on the disk.
         """
         with ExitStack() as files, self._counted(key_id) as count:
-            body = Body(self.folder, files, self._check_room)
+            body = Body(self.folder, files, partial(self._check_room, key_id))
             async for data in request.stream():
                 count(len(data))
                 await body.add(data)

@@ -3,7 +3,7 @@
 The one module that knows how the API process's services fit together. Starts nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 

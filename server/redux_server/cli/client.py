@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +28,8 @@ MAX_PAUSE_S = 60.0
 # The server breaks its own silences every 15 s; who hears nothing for longer hears it through
 # something that keeps it back.
 SILENCE_S = 20.0
+_UPLOADS = "/api/v3/media/uploads"
+_PAGE = 100
 _FIRST_POLL_S, _LAST_POLL_S = 0.2, 1.0
 _BUSY = frozenset({429, 502, 503, 504})
 _TASK_ID = re.compile(r"\w[\w.:-]{0,127}", re.ASCII)
@@ -131,6 +133,37 @@ class Client:
         url = f"{self._url}/api/v3/predictions/{task_id}/cancel"
         return self._task(self._send("POST", url, repeatable=True, headers=self._authorization))
 
+    def uploads(self) -> tuple[list[Json], int, int]:
+        """The key's files, newest first; how many bytes they count, and may count.
+
+        Raises:
+            ClientError: the server cannot be reached, or is none of ours.
+        """
+        files: list[Json] = []
+        while True:
+            url = f"{self._url}{_UPLOADS}?page={len(files) // _PAGE + 1}&page_size={_PAGE}"
+            data = self._data(
+                self._send("GET", url, repeatable=True, headers=self._authorization), "items"
+            )
+            files += data["items"]
+            if len(data["items"]) < _PAGE:
+                return files, data["stored_bytes"], data["max_stored_bytes"]
+
+    def delete_uploads(self, ids: Sequence[str]) -> int:
+        """Delete files; returns how many there were.
+
+        Raises:
+            ClientError: the server refused, or cannot be reached.
+        """
+        response = self._send(
+            "POST",
+            f"{self._url}{_UPLOADS}/delete",
+            repeatable=True,
+            json={"ids": list(ids)},
+            headers=self._authorization,
+        )
+        return int(self._data(response, "deleted_count")["deleted_count"])
+
     def download(self, task: Json, folder: Path, *, stem: str = "") -> list[Path]:
         """Save the images of a completed task as ``{stem}-{i}.png`` (stem: its id).
 
@@ -179,8 +212,19 @@ class Client:
         except (ValueError, KeyError, TypeError):
             task = {}
         if not _is_task(task):
-            raise ClientError(f"what answers at {response.url} is not a FLUX Redux Server")
+            raise ClientError(_not_ours(response))
         return task
+
+    def _data(self, response: httpx.Response, name: str) -> Json:
+        """The data in an answer, which has to have something of that name."""
+        if response.status_code != 200:
+            raise ClientError(_message(response))
+        try:
+            data: Json = response.json()["data"]
+            data[name]
+        except (ValueError, KeyError, TypeError):
+            raise ClientError(_not_ours(response)) from None
+        return data
 
     def _reachable(self, url: str) -> str:
         """A URL of the server's, the way we reach it: proxies change scheme and port."""
@@ -293,6 +337,10 @@ def _message(response: httpx.Response) -> str:
     except (ValueError, KeyError, TypeError):
         message = f"HTTP {response.status_code} {response.reason_phrase} from {response.url}"
     return str(message)
+
+
+def _not_ours(response: httpx.Response) -> str:
+    return f"what answers at {response.url} is not a FLUX Redux Server"
 
 
 def _unreachable(url: str, error: Exception) -> str:

@@ -204,6 +204,19 @@ VERBS = (
         [Flag("task_id", metavar="ID", help="its id, from `submit`")],
     ),
     Verb(
+        "uploads list",
+        "show the files that were uploaded with this key",
+        "redux_server.cli.uploads:list_uploads",
+        ClientSettings,
+    ),
+    Verb(
+        "uploads delete",
+        "delete files that were uploaded with this key",
+        "redux_server.cli.uploads:delete",
+        ClientSettings,
+        [Flag("upload_ids", metavar="ID", nargs="+", help="ids, from `uploads list`")],
+    ),
+    Verb(
         "demo",
         "start a server, send it a bundled picture, save the images",
         "redux_server.cli.demo:demo",
@@ -301,6 +314,7 @@ VERBS = (
     ),
 )
 _FAMILIES = {
+    "uploads": "list or delete the files of this key on a server",
     "keys": "create, list or revoke API keys",
     "db": "look at the database's tables, or bring them up to date",
     "tasks": "look after tasks that nobody works on",

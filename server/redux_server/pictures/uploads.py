@@ -11,7 +11,6 @@ import hashlib
 import re
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +167,7 @@ class Uploads:
         self._disk = disk
         self._folder = folder
         self._clock = clock
-        self._open: Counter[str] = Counter()
+        self._open: dict[str, list[Incoming]] = {}  # by owner
         self._storing = asyncio.Semaphore(_STORED_AT_ONCE)
 
     async def issue(
@@ -296,7 +295,8 @@ class Uploads:
 
     @contextmanager
     def _take_in(self, owner: str, limit: int, excess: Exception) -> Iterator[Incoming]:
-        if self._open.total() >= MAX_OPEN or self._open[owner] >= MAX_OPEN_PER_OWNER:
+        mine = self._open.get(owner, [])
+        if sum(map(len, self._open.values())) >= MAX_OPEN or len(mine) >= MAX_OPEN_PER_OWNER:
             metrics.REJECTED.labels("uploads_open").inc()
             raise TooManyRequests(
                 f"Too many uploads are under way ({MAX_OPEN} may be, {MAX_OPEN_PER_OWNER} of one "
@@ -304,13 +304,20 @@ class Uploads:
                 headers={"Retry-After": "5"},
             )
         self._check_room()
-        self._open[owner] += 1
-        try:
-            with nameless_file(self._folder) as file:
-                yield Incoming(file, limit=limit, excess=excess, check_room=self._check_room)
-        finally:
-            self._open[owner] -= 1
-            self._open += Counter()  # drops those that have none
+
+        def check_room() -> None:
+            self._check_room(held_bytes=sum(each.size_bytes for each in mine))
+
+        with nameless_file(self._folder) as file:
+            incoming = Incoming(file, limit=limit, excess=excess, check_room=check_room)
+            self._open[owner] = mine
+            mine.append(incoming)
+            try:
+                yield incoming
+            finally:
+                mine.remove(incoming)
+                if not mine:
+                    self._open.pop(owner, None)
 
     async def _note(
         self, key_id: str, key: str, name: str, size_bytes: int, *, expires_at: float
@@ -347,9 +354,12 @@ class Uploads:
             return self._blobs.get(key) == data
         return True
 
-    def _check_room(self) -> None:
+    def _check_room(self, held_bytes: int = 0) -> None:
         refuse_without_room(
-            self._disk, refused="No upload is taken now", therefore="nothing was kept of it"
+            self._disk,
+            refused="No upload is taken now",
+            therefore="nothing was kept of it",
+            held_bytes=held_bytes,
         )
 
     def _too_large(self, given: str) -> TooLarge:

@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from redux_server import metrics
-from redux_server.errors import Unavailable
+from redux_server.errors import TooManyRequests, Unavailable
 
 BALLAST_BYTES = 16 * 2**20
 _log = structlog.get_logger("redux_server.storage.disk")
@@ -46,6 +46,11 @@ class DiskSpace:
             return min(self._free(folder) for folder in self._folders)
         except OSError:
             return 0
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is a floor."""
+        return self._floor_bytes > 0
 
     def room_bytes(self) -> int:
         """Free bytes above the floor, on the fullest disk."""
@@ -122,14 +127,26 @@ def is_full(error: BaseException) -> bool:
     return "disk is full" in str(error) or "disk I/O error" in str(error)
 
 
-def refuse_without_room(disk: DiskSpace, *, refused: str, therefore: str) -> None:
-    """Let nothing new in when the disk is nearly full.
+def refuse_without_room(
+    disk: DiskSpace, *, refused: str, therefore: str, held_bytes: int = 0
+) -> None:
+    """Let nothing new in when the disk is nearly full, nor from a key that holds half of the room.
+
+    ``held_bytes`` are those of the key that are on the disk while they arrive.
 
     Raises:
-        Unavailable: it is; the text begins with ``refused`` ("No task is accepted now") and ends
-            in ``therefore``.
+        Unavailable: the disk is nearly full; the text begins with ``refused`` ("No task is accepted
+            now") and ends in ``therefore``.
+        TooManyRequests: the key holds more than is left for others.
     """
     reason = disk.complaint()
     if reason is not None:
         metrics.REJECTED.labels("disk_full").inc()
         raise Unavailable(f"{refused}: {reason}; {therefore}.", headers={"Retry-After": "30"})
+    if held_bytes and disk.is_bounded and held_bytes > disk.room_bytes():
+        metrics.REJECTED.labels("disk_share").inc()
+        raise TooManyRequests(
+            f"{refused}: what this API key is sending takes {held_bytes:,} bytes of the server's "
+            f"disk, more than is left on it for others; {therefore}. Send less at a time.",
+            headers={"Retry-After": "5"},
+        )

@@ -3,7 +3,9 @@
 ``step`` is one group of tasks from claim to finish, in plain order; a group is one task unless
 several are denoised together. Identical lanes run it side by side, so that while one group is on
 the device the next one's pictures are being fetched and the last one's images are being checked,
-encoded and stored. Most lanes are for groups whose pictures come slowly, and wait otherwise. Knows no HTTP and no torch, and neither pictures nor pipelines: those are for
+encoded and stored. Most lanes are for groups whose pictures come slowly, and wait otherwise.
+
+Knows no HTTP and no torch, and neither pictures nor pipelines: those are for
 ``redux_server.worker.batch``.
 """
 

@@ -63,7 +63,7 @@ def test_one_place_is_filled_by_one_picture_whoever_comes_at_once(
 def test_as_many_as_there_are_places_for_are_accepted_at_once(
     build_api: Callable[..., Api], limit: str
 ) -> None:
-    api = build_api(**{limit: 30})
+    api = build_api(queue_share=100, **{limit: 30})
     answers = at_once(api, *[INLINE] * 20, *[URL] * 10)
     assert [answer.status_code for answer in answers] == [200] * 30
 
@@ -203,7 +203,7 @@ def test_room_is_counted_once_before_the_transaction(
     early: int,
     headers: dict[str, str],
 ) -> None:
-    api = build_api(max_queue=5)
+    api = build_api(max_queue=5, queue_share=100)
     counts: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from e2e.live import LiveServer, a_picture, plain_client
 from redux_server.api import bodies
 from redux_server.api.bodies import SMALL_BYTES
 from redux_server.api.dependencies import MAX_JSON_BYTES
+from redux_server.api.services import Services
 from redux_server.errors import TooManyRequests
+from redux_server.storage.disk import DiskSpace
 from server.in_process import SUBMIT, Api, submit
 
 PICTURE = a_picture() + random.Random(0).randbytes(2 * 2**20)
@@ -253,3 +256,18 @@ def post_raw(live: LiveServer, body: bytes) -> int:
     status = connection.getresponse().status
     connection.close()
     return status
+
+
+def test_one_keys_bodies_leave_half_of_the_disk_to_others(
+    build_services: Callable[..., Services], build_api: Callable[..., Api], tmp_path: Path
+) -> None:
+    services = build_services()
+    disk = DiskSpace([tmp_path], floor_bytes=2**20, free=lambda _: 3 * 2**20)
+    ours = bodies.Bodies(services.settings.data_dir, disk)
+    api = build_api(replace(services, bodies=ours))
+    answer = api.post(SUBMIT, json={"image": PLAIN})
+    assert answer.status_code == 429
+    assert "more than is left on it for others" in answer.json()["message"]
+    assert ours.held_bytes == 0
+    small = base64.b64encode(PICTURE[: 2**20]).decode()
+    assert api.post(SUBMIT, json={"image": small}).status_code == 200

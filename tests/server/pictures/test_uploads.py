@@ -20,7 +20,7 @@ from redux_server.api import housekeeping
 from redux_server.api.routes.uploads import FORM_PATHS
 from redux_server.api.services import Services
 from redux_server.pictures import uploads
-from redux_server.pictures.upload_records import UploadRecords
+from redux_server.pictures.upload_records import FILE_BYTES, UploadRecords
 from redux_server.pictures.uploads import TICKET_S, Uploads
 from redux_server.storage.disk import DiskSpace
 from redux_server.storage.opening import open_blobs
@@ -411,7 +411,7 @@ def test_disk_that_fills_up_meanwhile_ends_an_upload(
     async def pieces() -> AsyncIterator[bytes]:
         yield PICTURE
         for _ in range(64):
-            free[0] -= 2**20
+            free[0] -= 4 * 2**20
             yield bytes(2**18)
 
     given = ticket(api, len(PICTURE) + 64 * 2**18)
@@ -490,3 +490,127 @@ def test_headers_of_clients_do_no_harm_even_without_a_body(api: Api) -> None:
 def test_picture_is_the_one_that_was_sent(api: Api) -> None:
     got = api.get(path_of(form(api).json()["data"]["url"]), key="")
     assert Image.open(io.BytesIO(got.content)).getpixel((1, 1)) == (0, 128, 128)
+
+
+# --- what a key stores ----------------------------------------------------------------------------
+
+
+def listed(api: Api, query: str = "", **more: Any) -> dict[str, Any]:
+    answer = api.get(f"{TICKETS}{query}", **more)
+    assert answer.status_code == 200, answer.text
+    data: dict[str, Any] = answer.json()["data"]
+    return data
+
+
+def test_owner_lists_uploads_newest_first(api: Api, clock: Clock) -> None:
+    form(api)
+    clock.now += 1
+    given = ticket(api, filename="b.png")
+    clock.now += 1
+    sent = ticket(api, filename="c.png")
+    put(api, sent)
+    found = listed(api)
+    assert [(each["filename"], each["status"]) for each in found["items"]] == [
+        ("c.png", "stored"), ("b.png", "announced"), ("my photo.png", "stored"),
+    ]  # fmt: skip
+    assert (found["page"], found["total"]) == (1, 3)
+    assert found["stored_bytes"] == 3 * (len(PICTURE) + FILE_BYTES)
+    assert found["items"][0]["download_url"] == sent["download_url"]
+    assert api.get(path_of(found["items"][2]["download_url"]), key="").content == PICTURE
+    assert given["upload"]["expires_at"] == found["items"][1]["expires_at"]
+    second = listed(api, "?page=2&page_size=2")
+    assert [each["filename"] for each in second["items"]] == ["my photo.png"]
+
+
+@pytest.mark.parametrize("query", ["?page=0", "?page=x", "?page_size=101", "?page=%C2%B2"])
+def test_list_refuses_what_is_no_page(api: Api, query: str) -> None:
+    check_error(api.get(f"{TICKETS}{query}"), 400, "must be an integer from 1 to")
+
+
+def test_owner_deletes_uploads_and_nobody_else(stored_api: Api) -> None:
+    api = stored_api
+    urls = [form(api).json()["data"]["url"] for _ in range(3)]
+    ids = [each["id"] for each in listed(api)["items"]]
+    stranger = api.services.keys.create("stranger")
+    assert listed(api, key=stranger)["items"] == []
+    check_error(api.request("DELETE", f"{TICKETS}/{ids[0]}", key=stranger), 404, ids[0])
+    answer = api.post(f"{TICKETS}/delete", json={"ids": ids}, key=stranger)
+    assert answer.json()["data"] == {"deleted_count": 0}
+    assert len(kept(api)) == 3
+    assert api.request("DELETE", f"{TICKETS}/{ids[0]}").json()["data"] == {"deleted_count": 1}
+    check_error(api.request("DELETE", f"{TICKETS}/{ids[0]}"), 404)
+    answer = api.post(f"{TICKETS}/delete", json={"ids": [*ids, "x", ids[1]]})
+    assert answer.json()["data"] == {"deleted_count": 2}
+    assert not kept(api) and listed(api)["total"] == 0
+    assert {api.get(path_of(url), key="").status_code for url in urls} == {404}
+
+
+def test_upload_that_is_deleted_while_it_comes_is_not_kept(api: Api) -> None:
+    given = ticket(api)
+    [record] = listed(api)["items"]
+    api.request("DELETE", f"{TICKETS}/{record['id']}")
+    check_error(put(api, given), 410, "was deleted")
+    assert not kept(api)
+
+
+def test_key_stores_no_more_than_it_may_and_others_do(build: Callable[..., Api]) -> None:
+    api = build(max_stored_uploads=1)
+    big = PICTURE + bytes(2**20 - len(PICTURE) - 3 * FILE_BYTES)
+    assert form(api, big).status_code == 200
+    check_error(form(api, PICTURE + bytes(FILE_BYTES)), 413, "room for", "/api/v3/media/uploads")
+    answer = api.post(TICKETS, json={"size": 2 * FILE_BYTES})
+    check_error(answer, 413, "room for 16,384 bytes more")  # besides what the file itself counts
+    assert len(kept(api)) == 1
+    stranger = api.services.keys.create("stranger")
+    assert form(api, big, key=stranger).status_code == 200
+    [record] = listed(api)["items"]
+    api.request("DELETE", f"{TICKETS}/{record['id']}")
+    assert form(api, big).status_code == 200
+
+
+def test_announced_files_count_as_long_as_they_may_come(
+    build: Callable[..., Api], clock: Clock
+) -> None:
+    api = build(max_stored_uploads=1)
+    ticket(api, 2**20 - FILE_BYTES)
+    check_error(form(api), 413, "room for 0 bytes more")
+    clock.now += 2 * TICKET_S + 1
+    api.services.uploads.sweep()
+    assert form(api).status_code == 200
+
+
+def test_file_that_could_not_be_stored_does_not_count(
+    build: Callable[..., Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = build()
+
+    def fail(*_: Any) -> None:
+        raise OSError("away")
+
+    monkeypatch.setattr(type(api.services.blobs), "put", fail)
+    check_error(form(api), 503)
+    assert listed(api)["total"] == 0
+
+
+def test_one_key_leaves_half_of_the_disk_to_others(
+    build: Callable[..., Api], tmp_path: Path
+) -> None:
+    free = 4 * 2**20
+    disk = DiskSpace([tmp_path], floor_bytes=2**20, free=lambda _: free)
+    api = build(disk=disk)
+    size = len(PICTURE) + 2**18
+    stored = 0
+    while (answer := form(api, PICTURE + bytes(2**18))).status_code == 200:
+        stored += size
+        free -= size
+    check_error(answer, 413, "left on the disk for others")
+    assert 2**20 < stored <= 3 * 2**19
+    stranger = api.services.keys.create("stranger")
+    assert form(api, PICTURE + bytes(2**18), key=stranger).status_code == 200
+
+
+def test_swept_uploads_are_no_longer_listed(api: Api, clock: Clock) -> None:
+    form(api)
+    clock.now += api.services.settings.upload_retention_hours * 3600 + uploads.GRACE_S + 1
+    api.services.uploads.sweep()
+    assert listed(api)["total"] == 0

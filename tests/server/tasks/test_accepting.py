@@ -25,6 +25,7 @@ from redux_server.tasks.task import (
     NoRoom,
     Outcome,
     Replayed,
+    ShareFull,
     Status,
 )
 from server.in_process import SUBMIT, Api, Clock
@@ -319,3 +320,71 @@ def test_no_key_of_a_client_is_that_of_a_request_that_was_left(api: Api, databas
     for sent in ("d", "\x1fd", "%1Fd"):
         answer = api.post(SUBMIT, json=URL, headers={"Idempotency-Key": sent})
         assert answer.status_code in (200, 400), answer.text
+
+
+# --- the share of a key ---------------------------------------------------------------------------
+
+
+def fill(store: TaskStore, key: str, *, of: int = 100) -> int:
+    """How many tasks of the key are accepted until one is not."""
+    for count in range(of + 1):
+        [answer] = store.accept([new(key)], max_open=of, share=80)
+        if not isinstance(answer, Created):
+            assert answer in (NoRoom(), ShareFull())
+            return count
+    raise AssertionError("more than there is room for")
+
+
+def test_key_that_is_alone_may_fill_its_share_and_no_more(store: TaskStore) -> None:
+    assert fill(store, "flood") == 80
+
+
+def test_key_that_comes_late_finds_places_and_gets_as_many_as_the_first(
+    store: TaskStore,
+) -> None:
+    opened = Counter({"flood": fill(store, "flood"), "late": fill(store, "late")})
+    assert opened == {"flood": 80, "late": 16}
+    for _ in range(200):  # tasks end, and both fill up again, the first one first
+        [task] = store.claim("w")
+        assert store.finish(task.id, task.attempt, Outcome(Status.COMPLETED))
+        opened[task.key_id] -= 1
+        for key in ("flood", "late"):
+            opened[key] += fill(store, key)
+    assert abs(opened["flood"] - opened["late"]) <= 4, opened
+    assert 80 < opened.total() < 100, "there is room for the next key"
+    assert fill(store, "third") >= 4
+
+
+def test_small_queue_can_be_filled_by_one_key(store: TaskStore) -> None:
+    assert fill(store, "only", of=4) == 4
+
+
+def test_without_a_share_one_key_may_have_all(store: TaskStore) -> None:
+    answers = store.accept([new("only") for _ in range(100)], max_open=100, share=100)
+    assert all(isinstance(answer, Created) for answer in answers)
+
+
+@pytest.mark.parametrize("share", [1, 50, 80, 99])
+def test_what_is_foreseen_is_what_is_accepted(
+    store: TaskStore, database: Engine, share: int
+) -> None:
+    for key in "aba":
+        [free] = free_places(database, [key], bounds=Bounds(50, 0, share))
+        batch = [new(key) for _ in range(60)]
+        answers = store.accept(batch, max_open=50, share=share)
+        taken = sum(isinstance(answer, Created) for answer in answers)
+        assert taken == min(free.of_all, max(0, free.of_share))
+        assert all(isinstance(answer, Created) for answer in answers[:taken])
+
+
+def test_refusal_for_its_share_says_so(build_api: Callable[..., Api]) -> None:
+    api = build_api(max_queue=10, queue_share=50)
+    assert [api.post(SUBMIT, json=URL).status_code for _ in range(5)] == [200] * 5
+    for body in (URL, INLINE):
+        answer = api.post(SUBMIT, json=body)
+        assert answer.status_code == 429
+        assert answer.json()["error_code"] == "queue_full"
+        assert "its share of the queue" in answer.json()["message"]
+        assert answer.headers["retry-after"] == "5"
+    other = api.services.keys.create("other")
+    assert api.post(SUBMIT, json=URL, key=other).status_code == 200

@@ -142,9 +142,7 @@ class StoreMachine(RuleBasedStateMachine):
         return claimed
 
     @rule(claim=claims, outcome=OUTCOMES, cost_s=st.sampled_from([None, 0.0, 0.5, 8.0]))
-    def finish(
-        self, claim: tuple[str, int], outcome: Outcome, cost_s: float | None = None
-    ) -> None:
+    def finish(self, claim: tuple[str, int], outcome: Outcome, cost_s: float | None = None) -> None:
         ours = self.store.finish(*claim, outcome, cost_s=cost_s)
         assert ours == self.model.finish(*claim, outcome, cost_s)
 

@@ -1,4 +1,4 @@
-"""Fairness by seconds: what tasks cost, who comes back after a pause, what another process holds."""
+"""Fairness by seconds: what tasks cost, who comes back after a pause, what others hold."""
 
 from collections import Counter
 from collections.abc import Iterator

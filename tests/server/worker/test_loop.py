@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import OperationalError
 
 from e2e.live import wait_until
@@ -19,12 +19,15 @@ from redux_pipelines.contract.types import (
     Result,
 )
 from redux_pipelines.fake import FakePipeline
+from redux_server.database.tables import usage
 from redux_server.storage.blobs import Blobs
 from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import NewTask, Status
+from redux_server.worker import batch as batch_module
 from redux_server.worker import loop as worker_module
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.loop import Worker
+from redux_server.worker.prefetch import SLOW_OF_A_KEY
 from redux_server.worker.watchdog import Watchdog
 from server.worker_bench import (
     INPUT,
@@ -310,6 +313,98 @@ def test_next_picture_is_loaded_while_a_task_is_on_the_device(bench: Bench) -> N
         wait_until(lambda: bench.task(tasks[-1]).status is Status.COMPLETED, 10)
         worker.stop()
     assert [bench.task(task_id).status for task_id in tasks] == [Status.COMPLETED] * 4
+
+
+class HeldImages(Images):
+    """Does not load what is of the host "slow" before it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def load(self, reference: str) -> Any:
+        image = super().load(reference)
+        if "slow" in reference:
+            assert self.go_on.wait(20)
+        return image
+
+
+SLOW_URL = "https://slow.example/a.png"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle device waits for no picture."""
+    monkeypatch.setattr(batch_module, "SLOW_S", 0.02)
+
+
+def all_done(bench: Bench, tasks: Sequence[str]) -> bool:
+    return all(bench.task(task).status is Status.COMPLETED for task in tasks)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("max_batch_size", [1, 4])
+def test_pictures_that_do_not_come_keep_no_other_key_from_the_device(
+    bench: Bench, max_batch_size: int
+) -> None:
+    images = HeldImages()
+    worker = bench.worker(images=images, max_batch_size=max_batch_size)
+    stuck = [bench.submit(image=SLOW_URL, key_id="slow", shape="s") for _ in range(20)]
+    others = [bench.submit(key_id="other", shape="s") for _ in range(5)]
+    with bench.beside(worker.run):
+        wait_until(lambda: all_done(bench, others), 10)
+        claimed = [bench.task(task).attempt for task in stuck]
+        assert sum(claimed) < len(stuck), "one key has all places"
+        images.go_on.set()
+        wait_until(lambda: all_done(bench, stuck), 20)
+        worker.stop()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_pictures_of_one_key_that_come_slowly_are_fetched_side_by_side(bench: Bench) -> None:
+    images = HeldImages()
+    worker = bench.worker(images=images)
+    stuck = [bench.submit(image=SLOW_URL, key_id="slow") for _ in range(12)]
+    with bench.beside(worker.run):
+        wait_until(lambda: len(images.loaded) == SLOW_OF_A_KEY, 10)
+        time.sleep(0.1)
+        assert len(images.loaded) == SLOW_OF_A_KEY
+        images.go_on.set()
+        wait_until(lambda: all_done(bench, stuck), 20)
+        worker.stop()
+
+
+def test_another_key_is_served_before_the_second_task_of_the_one_on_the_device(
+    bench: Bench,
+) -> None:
+    pipeline, images = GatedPipeline(), Images()
+    worker = bench.worker(pipeline=pipeline, images=images)
+    flood = [bench.submit(key_id="flood", prompt=f"flood {number}") for number in range(3)]
+    with bench.beside(worker.run):
+        assert pipeline.is_running.wait(10)
+        wait_until(lambda: bench.task(flood[1]).attempt == 1, 10)
+        late = bench.submit(key_id="late", prompt="late")
+        worker.wake()
+        wait_until(lambda: len(images.loaded) == 3, 10)
+        pipeline.open()
+        wait_until(lambda: all_done(bench, [*flood, late]), 10)
+        worker.stop()
+    assert [request.prompt for request in pipeline.seen][:3] == ["flood 0", "late", "flood 1"]
+
+
+def test_seconds_of_fetching_and_of_the_device_are_charged_to_the_key(
+    bench: Bench, database: Engine
+) -> None:
+    class Slow(Images):
+        def load(self, reference: str) -> Any:
+            time.sleep(0.05)
+            return super().load(reference)
+
+    bench.done(images=Slow())
+    with database.connect() as db:
+        seconds = db.scalar(select(usage.c.seconds).where(usage.c.key_id == "key"))
+    assert seconds is not None and seconds >= 0.05
+    assert seconds != 1.0, "what was charged at the claim is still there"
 
 
 class WatchedPipeline(FakePipeline):

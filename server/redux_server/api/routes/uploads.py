@@ -129,9 +129,10 @@ class ListedEnvelope(Success):
     data: ListedUploads
 
 
-def _number(name: str, most: int) -> dict[str, Any]:
+def _number(name: str, most: int, description: str) -> dict[str, Any]:
     schema = {"type": "integer", "minimum": 1, "maximum": most}
-    return {"name": name, "in": "query", "required": False, "schema": schema}
+    how = {"in": "query", "required": False, "schema": schema, "description": description}
+    return {"name": name, **how}
 
 
 @router.post(
@@ -210,7 +211,12 @@ async def upload_form(request: Request, services: ServicesDep) -> JSONResponse:
     description="The files of this API key, newest first: those that are kept, and those that were "
     "announced within the hour. An extension of this server.",
     responses=responses(400, 401, 503, model=ListedEnvelope, description="A page"),
-    openapi_extra={"parameters": [_number("page", MAX_PAGE), _number("page_size", MAX_PAGE_SIZE)]},
+    openapi_extra={
+        "parameters": [
+            _number("page", MAX_PAGE, "The page to return, from 1 (the default)"),
+            _number("page_size", MAX_PAGE_SIZE, "How many files a page has (20 by default)"),
+        ]
+    },
 )
 async def list_uploads(request: Request, services: ServicesDep) -> JSONResponse:
     """A page of what this key has uploaded."""
