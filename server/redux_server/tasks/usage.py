@@ -29,9 +29,9 @@ def enter(db: Connection, priorities: Mapping[str, int]) -> None:
     """
     for priority in sorted(set(priorities.values())):
         ids = sorted(key_id for key_id, each in priorities.items() if each == priority)
-        tag = db.scalar(_least_tag_of_the_active(priority))
-        if tag is None:
-            tag = db.scalar(select(func.max(usage.c.seconds))) or 0.0
+        least = db.scalar(_least_tag_of_the_active(priority))
+        most = select(func.max(usage.c.seconds))
+        tag = float((db.scalar(most) or 0.0) if least is None else least)
         known = set(db.scalars(select(usage.c.key_id).where(usage.c.key_id.in_(ids))))
         _set_unless_held(db, usage.c.key_id.in_(known) & (usage.c.seconds < tag), seconds=tag)
         new = [{"key_id": key_id, "seconds": tag} for key_id in ids if key_id not in known]

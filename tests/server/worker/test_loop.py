@@ -349,8 +349,8 @@ def test_pictures_that_do_not_come_keep_no_other_key_from_the_device(
 ) -> None:
     images = HeldImages()
     worker = bench.worker(images=images, max_batch_size=max_batch_size)
-    stuck = [bench.submit(image=SLOW_URL, key_id="slow", shape="s") for _ in range(20)]
-    others = [bench.submit(key_id="other", shape="s") for _ in range(5)]
+    stuck = [bench.submit(image=SLOW_URL, key_id="slow", shape="s") for _ in range(10)]
+    others = [bench.submit(key_id="other", shape="s") for _ in range(3)]
     with bench.beside(worker.run):
         wait_until(lambda: all_done(bench, others), 10)
         claimed = [bench.task(task).attempt for task in stuck]
@@ -364,7 +364,7 @@ def test_pictures_that_do_not_come_keep_no_other_key_from_the_device(
 def test_pictures_of_one_key_that_come_slowly_are_fetched_side_by_side(bench: Bench) -> None:
     images = HeldImages()
     worker = bench.worker(images=images)
-    stuck = [bench.submit(image=SLOW_URL, key_id="slow") for _ in range(12)]
+    stuck = [bench.submit(image=SLOW_URL, key_id="slow") for _ in range(6)]
     with bench.beside(worker.run):
         wait_until(lambda: len(images.loaded) == SLOW_OF_A_KEY, 10)
         time.sleep(0.1)
