@@ -15,7 +15,6 @@ import contextlib
 import http.client
 import io
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -137,15 +136,11 @@ class Beside:
         self.server = server
         self.is_over = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(each,)) for each in clients]
-        # In a process of its own: many threads of this one take turns at the interpreter.
-        self._times, theirs = multiprocessing.Pipe(duplex=False)
-        arguments = (server.port, theirs)
-        self._pinger = multiprocessing.get_context("spawn").Process(target=_ping, args=arguments)
+        self._threads.append(threading.Thread(target=self._ping))
         self._livez_ms: list[float] = []
 
     def __enter__(self) -> "Beside":
         """Start."""
-        self._pinger.start()
         for thread in self._threads:
             thread.start()
         return self
@@ -153,9 +148,6 @@ class Beside:
     def __exit__(self, *_: object) -> None:
         """Stop, and wait for all."""
         self.is_over.set()
-        while self._times.poll():
-            self._livez_ms.append(self._times.recv())
-        self._pinger.kill()
         for thread in self._threads:
             thread.join(60)
 
@@ -164,25 +156,24 @@ class Beside:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 client(self)
 
+    def _ping(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        while not self.is_over.is_set():
+            started = time.perf_counter()
+            try:
+                connection.request("GET", "/livez")
+                connection.getresponse().read()
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                continue
+            self._livez_ms.append((time.perf_counter() - started) * 1000)
+            time.sleep(0.01)
+        connection.close()
+
     def livez(self) -> dict[str, float]:
         """How long ``/livez`` took."""
         times = self._livez_ms or [0.0]
         return {"p99_ms": percentile(times, 99), "max_ms": percentile(times, 100)}
-
-
-def _ping(port: int, times: Any) -> None:
-    """Send the milliseconds that ``/livez`` takes, again and again."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    while True:
-        started = time.perf_counter()
-        try:
-            connection.request("GET", "/livez")
-            connection.getresponse().read()
-        except (OSError, http.client.HTTPException):
-            connection.close()
-            continue
-        times.send((time.perf_counter() - started) * 1000)
-        time.sleep(0.01)
 
 
 # --- fairness -------------------------------------------------------------------------------------
@@ -330,7 +321,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         ]
         clients = [kinds[number % len(kinds)] for number in range(options.connections)]
         samples = []
-        with Beside(server, *clients) as beside:
+        with Beside(server, *clients):
             started = time.perf_counter()
             while (now := time.perf_counter() - started) < options.seconds:
                 samples.append((round(now, 1), server.rss_mib()))
@@ -344,7 +335,6 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         "rss_mib_peak": max(rss for _, rss in samples),
         "rss_mib_after": after,
         "rss_mib": samples[:: max(1, len(samples) // 60)],
-        "livez": beside.livez(),
     }
     print({name: each for name, each in report.items() if name != "rss_mib"}, file=sys.stderr)
     return report

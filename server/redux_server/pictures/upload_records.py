@@ -7,6 +7,7 @@ The rows say how much an API key stores, and are what its owner lists and delete
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Engine, Select, delete, func, insert, or_, select, update
 
@@ -79,7 +80,8 @@ class UploadRecords:
     def stored(self, key_id: str) -> Stored:
         """What the key has."""
         with self._reader.connect() as db:
-            return Stored(*db.execute(_stored(key_id)).one())
+            row = db.execute(_stored(key_id)).one()
+        return Stored(row.files, row.size_bytes)
 
     def page(self, key_id: str, *, number: int, size: int) -> list[UploadRecord]:
         """The page ``number`` (from 1) of ``size`` files, newest first."""
@@ -115,6 +117,6 @@ class UploadRecords:
             return int(db.execute(delete(uploads).where(old)).rowcount)
 
 
-def _stored(key_id: str) -> Select[tuple[int, int]]:
+def _stored(key_id: str) -> Select[Any]:
     size = func.coalesce(func.sum(uploads.c.size_bytes + FILE_BYTES), 0).label("size_bytes")
     return select(func.count().label("files"), size).where(uploads.c.key_id == key_id)

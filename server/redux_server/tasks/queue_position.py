@@ -150,8 +150,10 @@ class QueuePositions:
         )
         with self._reader.connect() as db:
             return [
-                Line(*columns[:5], (*columns[5:], columns[1]))
-                for columns in map(tuple, db.execute(query))
+                Line(priority, key_id, waiting, seconds, typical_s, (latest, oldest, key_id))
+                for priority, key_id, waiting, seconds, typical_s, latest, oldest in db.execute(
+                    query
+                )
             ]
 
     def _read_times(self, line: Line) -> list[float]:

@@ -238,8 +238,8 @@ class TaskStore:
         is_running = tasks.c.status == Status.PROCESSING
         with self._database.begin() as db:
             ended = end(db, *is_current, is_running, outcome=outcome, now=self._clock())
-            for row in ended if cost_s is not None else ():
-                usage.settle(db, row.key_id, charged_s=row.charged_s, cost_s=cost_s)
+            if ended and cost_s is not None:
+                usage.settle(db, ended[0].key_id, charged_s=ended[0].charged_s, cost_s=cost_s)
         return bool(ended)
 
     def give_back(

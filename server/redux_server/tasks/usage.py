@@ -10,6 +10,7 @@ charge more or less does no harm. Begins no transaction.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, update
 
@@ -29,9 +30,9 @@ def enter(db: Connection, priorities: Mapping[str, int]) -> None:
     """
     for priority in sorted(set(priorities.values())):
         ids = sorted(key_id for key_id, each in priorities.items() if each == priority)
-        least = db.scalar(_least_tag_of_the_active(priority))
-        most = select(func.max(usage.c.seconds))
-        tag = float((db.scalar(most) or 0.0) if least is None else least)
+        tag = db.execute(_least_tag_of_the_active(priority)).scalar()
+        if tag is None:
+            tag = db.execute(select(func.max(usage.c.seconds))).scalar() or 0.0
         known = set(db.scalars(select(usage.c.key_id).where(usage.c.key_id.in_(ids))))
         _set_unless_held(db, usage.c.key_id.in_(known) & (usage.c.seconds < tag), seconds=tag)
         new = [{"key_id": key_id, "seconds": tag} for key_id in ids if key_id not in known]
@@ -61,7 +62,7 @@ def _set_unless_held(db: Connection, which: ColumnElement[bool], **values: objec
     return int(db.execute(update(usage).where(usage.c.key_id.in_(free)).values(values)).rowcount)
 
 
-def _least_tag_of_the_active(priority: int) -> Select[tuple[float]]:
+def _least_tag_of_the_active(priority: int) -> Select[Any]:
     """Of the keys of ``priority`` that have open tasks."""
     is_open = tasks.c.finished_at.is_(None)
     # From each such key to the next: a loose index scan.
