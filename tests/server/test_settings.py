@@ -62,6 +62,8 @@ OTHERS = {
     "upload_retention_hours": "24",
     "sync_timeout_s": "30",
     "max_open_per_key": "4",
+    "queue_share": "50",
+    "max_stored_uploads": "3",
     "rate_limit": "5",
     "max_attempts": "2",
     "lease_s": "12.5",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import OperationalError
@@ -322,8 +323,8 @@ class HeldImages(Images):
         super().__init__()
         self.go_on = threading.Event()
 
-    def load(self, reference: str) -> Any:
-        image = super().load(reference)
+    def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
+        image = super().load(reference, use)
         if "slow" in reference:
             assert self.go_on.wait(20)
         return image
@@ -396,9 +397,9 @@ def test_seconds_of_fetching_and_of_the_device_are_charged_to_the_key(
     bench: Bench, database: Engine
 ) -> None:
     class Slow(Images):
-        def load(self, reference: str) -> Any:
+        def load(self, reference: str, use: Callable[[Image.Image], Any]) -> Any:
             time.sleep(0.05)
-            return super().load(reference)
+            return super().load(reference, use)
 
     bench.done(images=Slow())
     with database.connect() as db:
