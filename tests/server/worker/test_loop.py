@@ -350,7 +350,7 @@ def test_pictures_that_do_not_come_keep_no_other_key_from_the_device(
 ) -> None:
     images = HeldImages()
     worker = bench.worker(images=images, max_batch_size=max_batch_size)
-    stuck = [bench.submit(image=SLOW_URL, key_id="slow", shape="s") for _ in range(10)]
+    stuck = [bench.submit(image=SLOW_URL, key_id="slow", shape="s") for _ in range(20)]
     others = [bench.submit(key_id="other", shape="s") for _ in range(3)]
     with bench.beside(worker.run):
         wait_until(lambda: all_done(bench, others), 10)
