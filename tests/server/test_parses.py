@@ -43,7 +43,7 @@ TABLE = """
 api/admission.py            check_place                    int                   1  length
 api/bodies.py               Body.parse                     loads                 2  off
 api/dependencies.py         read_json                      loads                 1  small
-api/housekeeping.py         own_gauges                     float                 1  ours
+api/housekeeping.py         own_gauges                     float                 2  ours
 api/middleware.py           -                              re.compile            2  head
 api/middleware.py           loggable                       quote                 1  head
 api/middleware.py           _declared_length               int                   1  length
@@ -117,7 +117,7 @@ storage/signing.py          Signer.is_over                 urlsplit             
 storage/signing.py          Signer.is_over                 int                   1  match
 storage/signing.py          Signer.open_key                int                   1  match
 storage/signing.py          Signer._key_in                 int                   1  match
-storage/signing.py          signing_secret                 fromhex               2  ours
+storage/signing.py          signing_secret                 fromhex               1  ours
 tasks/accepting.py          IdempotencyKeys.forget         int                   1  ours
 tasks/accepting.py          _left_of_all                   int                   1  ours
 tasks/listing.py            History.count                  int                   1  ours

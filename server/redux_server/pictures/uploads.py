@@ -289,7 +289,6 @@ class Uploads:
         folders = sorted(name for name in old if name.startswith(PREFIX))
         for folder in folders:
             self._blobs.delete_under(folder)
-        now = self._clock()
         self.records.forget_expired(announced=now - GRACE_S, stored=now - GRACE_S)
         return len(folders)
 

@@ -575,7 +575,7 @@ def test_announced_files_count_as_long_as_they_may_come(
     ticket(api, 2**20 - FILE_BYTES)
     check_error(form(api), 413, "room for 0 bytes more")
     clock.now += 2 * TICKET_S + 1
-    api.services.uploads.sweep()
+    api.services.uploads.sweep(clock())
     assert form(api).status_code == 200
 
 
@@ -612,5 +612,5 @@ def test_one_key_leaves_half_of_the_disk_to_others(
 def test_swept_uploads_are_no_longer_listed(api: Api, clock: Clock) -> None:
     form(api)
     clock.now += api.services.settings.upload_retention_hours * 3600 + uploads.GRACE_S + 1
-    api.services.uploads.sweep()
+    api.services.uploads.sweep(clock())
     assert listed(api)["total"] == 0

@@ -279,7 +279,7 @@ async def delete_uploads(request: Request, services: ServicesDep) -> JSONRespons
 async def _delete(ids: Sequence[str], request: Request, services: Services) -> int:
     known = sorted({id_ for id_ in ids if _UPLOAD_ID.fullmatch(id_)})
     try:
-        return await asyncio.to_thread(services.uploads.delete, request.state.key_id, known)
+        return await services.storage_threads(services.uploads.delete, request.state.key_id, known)
     except OSError:
         raise no_pictures() from None
 
