@@ -3,7 +3,7 @@
 The one module that knows how the API process's services fit together. Starts nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -109,7 +109,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     return Services(
         settings=settings,
         store=store,
-        accept=Coalescer(_accepting(store, bounds), name="accept"),
+        accept=_accept(store, bounds),
         find=find,
         reservations=QueueReservations(partial(free_places, database, bounds=bounds)),
         idempotency=idempotency,
@@ -151,15 +151,14 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     )
 
 
-def _accepting(
-    store: TaskStore, bounds: Bounds
-) -> Callable[[Sequence[NewTask]], Sequence[Acceptance]]:
-    return partial(
+def _accept(store: TaskStore, bounds: Bounds) -> Coalescer[NewTask, Acceptance]:
+    accept = partial(
         store.accept,
         max_open=bounds.of_all,
         max_open_per_key=bounds.of_a_key,
         share=bounds.share,
     )
+    return Coalescer(accept, name="accept")
 
 
 def _owner(

