@@ -15,6 +15,7 @@ from playground.driven import Page, open_page
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 MAX_QUEUE = 12
+QUEUE = ("--max-queue", str(MAX_QUEUE), "--queue-share", "100")  # one key can fill it
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def chromium() -> Iterator[Any]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server whose model takes 20 ms a step and paints plain colours."""
     data_dir = tmp_path_factory.mktemp("playground") / "data"
-    with LiveServer(data_dir, "--max-queue", str(MAX_QUEUE), model="fake-slow") as running:
+    with LiveServer(data_dir, *QUEUE, model="fake-slow") as running:
         yield running
 
 
