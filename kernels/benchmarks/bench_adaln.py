@@ -37,6 +37,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
         traffic.adaln(rows, WIDTH, quantized=True),
         lambda: reference.quantize_rows(replaced()),
         lambda: adaln_quantize(x, scale, shift, *room),
+        room,
     )
 
 

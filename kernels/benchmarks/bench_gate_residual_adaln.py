@@ -44,6 +44,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
         traffic.gate_residual_adaln(rows, WIDTH, quantized=True),
         replaced_quantized,
         lambda: gate_residual_adaln_quantize(x, y, gate, scale, shift, *room),
+        room,
     )
 
 

@@ -26,6 +26,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
         traffic.gelu_quantize(rows, 4 * WIDTH),
         lambda: reference.quantize_rows(F.gelu(mlp, approximate="tanh")),
         lambda: gelu_quantize(mlp, None, *alone),
+        alone,
     )
     yield Case(
         "gelu_quantize",
@@ -33,6 +34,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
         traffic.gelu_quantize(rows, 4 * WIDTH, WIDTH),
         lambda: reference.quantize_rows(torch.cat((beside, F.gelu(mlp, approximate="tanh")), -1)),
         lambda: gelu_quantize(mlp, beside, *both),
+        both,
     )
 
 

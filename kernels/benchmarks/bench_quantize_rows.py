@@ -24,6 +24,7 @@ def cases(rows: int, device: torch.device) -> Iterator[Case]:
         traffic.quantize_rows(rows, WIDTH),
         lambda: reference.quantize_rows(x),
         lambda: quantize_rows(x, *room),
+        room,
     )
 
 

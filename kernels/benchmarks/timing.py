@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from redux_kernels.self_test import self_test
 
@@ -33,6 +34,8 @@ class Case:
     size_bytes: int
     replaced: Callable[[], object]
     call: Callable[[], object]
+    written: tuple[Tensor, ...] = ()
+    """What ``call`` writes into, after what it returns; rows of a batch are one axis there."""
 
 
 Cases = Callable[[int, torch.device], Iterator[Case]]

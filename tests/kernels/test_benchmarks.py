@@ -20,12 +20,20 @@ def benchmark(request, monkeypatch):
     return importlib.import_module(request.param)
 
 
+def tensors(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 @pytest.mark.parametrize("benchmark", NAMES, indirect=True)
 def test_benchmark_compares_the_same_numbers(benchmark):
     for case in benchmark.cases(11, CPU):
-        pairs = zip(*(each if isinstance(each, tuple) else (each,)
-                      for each in (case.call(), case.replaced())), strict=True)  # fmt: skip
-        for ours, theirs in pairs:
+        for each in case.written:
+            each.view(torch.uint8).fill_(0x7F)  # NaN in e4m3
+        returned = [each for each in tensors(case.call()) if each is not None]
+        replaced = tensors(case.replaced())
+        for ours, theirs in zip((*returned, *case.written), replaced, strict=True):
+            if any(ours is each for each in case.written):
+                theirs = theirs.flatten(0, 1)
             assert ours.shape == theirs.shape
             assert ours.dtype == theirs.dtype
             error = (ours.float() - theirs.float()).abs()
