@@ -305,7 +305,7 @@ def test_interleaved_generators_do_not_disturb_each_other(
 
 
 def test_a_bad_request_is_refused_before_the_first_step(pipeline, request_for):
-    with pytest.raises(RequestError, match=r"width is 100: .* from 512 to 1536"):
+    with pytest.raises(RequestError, match=r"width is 100: .* from 256 to 1536"):
         pipeline.generate(request_for(width=100))
 
 
@@ -742,7 +742,7 @@ def test_the_sizes_of_a_plan_and_what_has_room_reach_the_warm_up(pipeline, monke
     plan = CompilePlan("off", sizes=((1024, 768),), cuda_graphs="auto")
     ReduxPipeline(planned, name="tiny").compile(plan)
     assert asked["grids"] == [Grid(12, 16)]  # of 64 pixels each
-    assert (asked["least"], asked["batches"]) == (Grid(8, 8), (1,))
+    assert (asked["least"], asked["batches"]) == (Grid(4, 4), (1,))
     assert (asked["plan"], asked["limits"]) == (plan, limits)
 
 

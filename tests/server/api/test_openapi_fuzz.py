@@ -56,6 +56,8 @@ PUBLIC = {
     "/files/{path:path}", "/uploads/{ticket}",  # their paths are signed
     "/static-offline-docs",
     "/", "/playground/sample.png",
+    *(f"/center/default/api/v1/model_product/{name}"
+      for name in ("type_statistics", "search", "detail/{name:path}")),
     *(f"/playground/{path.name}" for path in PLAYGROUND.iterdir() if path.suffix != ".html"),
 }  # fmt: skip
 

@@ -258,10 +258,7 @@ async def delete_upload(upload_id: str, request: Request, services: ServicesDep)
     description="As deleting each. Ids that are unknown, or another key's, are not counted.",
     responses=responses(400, 401, 408, 413, 503, model=DeletedEnvelope),
     openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": DeleteRequest.model_json_schema()}},
-        }
+        "requestBody": json_body(DeleteRequest, {"ids": ["45b392b22c3b449fa935bd4dc2219dfe"]})
     },
 )
 async def delete_uploads(request: Request, services: ServicesDep) -> JSONResponse:

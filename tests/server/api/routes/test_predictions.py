@@ -12,6 +12,7 @@ from e2e.live import a_picture, data_uri
 from redux_server.api.coalescer import Coalescer
 from redux_server.api.services import Services
 from redux_server.parameters import MODELS
+from redux_server.storage.blobs import MARKER
 from redux_server.tasks.task import Status, Task
 from server.in_process import INLINE, SUBMIT, URL, Api, complete, dispatch_of, submit
 
@@ -118,7 +119,8 @@ def test_full_queue_is_answered_429_and_leaves_nothing_behind(
     assert response.json()["code"] == 429
     assert "2 open tasks" in response.json()["message"]
     assert dispatch_of(api).wakes == 2
-    assert not [path for path in (tmp_path / "data" / "blobs").rglob("*") if path.is_file()]
+    blobs = tmp_path / "data" / "blobs"
+    assert [path for path in blobs.rglob("*") if path.is_file()] == [blobs / MARKER]
 
 
 def test_database_that_is_away_is_answered_503_and_leaves_nothing_behind(
@@ -137,7 +139,8 @@ def test_database_that_is_away_is_answered_503_and_leaves_nothing_behind(
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) > 0
         assert response.json()["code"] == 503
-    assert not [path for path in (tmp_path / "data" / "blobs").rglob("*") if path.is_file()]
+    blobs = tmp_path / "data" / "blobs"
+    assert [path for path in blobs.rglob("*") if path.is_file()] == [blobs / MARKER]
 
 
 # --- poll -----------------------------------------------------------------------------------------
