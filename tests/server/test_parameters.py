@@ -26,6 +26,7 @@ from redux_server.parameters import (
     parse_size,
     requests_of,
 )
+from redux_server.storage.blobs import MARKER
 from redux_server.tasks.task import Status, Task
 from redux_server.worker.inputs import ImageGone, Pictures, generation_request, load_pictures
 from server.in_process import Api, Clock
@@ -414,7 +415,8 @@ def stored(api: Api, task_id: str) -> Task:
 
 def files(api: Api) -> list[str]:
     folder = api.services.settings.blobs_dir
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    found = {path for path in folder.rglob("*") if path.is_file()} - {folder / MARKER}
+    return sorted(path.name for path in found)
 
 
 def test_inline_pictures_are_stored_beside_the_task_and_not_echoed(api: Api) -> None:

@@ -37,100 +37,131 @@ BOUNDS = {
 }
 
 # Modules that only see what an operator or this program wrote.
-NOT_CALLERS = ("cli/", "database/", "dispatch/", "settings.py", "storage/opening.py", "metrics.py")
+NOT_CALLERS = (
+    *(
+        "bench/",
+        "cli/",
+        "database/",
+        "dispatch/",
+        "settings.py",
+        "storage/opening.py",
+        "metrics.py",
+    ),
+)
 
 TABLE = """
-api/admission.py            check_place                    int                   1  length
-api/bodies.py               Body.parse                     loads                 2  off
-api/dependencies.py         read_json                      loads                 1  small
-api/housekeeping.py         own_gauges                     float                 2  ours
-api/middleware.py           -                              re.compile            2  head
-api/middleware.py           loggable                       quote                 1  head
-api/middleware.py           _declared_length               int                   1  length
-api/openapi.py              _result_operation              re.sub                1  start
-api/prediction.py           timestamp                      fromtimestamp         1  ours
-api/routes/account.py       usage                          int                   2  small
-api/routes/account.py       _read                          model_validate        1  small
-api/routes/account.py       _date                          fromtimestamp         1  ours
-api/routes/cancel.py        delete_many                    model_validate        1  small
-api/routes/files.py         -                              re.compile            1  head
-api/routes/files.py         _part                          int                   4  match
-api/routes/lists.py         _parse_time                    fromisoformat         1  small
-api/routes/lists.py         _parse_time_or_ms              fromtimestamp         1  small
-api/routes/lists.py         _parse_time_or_ms              int                   1  small
-api/routes/lists.py         ListRequest                    pattern=              1  small
-api/routes/lists.py         _parse_request                 model_validate        1  small
-api/routes/predictions.py   result                         path_params           1  head
-api/routes/predictions.py   _read_body                     query_params          1  head
-api/routes/uploads.py       -                              re.compile            3  field
-api/routes/uploads.py       -                              re.sub                1  start
-api/routes/uploads.py       delete_uploads                 model_validate        1  small
-api/routes/uploads.py       _asked                         query_params          1  head
-api/routes/uploads.py       _asked                         int                   2  match
-api/routes/uploads.py       _read_ticket_request           model_validate        1  small
-api/routes/uploads.py       _Form.__init__                 parse_options_header  1  head
-api/routes/uploads.py       _Form.__init__                 MultipartParser       1  chunk
-api/routes/uploads.py       _Form._headers_end             parse_options_header  1  chunk
-net/fetch.py                ImageFetcher._body             int                   1  remote
-net/fetch.py                _redirect_url                  urljoin               1  remote
-net/guard.py                -                              re.compile            8  URL
-net/guard.py                _ascii_only                    quote                 1  URL
-net/guard.py                _port_number                   int                   1  match
-net/guard.py                _ipv4_literal                  IPv4Address           1  URL
-net/guard.py                _ipv6_literal                  IPv6Address           1  URL
-net/guard.py                Opening.parse                  int                   2  start
-net/guard.py                _allowed_place                 ip_network            1  start
-net/guard.py                AddressPolicy._is_public       IPv4Address           1  ours
-net/guard.py                AddressPolicy._is_public       int                   1  ours
-net/guard.py                AddressPolicy.check            ip_address            1  URL
-net/own_addresses.py        is_own                         ip_address            1  ours
-parameters.py               -                              re.compile            2  small
-parameters.py               parse_size                     int                   2  match
-parameters.py               _whole                         int                   1  small
-parameters.py               parse_request                  model_validate        1  small
-pictures/decode.py          -                              re.compile           20  child
-pictures/decode.py          is_starved                     int                   1  ours
-pictures/decode.py          _Child.read_header             loads                 1  child
-pictures/decode_child.py    main                           loads                 1  ours
-pictures/decode_child.py    _first_number                  int                   1  child
-pictures/decode_child.py    _address_space                 int                   1  ours
-pictures/dimensions.py      -                              re.compile            1  child
-pictures/inline.py          -                              re.compile            1  field
-pictures/inline.py          _decoded                       a2b_base64            2  off
-pictures/submitted.py       _is_url                        re.match              1  field
-pictures/submitted.py       _is_usable                     urlsplit              1  URL
-pictures/submitted.py       check_own_url                  urlsplit              1  URL
-pictures/submitted.py       _origin                        urlsplit              1  URL
-pictures/upload_records.py  UploadRecords.forget           int                   1  ours
-pictures/upload_records.py  UploadRecords.forget_expired   int                   1  ours
-pictures/uploads.py         -                              re.compile            1  head
-pictures/uploads.py         UploadTicket.check_length      int                   2  length
-pictures/uploads.py         UploadTickets.issue            int                   1  ours
-pictures/uploads.py         UploadTickets.read             int                   2  match
-pictures/uploads.py         UploadTickets.read             float                 1  match
-storage/blobs.py            summary                        re.search             2  ours
-storage/blobs.py            summary                        re.sub                1  ours
-storage/signing.py          -                              re.compile            1  URL
-storage/signing.py          Signer.path                    int                   1  ours
-storage/signing.py          Signer.key_of                  urlsplit              1  URL
-storage/signing.py          Signer.is_over                 urlsplit              1  URL
-storage/signing.py          Signer.is_over                 int                   1  match
-storage/signing.py          Signer.open_key                int                   1  match
-storage/signing.py          Signer._key_in                 int                   1  match
-storage/signing.py          signing_secret                 fromhex               1  ours
-tasks/accepting.py          IdempotencyKeys.forget         int                   1  ours
-tasks/accepting.py          _left_of_all                   int                   1  ours
-tasks/listing.py            History.count                  int                   1  ours
-tasks/store.py              TaskStore.due                  int                   1  ours
-tasks/store.py              TaskStore._take_back           int                   1  ours
-tasks/task.py               -                              re.compile            1  head
-tasks/usage.py              _set_unless_held               int                   1  ours
-webhooks/callback.py        _is_allowed_by_name            ip_address            1  URL
-webhooks/delivery.py        WebhookPoster.deliver          int                   1  remote
-webhooks/delivery.py        _standard                      b64decode             1  ours
-webhooks/outbox.py          Outbox.catch_up                int                   1  ours
-webhooks/outbox.py          Outbox.count_open              int                   1  ours
-worker/loop.py              Worker._room                   int                   1  ours
+api/admission.py            check_place                    int                     1  length
+api/bodies.py               Body.parse                     loads                   2  off
+api/dependencies.py         read_json                      loads                   1  small
+api/housekeeping.py         own_gauges                     float                   2  ours
+api/middleware.py           -                              re.compile              2  head
+api/middleware.py           _declared_length               int                     1  length
+api/middleware.py           loggable                       quote                   1  head
+api/openapi.py              _result_operation              re.sub                  1  start
+api/prediction.py           timestamp                      fromtimestamp           1  ours
+api/routes/account.py       _date                          fromtimestamp           1  ours
+api/routes/account.py       _read                          model_validate          1  small
+api/routes/account.py       usage                          int                     2  small
+api/routes/cancel.py        delete_many                    model_validate          1  small
+api/routes/files.py         -                              re.compile              1  head
+api/routes/files.py         _part                          int                     4  match
+api/routes/lists.py         ListRequest                    pattern=                1  small
+api/routes/lists.py         _parse_request                 model_validate          1  small
+api/routes/lists.py         _parse_time                    fromisoformat           1  small
+api/routes/lists.py         _parse_time_or_ms              fromtimestamp           1  small
+api/routes/lists.py         _parse_time_or_ms              int                     1  small
+api/routes/models.py        _whole                         int                     2  head
+api/routes/models.py        search                         query_params            1  head
+api/routes/playground.py    policy_of                      urlsplit                1  start
+api/routes/predictions.py   _read_body                     query_params            1  head
+api/routes/predictions.py   result                         path_params             1  head
+api/routes/stream.py        _has_previews                  query_params            1  head
+api/routes/uploads.py       -                              re.compile              3  field
+api/routes/uploads.py       -                              re.sub                  1  start
+api/routes/uploads.py       _Form.__init__                 MultipartParser         1  chunk
+api/routes/uploads.py       _Form.__init__                 parse_options_header    1  head
+api/routes/uploads.py       _Form._headers_end             parse_options_header    1  chunk
+api/routes/uploads.py       _asked                         int                     2  match
+api/routes/uploads.py       _asked                         query_params            1  head
+api/routes/uploads.py       _read_ticket_request           model_validate          1  small
+api/routes/uploads.py       delete_uploads                 model_validate          1  small
+api/target_uri.py           -                              re.compile              6  head
+api/target_uri.py           TrustedProxies.__contains__    ip_address              1  ours
+api/target_uri.py           TrustedProxies.__init__        ip_network              1  start
+api/target_uri.py           _apply                         int                     1  match
+api/target_uri.py           _first_element                 re.sub                  1  head
+coercion.py                 -                              re.compile              3  small
+coercion.py                 _number                        float                   1  small
+coercion.py                 _number                        int                     1  small
+net/fetch.py                -                              re.compile              1  remote
+net/fetch.py                ImageFetcher._body             int                     1  remote
+net/fetch.py                _redirect_url                  urljoin                 1  remote
+net/fetch.py                _retry_after_s                 float                   1  remote
+net/fetch.py                _retry_after_s                 parsedate_to_datetime   1  remote
+net/guard.py                -                              re.compile              9  URL
+net/guard.py                AddressPolicy._is_public       IPv4Address             1  ours
+net/guard.py                AddressPolicy._is_public       int                     1  ours
+net/guard.py                AddressPolicy.check            ip_address              1  URL
+net/guard.py                Opening.parse                  int                     2  start
+net/guard.py                _allowed_place                 ip_network              1  start
+net/guard.py                _ascii_only                    quote                   1  URL
+net/guard.py                _ipv4_literal                  IPv4Address             1  URL
+net/guard.py                _ipv6_literal                  IPv6Address             1  URL
+net/guard.py                _port_number                   int                     1  match
+net/own_addresses.py        is_own                         ip_address              1  ours
+parameters.py               -                              re.compile              2  small
+parameters.py               _whole                         int                     1  small
+parameters.py               parse_request                  model_validate          1  small
+parameters.py               parse_size                     int                     2  match
+pictures/data_uri.py        -                              re.compile              4  field
+pictures/decode.py          -                              re.compile             20  child
+pictures/decode.py          _Child.read_header             loads                   1  child
+pictures/decode.py          is_starved                     int                     1  ours
+pictures/decode_child.py    _address_space                 int                     1  ours
+pictures/decode_child.py    _first_number                  int                     1  child
+pictures/decode_child.py    main                           loads                   1  ours
+pictures/dimensions.py      -                              re.compile              1  child
+pictures/inline.py          _decoded                       a2b_base64              2  off
+pictures/submitted.py       -                              re.compile              1  field
+pictures/submitted.py       _is_url                        re.match                1  field
+pictures/submitted.py       _is_usable                     urlsplit                1  URL
+pictures/submitted.py       _origin                        urlsplit                1  URL
+pictures/submitted.py       check_own_url                  urlsplit                1  URL
+pictures/upload_records.py  UploadRecords.forget           int                     1  ours
+pictures/upload_records.py  UploadRecords.forget_expired   int                     1  ours
+pictures/uploads.py         -                              re.compile              1  head
+pictures/uploads.py         UploadTicket.check_length      int                     2  length
+pictures/uploads.py         UploadTickets.issue            int                     1  ours
+pictures/uploads.py         UploadTickets.read             float                   1  match
+pictures/uploads.py         UploadTickets.read             int                     2  match
+storage/blobs.py            summary                        re.search               2  ours
+storage/blobs.py            summary                        re.sub                  1  ours
+storage/signing.py          -                              re.compile              1  URL
+storage/signing.py          Signer._key_in                 int                     1  match
+storage/signing.py          Signer.is_over                 int                     1  match
+storage/signing.py          Signer.is_over                 urlsplit                1  URL
+storage/signing.py          Signer.key_of                  urlsplit                1  URL
+storage/signing.py          Signer.open_key                int                     1  match
+storage/signing.py          Signer.path                    int                     1  ours
+storage/signing.py          signing_secret                 fromhex                 1  ours
+tasks/accepting.py          IdempotencyKeys.forget         int                     1  ours
+tasks/accepting.py          _left_of_all                   int                     1  ours
+tasks/listing.py            History.count                  int                     1  ours
+tasks/listing.py            last_submits                   float                   1  ours
+tasks/previews.py           Previews.sweep                 int                     1  ours
+tasks/store.py              TaskStore._take_back           int                     1  ours
+tasks/store.py              TaskStore.due                  int                     1  ours
+tasks/store.py              TaskStore.unbind               int                     1  ours
+tasks/task.py               -                              re.compile              1  head
+tasks/usage.py              _set_unless_held               int                     1  ours
+webhooks/callback.py        _is_allowed_by_name            ip_address              1  URL
+webhooks/delivery.py        WebhookPoster.deliver          int                     1  remote
+webhooks/delivery.py        _standard                      b64decode               1  ours
+webhooks/outbox.py          Outbox.catch_up                int                     1  ours
+webhooks/outbox.py          Outbox.count_open              int                     1  ours
+worker/loop.py              Worker._room                   int                     1  ours
+worker/main.py              _end_process                   int                     1  ours
+worker/previews.py          PreviewSender.offer            float                   1  ours
 """
 
 _PARSES = frozenset(
@@ -157,7 +188,7 @@ SHORT = {
 }
 SEARCHED = {
     r"/files/(?P<sig>[0-9a-f]{32})/(?P<exp>[0-9]{1,12})/(?P<key>[\w./-]{1,256})\Z",
-    r"[\x00-\x20\x7f\\]",
+    r"[\x00-\x1f\x7f]",
     r"timeout|connection|http (?:5|429)",
 }
 

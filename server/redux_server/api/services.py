@@ -94,9 +94,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         KeyFileError: ``--api-keys-file`` cannot be used.
     """
     clock = clock_of(database)
-    store = TaskStore(
-        database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
-    )
+    store = _store(settings, database, clock)
     keys = KeyRing(database, file=settings.api_keys_file, clock=clock)
     signer = Signer(signing_secret(database), clock=clock)
     storage_threads, worker_reports = StorageThreads(), WorkerReports()
@@ -148,6 +146,12 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
         bodies=Bodies(settings.temporary_dir, disk),
         worker_reports=worker_reports,
         dispatch=build_dispatch(settings, database, store, presence, worker_reports),
+    )
+
+
+def _store(settings: ServerSettings, database: Engine, clock: Callable[[], float]) -> TaskStore:
+    return TaskStore(
+        database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
     )
 
 

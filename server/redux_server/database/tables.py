@@ -83,7 +83,8 @@ tasks = Table(
     Index("tasks_bound", "fingerprint", **_where("queued_at IS NOT NULL")),
     Index("tasks_running", "key_id", **_where("lease_until IS NOT NULL")),
     Index("tasks_started", "key_id", "started_at"),
-    Index("tasks_open", "key_id", **_where("finished_at IS NULL")),  # for the bound of each key
+    # For the bound of each key; with finished_at, or SQLite may choose one that has all tasks.
+    Index("tasks_open", "key_id", "finished_at", **_where("finished_at IS NULL")),
     # A key's tasks, newest first; with the status, so that those of a rare one are found in it.
     Index("tasks_listed", "key_id", "created_at", "id", "status"),
 )

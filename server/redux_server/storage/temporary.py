@@ -103,9 +103,13 @@ def _is_held(path: Path) -> bool:
     return False
 
 
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "ab") as file:
+    with open(path, "ab", opener=_for_its_owner) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

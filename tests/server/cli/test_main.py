@@ -47,6 +47,7 @@ CALLS = {
     "cancel": ["id"],
     "keys create": ["--name", "me"],
     "keys revoke": ["id"],
+    "uploads delete": ["id"],
     "weights quantize": ["--out", "x"],
     "bench compare": ["a.json", "b.json"],
 }
@@ -264,9 +265,8 @@ def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(
     "folder", ["/etc/hostname", "/etc/hostname/x", "/tmp/" + "a" * 300, "/proc/x/y", "/dev/null/a"]
 )
 def test_place_that_cannot_be_used_is_told_in_one_line(
-    verb: str, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    verb: str, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(main, "_share_metrics", lambda: None)
     assert run([*verb.split(), "--data-dir", folder]) == EXIT_USAGE
     told = capsys.readouterr().err.strip().splitlines()
     assert told[-1].startswith("flux-redux: ") and folder[:7] in told[-1], told

@@ -250,7 +250,7 @@ def test_error_behind_a_redirect_blames_the_host_that_redirects():
     ],
 )
 def test_status_says_whose_fault_it_is(status, says):
-    web = FakeWeb(answer(b"", "Content-Length: 0", status=status))
+    web = FakeWeb(*[answer(b"", "Content-Length: 0", status=status)] * 2)  # some are asked again
     assert says in str(refusal(web.fetcher(), "http://h.example/a"))
 
 

@@ -531,10 +531,14 @@ def test_no_statement_reads_a_table_of_20_000_rows(
     store.ended_before(1.0)
     IdempotencyKeys(engine).forget(1.0)
     for statement, values in list(statements.items()):
-        # The recursive query's own rows are one for each key that waits: these are read and sorted.
+        # A recursive query's own rows are one for each key that waits or has open tasks: these are
+        # read and sorted.
         is_of_keys = statement.startswith("WITH RECURSIVE")
         for step in _plan(engine, statement, values):
-            is_harmless = step == "SCAN CONSTANT ROW" or (is_of_keys and step == "SCAN waiting")
+            # "(subquery-1)" is what `IN ()` becomes, and has no row.
+            is_harmless = step in ("SCAN CONSTANT ROW", "SCAN (subquery-1)") or (
+                is_of_keys and step in ("SCAN waiting", "SCAN active")
+            )
             assert is_harmless or not step.startswith("SCAN"), (statement, step)
             assert is_of_keys or "TEMP B-TREE" not in step, (statement, step)
 

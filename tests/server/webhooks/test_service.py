@@ -71,8 +71,6 @@ def test_no_webhook_is_asked_for(api: Api, query: dict[str, str], body: dict[str
         ({"webhook": "hooks.example"}, {}, "complete URL that starts with https://"),
         ({"webhook": "https://169.254.169.254/"}, {}, "--webhook-allow"),
         ({}, {"webhook_url": "https://u:p@h.example/"}, "user name"),
-        ({}, {"webhook_url": 5}, "webhook_url must be an https URL; got 5"),
-        ({}, {"webhook": ["a"]}, "webhook must be an https URL; got an array"),
         ({"webhook": HOOK}, {"webhook_url": "https://other.example/"}, "different URLs"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_half_downloaded_checkpoint_is_only_noted(
 
 def test_a_base_that_is_neither_folder_nor_repository_is_missing(settings: ServerSettings) -> None:
     chosen = replace(settings, base="/no/such/place", redux="a/b")
-    assert levels(model.check_model(chosen))["base"] is Level.MISSING
+    assert levels(model.check_model(chosen))["settings"] is Level.MISSING
 
 
 def test_a_wrong_safety_model_is_missing(

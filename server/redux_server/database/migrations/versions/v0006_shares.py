@@ -8,7 +8,7 @@ down_revision = "0005"
 
 
 def upgrade() -> None:
-    """Add a column to tasks and two tables; who has open tasks begins with nothing charged."""
+    """Add a column to tasks, two tables and a column to an index; nothing is charged yet."""
     op.add_column("tasks", sa.Column("charged_s", sa.Float, nullable=False, server_default="0"))
     op.create_table(
         "usage",
@@ -32,3 +32,12 @@ def upgrade() -> None:
     )
     op.create_index("uploads_listed", "uploads", ["key_id", "created_at", "id", "size_bytes"])
     op.create_index("uploads_expires", "uploads", ["expires_at"])
+    op.drop_index("tasks_open", "tasks")
+    is_open = sa.text("finished_at IS NULL")
+    op.create_index(
+        "tasks_open",
+        "tasks",
+        ["key_id", "finished_at"],
+        sqlite_where=is_open,
+        postgresql_where=is_open,
+    )
