@@ -197,7 +197,8 @@ class IdempotencyKeys:
         with self._database.begin() as db:
             left = delete(idempotency).where(*mine, recent).returning(idempotency.c.task_id)
             task_id = db.scalar(left)
-            row = db.execute(select(*COLUMNS).where(tasks.c.id == task_id)).one_or_none()
+            wanted = tasks.c.id == task_id, tasks.c.cancel_requested_at.is_(None)
+            row = db.execute(select(*COLUMNS).where(*wanted)).one_or_none()
         task = None if row is None else task_of(row)
         return None if task is None or task.status is Status.CANCELLED else task
 

@@ -117,6 +117,9 @@ def test_whoever_asks_for_the_time_waits_for_no_database(postgres: Engine) -> No
     assert asked.wait(10)
     assert clock() == first + 61
     answers.set()
+    for thread in threading.enumerate():
+        if thread.name == "clock":
+            thread.join(20)  # it has a connection, which is to be closed with the others
 
 
 # --- Whether the date can be believed -------------------------------------------------------------
