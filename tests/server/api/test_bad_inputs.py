@@ -179,7 +179,6 @@ PARAMETERS = [
     value("seed", "0x7", SEED),
     value("seed", "1,000", SEED),
     value("seed", "٧", SEED, shown='"\\u0667"'),
-    value("num_inference_steps", "28.5", STEPS),
     value("num_inference_steps", "NaN", STEPS),
     value("guidance_scale", "3,5", GUIDANCE),
     value("guidance_scale", "1e400", GUIDANCE),
