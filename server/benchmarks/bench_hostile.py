@@ -31,6 +31,7 @@ from typing import Any
 
 from http_load import percentile
 from PIL import Image
+from serving import served
 
 from redux_server import __version__
 from redux_server.api.auth import KeyRing
@@ -99,34 +100,11 @@ class Server:
 
 @contextmanager
 def serving(*flags: str, model: str = "fake-slow") -> Iterator[Server]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "redux_server", "serve", "--model", model, "--port", "0"]
-        command += ["--data-dir", folder, "--log-level", "warning", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        try:
-            port = 0
-            while not port:
-                line = process.stdout.readline()
-                found = re.search(rb"127\.0\.0\.1:(\d+)", line)
-                port = int(found[1]) if found else 0
-                if not line:
-                    raise SystemExit("the server ended")
-            server = Server(process, Path(folder), port)
-            while not _is_ready(server):
-                time.sleep(0.1)
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _is_ready(server: Server) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(server.call("GET", "/readyz")[0] == 200)
-    return False
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(folder), *flags, model=model) as (process, port),
+    ):
+        yield Server(process, Path(folder), port)
 
 
 class Beside:

@@ -18,7 +18,6 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -30,6 +29,7 @@ from typing import Any
 
 from http_load import percentile, request, run_load
 from PIL import Image
+from serving import served
 
 from redux_server import __version__
 from redux_server.api.auth import KeyRing
@@ -103,25 +103,8 @@ class _Server:
 
 @contextmanager
 def _server(folder: Path) -> Iterator[_Server]:
-    command = [sys.executable, "-m", "redux_server", "serve", "--model", "fake", "--port", "0"]
-    command += ["--data-dir", str(folder), "--max-queue", "1000000", "--log-level", "warning"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        port = int(re.search(rb"127\.0\.0\.1:(\d+)", process.stdout.readline())[1])
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz")
-                break
-            except OSError:
-                time.sleep(0.1)
+    with served(folder, "--max-queue", "1000000") as (process, port):
         yield _Server(process, folder, port)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def _idle(server: _Server) -> dict[str, float]:

@@ -43,4 +43,4 @@ def test_the_safety_checker_runs_without_torch():
         f"import sys; sys.path[:0] = {sys.path!r}; from redux_pipelines.images.safety import *; "
         "OpenNsfwChecker(); sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

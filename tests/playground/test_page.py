@@ -299,6 +299,7 @@ def test_a_full_queue_is_told_with_its_wait_and_tried_again(page: Page) -> None:
 
 
 def test_a_server_that_is_restarted_in_the_middle_loses_nothing(page: Page) -> None:
+    before = number_of_tasks(page)
     page.choose("teal")
     page.set(num_inference_steps=50)
     page.count(2)
@@ -310,6 +311,13 @@ def test_a_server_that_is_restarted_in_the_middle_loses_nothing(page: Page) -> N
     page.wait_for_images(2)
     page.wait_for_progress("^Done")
     page.server.wait_ready()
+    assert number_of_tasks(page) == before + 1, "sent twice"
+
+
+def number_of_tasks(page: Page) -> int:
+    with page.server.client() as client:
+        answer = client.post("/api/v3/predictions", json={"page": 1, "page_size": 100})
+    return len(answer.json()["data"]["items"])
 
 
 # --- for everyone ---------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ NOT_CALLERS = (
 TABLE = """
 api/admission.py            check_place                    int                     1  length
 api/bodies.py               Body.parse                     loads                   2  off
+api/dependencies.py         ids_to_delete                  model_validate          1  small
 api/dependencies.py         read_json                      loads                   1  small
 api/housekeeping.py         own_gauges                     float                   2  ours
 api/middleware.py           -                              re.compile              2  head
@@ -62,7 +63,6 @@ api/prediction.py           timestamp                      fromtimestamp        
 api/routes/account.py       _date                          fromtimestamp           1  ours
 api/routes/account.py       _read                          model_validate          1  small
 api/routes/account.py       usage                          int                     2  small
-api/routes/cancel.py        delete_many                    model_validate          1  small
 api/routes/files.py         -                              re.compile              1  head
 api/routes/files.py         _part                          int                     4  match
 api/routes/lists.py         ListRequest                    pattern=                1  small
@@ -84,7 +84,6 @@ api/routes/uploads.py       _Form._headers_end             parse_options_header 
 api/routes/uploads.py       _asked                         int                     2  match
 api/routes/uploads.py       _asked                         query_params            1  head
 api/routes/uploads.py       _read_ticket_request           model_validate          1  small
-api/routes/uploads.py       delete_uploads                 model_validate          1  small
 api/target_uri.py           -                              re.compile              6  head
 api/target_uri.py           TrustedProxies.__contains__    ip_address              1  ours
 api/target_uri.py           TrustedProxies.__init__        ip_network              1  start
@@ -98,6 +97,7 @@ net/fetch.py                ImageFetcher._body             int                  
 net/fetch.py                _redirect_url                  urljoin                 1  remote
 net/fetch.py                _retry_after_s                 float                   1  remote
 net/fetch.py                _retry_after_s                 parsedate_to_datetime   1  remote
+net/guard.py                is_http_url                    urlsplit                1  start
 net/guard.py                -                              re.compile              9  URL
 net/guard.py                AddressPolicy._is_public       IPv4Address             1  ours
 net/guard.py                AddressPolicy._is_public       int                     1  ours

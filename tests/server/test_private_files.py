@@ -72,6 +72,7 @@ def test_folder_of_somebody_else_is_no_reason_to_stop(
     tmp_path.chmod(0o755)
     monkeypatch.setattr(private_files.Path, "chmod", refused)
     private_folder(tmp_path)
+    assert mode(tmp_path) == 0o755
 
 
 def test_database_of_a_folder_that_others_made_is_closed_with_its_log(tmp_path: Path) -> None:

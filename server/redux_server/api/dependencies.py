@@ -7,11 +7,14 @@ import json
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redux_server.api.services import Services
-from redux_server.errors import NotFound, TooLarge, Unavailable, no_json
+from redux_server.errors import BadRequest, NotFound, TooLarge, Unavailable, no_json
 from redux_server.tasks.task import TASK_ID, Task
 
+MAX_IDS = 1000
+"""Of what one request may delete."""
 MAX_JSON_BYTES = 64 * 2**10
 """Of a body that has no pictures in it: what the event loop parses in a moment."""
 
@@ -69,3 +72,26 @@ async def read_json(request: Request, example: str) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise no_json(example) from None
+
+
+class DeleteRequest(BaseModel):
+    """What to delete."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    ids: list[str] = Field(max_length=MAX_IDS, description="Unknown ones are not counted")
+
+
+async def ids_to_delete(request: Request, kind: str) -> list[str]:
+    """The ids in a body that names what is to be deleted; ``kind`` is a word for what.
+
+    Raises:
+        BadRequest: it is another body.
+        TooLarge: it has more than ``MAX_JSON_BYTES``.
+    """
+    try:
+        return DeleteRequest.model_validate(await read_json(request, '{"ids": ["45b3..."]}')).ids
+    except ValidationError:
+        raise BadRequest(
+            f'The body must be {{"ids": [...]}} with at most {MAX_IDS} {kind} ids, each a text.'
+        ) from None

@@ -36,6 +36,7 @@ SUBMIT_EXAMPLE = {
     "guidance_scale": 3.5,
     "num_images": 1,
 }
+DELETE_EXAMPLE = {"ids": ["45b392b22c3b449fa935bd4dc2219dfe"]}
 LIST_EXAMPLE = {"page": 1, "page_size": 20}
 WEBHOOK_PARAMETER = {
     "name": "webhook",

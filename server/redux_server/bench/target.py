@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from redux_server.net.guard import is_http_url
 from redux_server.parameters import MODELS
 from redux_server.settings import LOOPBACK_HOSTS, UsageError
 
@@ -122,14 +123,9 @@ def _complaint(name: str, option: str, *, is_twice: bool) -> str:
 
 
 def _checked_url(name: str, url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-        is_usable = is_usable and (parts.port is None or parts.port > 0)
-    except ValueError:
-        is_usable = False
-    if not is_usable:
+    if not is_http_url(url):
         raise UsageError(f"target {name}: its URL must be like http://127.0.0.1:8000")
+    parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
             f"target {name}: its URL must have no user, password, query or fragment; a key goes "

@@ -104,7 +104,7 @@ def _check_installed() -> None:
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise UsageError(
             f"bench needs {' and '.join(missing)}; install it with: "
-            "pip install 'flux-redux-server[bench]'"
+            "pip install -c constraints.txt '.[bench]' (in the project's folder)"
         )
 
 

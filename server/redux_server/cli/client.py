@@ -19,6 +19,7 @@ from httpx_sse import EventSource
 
 from redux_pipelines.contract.types import OUTPUT_FORMATS
 from redux_server.cli.progress import note
+from redux_server.net.guard import is_http_url
 from redux_server.parameters import MODELS, PredictionRequest
 from redux_server.settings import LOOPBACK_HOSTS, UsageError
 
@@ -305,13 +306,7 @@ def _suffix(url: str) -> str:
 
 
 def _checked_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-        is_usable = is_usable and (parts.port is None or parts.port > 0)
-    except ValueError:
-        is_usable = False
-    if not is_usable:
+    if not is_http_url(url):
         raise UsageError(f"--url must be like http://127.0.0.1:8000, got {url!r}")
     return url.rstrip("/")
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 PIECE_BYTES = 256 * 2**10
+MAX_MEMBERS = 64
+"""Of one gzip body. Programs that write several write few; a million empty ones take seconds."""
 _GZIP, _DEFLATE = frozenset({"gzip", "x-gzip"}), frozenset({"deflate"})
 READ = _GZIP | _DEFLATE
 # What a body can really be coded with, but not here. Whatever else stands there says nothing of the
@@ -32,6 +34,7 @@ class Content:
     def __init__(self, coding: str) -> None:
         self._is_gzip = coding in _GZIP
         self._stream: Any = None
+        self._members = 0
         self._start = b""
 
     @property
@@ -43,7 +46,7 @@ class Content:
         """What ``data``, which comes next, holds: at most ``PIECE_BYTES`` at a time.
 
         Raises:
-            zlib.error: it is not of this coding.
+            zlib.error: it is not of this coding, or has more than ``MAX_MEMBERS``.
         """
         data = self._start + data
         self._start = b""
@@ -52,6 +55,9 @@ class Content:
                 if len(data) < 2:  # too little to tell the formats of deflate apart
                     self._start = data
                     return
+                self._members += 1
+                if self._members > MAX_MEMBERS:
+                    raise zlib.error("too many members")
                 self._stream = self._opened(data)
             if self._stream.eof:
                 raise zlib.error("more after the end")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import idna
 
@@ -125,6 +125,19 @@ class Target:
     def url(self) -> str:
         """The whole URL in its normal form. Holds the query: not for messages or logs."""
         return f"{self.scheme}://{self.host_header}{self.path_and_query}"
+
+
+def is_http_url(url: str) -> bool:
+    """Whether an operator's own URL of a server can be one; nothing else of it is judged."""
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in DEFAULT_PORTS
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
+    except ValueError:
+        return False
 
 
 def parse_url(url: str) -> Target:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from redux_server.api.app import BODY_LIMIT
+from redux_server.net.content_coding import MAX_MEMBERS
 from server.in_process import INLINE, SUBMIT, URL, Api
 
 PLAIN = json.dumps({**URL, "prompt": "a red fox"}).encode()
@@ -83,6 +84,7 @@ def test_large_body_goes_through_the_disk_and_is_the_same(api: Api, coding: str)
         (zlib.compress(PLAIN)[:-1], "deflate"),
         (b"\xff" * 40, "deflate"),
     ],
+    ids=["plain", "cut", "a byte", "more", "more", "cut", "noise"],  # gzip has the time in it
 )
 def test_broken_body_is_the_callers_fault(api: Api, body: bytes, coding: str) -> None:
     status, answer = post(api, body, coding)
@@ -116,6 +118,23 @@ def test_bomb_is_refused_on_every_path_and_takes_no_memory(api: Api, path: str) 
     tracemalloc.stop()
     assert answer.status_code in (400, 413), answer.text  # a form is no form before it is too long
     assert peak < 24 * 2**20
+
+
+def test_members_of_gzip_are_few_and_no_more_are_opened(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million empty ones in 20 MiB would keep the event loop busy for seconds."""
+    opened = []
+    real = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", lambda *a: opened.append(a) or real(*a))
+    empty = gzip.compress(b"", mtime=0)
+    whole = gzip.compress(PLAIN, mtime=0)
+    status, answer = post(api, whole + empty * (MAX_MEMBERS - 1), "gzip")
+    assert status == 200, answer
+    opened.clear()
+    status, answer = post(api, empty * 100_000 + whole, "gzip", in_chunks=2**18)
+    assert status == 400 and "no complete gzip" in answer["message"]
+    assert len(opened) == MAX_MEMBERS
 
 
 def test_refusal_for_want_of_a_key_comes_first(api: Api) -> None:

@@ -151,7 +151,7 @@ def test_what_is_not_installed_is_told_with_the_line_that_installs_it(
     said = capsys.readouterr().err
     assert said == (
         "flux-redux: bench needs aiohttp and matplotlib; install it with: "
-        "pip install 'flux-redux-server[bench]'\n"
+        "pip install -c constraints.txt '.[bench]' (in the project's folder)\n"
     )
 
 

@@ -7,29 +7,17 @@ import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from obstore.exceptions import BaseError as BlobError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redux_server import metrics
 from redux_server.api.answers import answer
-from redux_server.api.dependencies import ServicesDep, no_task, read_json
-from redux_server.api.openapi import DeletedEnvelope, json_body, responses
+from redux_server.api.dependencies import DeleteRequest, ServicesDep, ids_to_delete, no_task
+from redux_server.api.openapi import DELETE_EXAMPLE, DeletedEnvelope, json_body, responses
 from redux_server.api.prediction import envelope
 from redux_server.api.services import Services
-from redux_server.errors import BadRequest
 from redux_server.tasks.task import TASK_ID
-
-MAX_IDS = 1000
 
 router = APIRouter(tags=["predictions"])
 _log = structlog.get_logger("redux_server.api.routes.cancel")
-
-
-class DeleteRequest(BaseModel):
-    """Which tasks to delete."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    ids: list[str] = Field(max_length=MAX_IDS, description="Task ids; unknown ones are not counted")
 
 
 @router.post(
@@ -71,19 +59,12 @@ async def delete_one(task_id: str, request: Request, services: ServicesDep) -> J
     summary="Delete tasks",
     description="As deleting each. Ids that are unknown, or another key's, are not counted.",
     responses=responses(400, 401, 413, 503, model=DeletedEnvelope),
-    openapi_extra={
-        "requestBody": json_body(DeleteRequest, {"ids": ["45b392b22c3b449fa935bd4dc2219dfe"]})
-    },
+    openapi_extra={"requestBody": json_body(DeleteRequest, DELETE_EXAMPLE)},
 )
 async def delete_many(request: Request, services: ServicesDep) -> JSONResponse:
     """Forget some tasks."""
-    try:
-        wanted = DeleteRequest.model_validate(await read_json(request, '{"ids": ["45b3..."]}'))
-    except ValidationError:
-        raise BadRequest(
-            f'The body must be {{"ids": [...]}} with at most {MAX_IDS} task ids, each a text.'
-        ) from None
-    deleted = await _delete(wanted.ids, request, services)
+    ids = await ids_to_delete(request, "task")
+    deleted = await _delete(ids, request, services)
     return JSONResponse(envelope({"deleted_count": deleted}))
 
 

@@ -15,10 +15,15 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from redux_server.api.admission import refuse_excess
-from redux_server.api.dependencies import ServicesDep, no_pictures, read_json
-from redux_server.api.openapi import DeletedEnvelope, Success, json_body, responses
+from redux_server.api.dependencies import (
+    DeleteRequest,
+    ServicesDep,
+    ids_to_delete,
+    no_pictures,
+    read_json,
+)
+from redux_server.api.openapi import DELETE_EXAMPLE, DeletedEnvelope, Success, json_body, responses
 from redux_server.api.prediction import envelope, timestamp
-from redux_server.api.routes.cancel import MAX_IDS, DeleteRequest
 from redux_server.api.routes.lists import MAX_PAGE, MAX_PAGE_SIZE
 from redux_server.api.services import Services
 from redux_server.errors import BadRequest, NotFound
@@ -257,19 +262,12 @@ async def delete_upload(upload_id: str, request: Request, services: ServicesDep)
     operation_id="delete_uploads",
     description="As deleting each. Ids that are unknown, or another key's, are not counted.",
     responses=responses(400, 401, 408, 413, 503, model=DeletedEnvelope),
-    openapi_extra={
-        "requestBody": json_body(DeleteRequest, {"ids": ["45b392b22c3b449fa935bd4dc2219dfe"]})
-    },
+    openapi_extra={"requestBody": json_body(DeleteRequest, DELETE_EXAMPLE)},
 )
 async def delete_uploads(request: Request, services: ServicesDep) -> JSONResponse:
     """Delete some files."""
-    try:
-        wanted = DeleteRequest.model_validate(await read_json(request, '{"ids": ["45b3..."]}'))
-    except ValidationError:
-        raise BadRequest(
-            f'The body must be {{"ids": [...]}} with at most {MAX_IDS} upload ids, each a text.'
-        ) from None
-    deleted = await _delete(wanted.ids, request, services)
+    ids = await ids_to_delete(request, "upload")
+    deleted = await _delete(ids, request, services)
     return JSONResponse(envelope({"deleted_count": deleted}))
 
 
