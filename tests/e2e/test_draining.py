@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from e2e.live import MODEL_PATH, LiveServer, a_picture, data_uri, prediction, wait_until
@@ -37,10 +39,23 @@ def test_a_stopping_server_refuses_tasks_and_answers_polls_until_its_work_is_don
     assert server.log.count("stopping: no task is accepted any more") >= 1
 
 
+@contextmanager
+def hang_up_as(handler: signal.Handlers) -> Iterator[None]:
+    """What children that are started here do at SIGHUP until they say otherwise."""
+    former = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
 def test_a_closed_terminal_drains_as_sigterm_does(tmp_path: Path) -> None:
     body = {"image": IMAGE, "size": "512*512", "num_inference_steps": 30}
     server = RestartedServer(tmp_path / "data")
-    with server, server.rows() as rows:
+    with hang_up_as(signal.SIG_DFL):  # whoever runs the tests may have called nohup
+        server.start()
+    with ExitStack() as ending, server.rows() as rows:
+        ending.callback(server.stop)
         begun = server.submit(body)["id"]
         wait_until(lambda: rows()[begun].progress_step > 0, 30)
         for pid in (*server.worker_pids(), server.process.pid):
@@ -51,12 +66,9 @@ def test_a_closed_terminal_drains_as_sigterm_does(tmp_path: Path) -> None:
 
 
 def test_nohup_keeps_a_server_whose_terminal_closes(tmp_path: Path) -> None:
-    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
-    try:
-        server = LiveServer(tmp_path / "data")
+    server = LiveServer(tmp_path / "data")
+    with hang_up_as(signal.SIG_IGN):  # as nohup does
         server.start()
-    finally:
-        signal.signal(signal.SIGHUP, former)
     with server.client() as client:
         try:
             server.process.send_signal(signal.SIGHUP)

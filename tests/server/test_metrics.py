@@ -1,6 +1,7 @@
 """What caches count becomes metrics, each event once; workers report theirs over a pipe."""
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -119,6 +120,12 @@ class Piped:
         self.end, start = os.pipe()
         self.reporter = metrics.Reporter(start, every_s=0.02)
 
+    def hold_much(self) -> None:
+        """Room for a whole report: nobody reads while it is written here, and after other tests of
+        this process there is much to report.
+        """
+        fcntl.fcntl(self.end, fcntl.F_SETPIPE_SZ, 2**20)
+
     def line(self) -> bytes:
         found = b""
         while not found.endswith(b"\n"):
@@ -140,6 +147,7 @@ def hits(line: bytes) -> float:
 
 
 def test_a_reporter_writes_when_something_has_changed_and_at_the_end(piped: Piped) -> None:
+    piped.hold_much()
     metrics.CACHE_HITS.labels("own").inc()
     piped.reporter.start()
     first = hits(piped.line())
@@ -161,6 +169,7 @@ def test_a_reader_that_does_not_read_keeps_nobody_and_gets_whole_lines(piped: Pi
     with contextlib.suppress(BlockingIOError):
         while data := os.read(piped.end, 2**20):
             left += data
+    piped.hold_much()
     lines = left.split(b"\n")
     assert all(hits(line) for line in lines[:-1])
     metrics.CACHE_HITS.labels("own").inc()
