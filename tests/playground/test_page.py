@@ -307,10 +307,12 @@ def test_a_server_that_is_restarted_in_the_middle_loses_nothing(page: Page) -> N
     page.wait_for_progress("^Step ")
     page.server.kill()
     page.tab.get_by_text("The server does not answer").first.wait_for()
+    page.tab.get_by_text("Not reachable").wait_for()
     page.server.start(wait=False)
     page.wait_for_images(2)
     page.wait_for_progress("^Done")
     page.server.wait_ready()
+    page.tab.get_by_text("Ready", exact=True).wait_for()
     assert number_of_tasks(page) == before + 1, "sent twice"
 
 

@@ -383,9 +383,20 @@ setInterval(() => [...runs].some((run) => run.state === "refused") && tell(), 10
 
 /** @param {string} problem */
 function offline(problem) {
+  const wasAway = !find("#offline").hidden;
   find("#offline").textContent = problem;
   find("#offline").hidden = problem === "";
+  if (problem) showServer("away", "Not reachable");
+  else if (wasAway) lookNow();
 }
+
+/** @param {string} state @param {string} text */
+function showServer(state, text) {
+  find("#server").dataset.state = state;
+  find("#server-state").textContent = text;
+}
+
+let lookNow = () => {};
 
 async function watchServer() {
   for (;;) {
@@ -393,16 +404,18 @@ async function watchServer() {
     try {
       const { status: state, workers } = await api.readiness();
       const detail = workers?.map((/** @type {any} */ each) => each.detail || each.state).join(" · ") || "no worker yet";
-      find("#server").dataset.state = state === "ready" ? "ready" : "loading";
-      find("#server-state").textContent = state === "ready" ? "Ready" : "Loading the model";
+      if (state === "ready") showServer("ready", "Ready");
+      else showServer("loading", "Loading the model");
       find("#server").title = detail;
       if (![...runs].some((run) => run.isAway && !run.isOver) && form) offline("");
       if (state === "ready") pauseMs = 15_000;
     } catch {
-      find("#server").dataset.state = "away";
-      find("#server-state").textContent = "Not reachable";
+      showServer("away", "Not reachable");
     }
-    await new Promise((resolve) => setTimeout(resolve, document.hidden ? 15_000 : pauseMs));
+    await new Promise((resolve) => {
+      lookNow = () => resolve(undefined);
+      setTimeout(resolve, document.hidden ? 15_000 : pauseMs);
+    });
   }
 }
 
