@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import httpx
-from sqlalchemy import Row, select
+from sqlalchemy import Row, make_url, select
 
 from e2e.live import LiveServer, children, is_running, wait_until
 from redux_server.database.connection import reader
@@ -53,11 +55,35 @@ class RestartedServer(LiveServer):
         wait_until(lambda: bool(self.worker_pids()), 15, what=lambda: self.log)
         return self.worker_pids()[0]
 
+    def freeze(self, pid: int) -> None:
+        """SIGSTOP to a worker, at a moment when it holds no lock of the database.
+
+        Stopped within a transaction it would keep every other process from writing.
+        """
+        for _ in range(50):
+            os.kill(pid, signal.SIGSTOP)
+            if can_be_written(make_url(self.database_url).database or ""):
+                return
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.05)
+        raise AssertionError(f"process {pid} always holds the database")
+
     @contextmanager
     def rows(self) -> Iterator[Rows]:
         """A function that reads all tasks' rows by id, without ever writing."""
         with rows_of(self.database_url) as read:
             yield read
+
+
+def can_be_written(path: str) -> bool:
+    """Whether no process holds the SQLite database at ``path`` for longer than half a second."""
+    with closing(sqlite3.connect(path, timeout=0.5, isolation_level=None)) as db:
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        db.execute("ROLLBACK")
+        return True
 
 
 @contextmanager

@@ -335,7 +335,7 @@ def test_an_orphaned_worker_finishes_its_task_and_its_successors_wait(tmp_path: 
         long = server.submit(body(50, num_images=4))["id"]
         wait_until(lambda: rows()[long].progress_step > 0, 20)
         server.crash()
-        os.kill(orphan, signal.SIGSTOP)  # makes the long task as long as this takes
+        server.freeze(orphan)  # makes the long task as long as this takes
         server.start(wait=False)
         for round_ in (1, 2):  # whoever waits for the device leaves with its server
             waiting = server.worker()
@@ -393,7 +393,7 @@ def test_a_server_stops_at_once_while_its_worker_waits_for_an_orphan(tmp_path: P
         wait_until(lambda: rows()[long].progress_step > 0, 20)
         (orphan,) = server.worker_pids()
         server.crash()
-        os.kill(orphan, signal.SIGSTOP)  # or it may be done before the next worker is there
+        server.freeze(orphan)  # or it may be done before the next worker is there
         server.start(wait=False)
         wait_until(lambda: WAITING in server.log, 20)
         began = time.monotonic()
