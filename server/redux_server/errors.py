@@ -11,6 +11,7 @@ ApiError             status and message, in the contract's shape
 ├── TooLarge         413  a body over the limit
 ├── UnsupportedCoding 415  a body in a coding that is not read
 ├── QueueFull        429  no room for another task, of this key or of anyone
+├── StorageFull      429  no room on the disk for another task of this key
 ├── TooManyRequests  429  a key that submits faster than it may
 └── Unavailable      503  something we need is away, or the disk nearly full
 ```
@@ -86,6 +87,12 @@ class QueueFull(ApiError):
     """No room for another task right now."""
 
     status, name = 429, "queue_full"
+
+
+class StorageFull(ApiError):
+    """A key's tasks store as much as they may."""
+
+    status, name = 429, "storage_full"
 
 
 class TooManyRequests(ApiError):

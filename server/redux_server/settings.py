@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Limits": (
         *("max_open_per_key", "queue_share", "rate_limit", "max_upload", "max_stored_uploads"),
-        "min_free_disk",
+        *("max_stored_tasks", "disk_share", "min_free_disk"),
     ),
     "Storage": ("database_url", "blob_url", "retention_hours", "upload_retention_hours"),
     "Workers": (
@@ -250,6 +250,19 @@ class ServerSettings(ModelSettings):
         "MiB of uploaded files of one API key that are kept, beyond which an upload is answered "
         "413; on a disk never more than half of what is free above --min-free-disk",
         minimum=1,
+    )
+    max_stored_tasks: int = option(
+        0,
+        "MiB that the tasks of one API key may store, their inline pictures and images until they "
+        "are deleted, beyond which its submits are answered 429; 0: no limit but --disk-share",
+        minimum=0,
+    )
+    disk_share: int = option(
+        80,
+        "percent of the disk above --min-free-disk that the tasks of one API key may fill while "
+        "nothing else does; some room stays for others; 100: no such limit; not for buckets",
+        minimum=1,
+        maximum=100,
     )
     upload_retention_hours: float = option(168.0, "how long uploaded files stay", minimum=0)
     database_url: str = secret_option(

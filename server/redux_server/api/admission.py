@@ -17,11 +17,12 @@ from redux_server.errors import (
     BadRequest,
     Conflict,
     QueueFull,
+    StorageFull,
     TooManyRequests,
     Unavailable,
 )
 from redux_server.storage.disk import refuse_without_room
-from redux_server.tasks.task import KeyConflict, KeyFull, NoRoom, ShareFull
+from redux_server.tasks.task import KeyConflict, KeyFull, NoRoom, ShareFull, StoreFull
 
 MAX_IDEMPOTENCY_KEY = 255
 _SMALL_BODY = 64 * 2**10
@@ -156,6 +157,9 @@ def refusal(acceptance: KeyConflict | Refusal, services: Services) -> ApiError:
             f"{services.settings.queue_share}); wait for one of its tasks to end.",
             headers={"Retry-After": "5"},
         )
+    if isinstance(acceptance, StoreFull):
+        metrics.REJECTED.labels("tasks_stored").inc()
+        return _too_much_stored(acceptance, services)
     if isinstance(acceptance, NoRoom):
         metrics.REJECTED.labels("queue_full").inc()
         return QueueFull(
@@ -169,3 +173,16 @@ def refusal(acceptance: KeyConflict | Refusal, services: Services) -> ApiError:
         else "This Idempotency-Key came with another request before"
     )
     return Conflict(f"{what}; send a new key with a new request. Nothing was started.")
+
+
+def _too_much_stored(full: StoreFull, services: Services) -> StorageFull:
+    settings = services.settings
+    most = f"--max-stored-tasks {settings.max_stored_tasks} MiB, " * bool(settings.max_stored_tasks)
+    return StorageFull(
+        f"The tasks of this API key may store {full.left_bytes:,} bytes more, and this one needs "
+        f"{full.needed_bytes:,} for its inline pictures and images ({most}--disk-share "
+        f"{settings.disk_share} percent). Delete tasks that are not needed, with POST "
+        "/api/v3/predictions/delete, or wait: they are deleted "
+        f"{settings.retention_hours:g} hours after their end.",
+        headers={"Retry-After": "60"},
+    )

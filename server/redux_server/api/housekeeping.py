@@ -103,6 +103,7 @@ def gauges(services: Services) -> Gauges:
     """The values that are read from the database, not counted."""
     queue = services.store.queue_state()
     fleet = Fleet(tuple(services.presence.all()))
+    stored = services.store.stored_bytes()
     unserved = fleet.unserved(services.store.bound()) if fleet.ready else {}
     return {
         ("num_tasks_waiting", "Tasks that wait for a worker."): queue.waiting,
@@ -117,6 +118,11 @@ def gauges(services: Services) -> Gauges:
             "num_tasks_unserved",
             "Waiting tasks that were accepted for what no ready worker runs.",
         ): sum(unserved.values()),
+        ("tasks_stored_bytes", "What tasks and their pictures count."): stored.total(),
+        (
+            "tasks_stored_bytes_max",
+            "What those of the API key count that stores most.",
+        ): max(stored.values(), default=0),
     }
 
 

@@ -1,4 +1,4 @@
-"""What bounds submits before they cost anything: reserved places in the queue, and a rate.
+"""What bounds submits before they cost anything: places in the queue, bytes of the disk, a rate.
 
 The store counts open tasks for good, in the transaction that accepts
 (``redux_server.tasks.accepting``). What is refused there has had its body read and its pictures
@@ -7,6 +7,7 @@ is told here first. Knows no HTTP.
 """
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from redux_server.api.coalescer import Coalescer
-from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom, ShareFull
+from redux_server.settings import ServerSettings
+from redux_server.storage.disk import DiskSpace
+from redux_server.storage.opening import local_folder
+from redux_server.tasks.task import FreePlaces, KeyFull, NoRoom, ShareFull, StoreFull
 
-Refusal = NoRoom | KeyFull | ShareFull
+Refusal = NoRoom | KeyFull | ShareFull | StoreFull
 FRESH_S = 1.0
 """How long the count of a look may stand for one of its own when a place is reserved."""
 _PRUNE_ABOVE = 10_000
@@ -48,9 +52,12 @@ class Reservation:
         self._looked = await self._queue.count(self.key_id)
         return self._looked.free.refusal()
 
-    async def reserve(self) -> Refusal | None:
-        """Why there is no place; None when one is reserved, until the end of ``hold``."""
-        refusal = await self._queue.reserve(self.key_id, self._looked)
+    async def reserve(self, needed_bytes: int = 1) -> Refusal | None:
+        """Why there is no place; None when one is reserved, until the end of ``hold``.
+
+        ``needed_bytes`` is what the task will count at least.
+        """
+        refusal = await self._queue.reserve(self.key_id, self._looked, needed_bytes)
         self.is_reserved = refusal is None
         return refusal
 
@@ -92,7 +99,9 @@ class QueueReservations:
         at, ended = self._clock(), self._ended
         return _Count(await self._count(key_id), at, ended)
 
-    async def reserve(self, key_id: str, looked: _Count | None) -> Refusal | None:
+    async def reserve(
+        self, key_id: str, looked: _Count | None, needed_bytes: int = 1
+    ) -> Refusal | None:
         """Reserve a place that nobody else has reserved; ``looked`` is an earlier count, if any.
 
         Who finds only reserved places waits for what becomes of them: to store pictures for one
@@ -100,10 +109,12 @@ class QueueReservations:
         """
         is_fresh = looked is not None and self._clock() - looked.at < FRESH_S
         count = looked if is_fresh else None
+        if count is not None and count.free.refusal(needed_bytes) is not None:
+            count = None
         while count is None or not self._has_room(count, key_id):
             change = self._change
             count = await self.count(key_id)
-            if (refusal := count.free.refusal()) is not None:
+            if (refusal := count.free.refusal(needed_bytes)) is not None:
                 return refusal
             if not self._has_room(count, key_id):
                 await change.wait()
@@ -126,6 +137,23 @@ class QueueReservations:
         self._ended += 1
         self._change.set()
         self._change = asyncio.Event()
+
+
+class StorageShare:
+    """How many bytes more the tasks of an API key may store: by a limit, and of the disk."""
+
+    def __init__(self, settings: ServerSettings, disk: DiskSpace) -> None:
+        self._most_bytes = settings.max_stored_tasks * 2**20
+        is_on_disk = local_folder(settings.blob_url, settings.blobs_dir) is not None
+        self._share = settings.disk_share if is_on_disk else 100  # a bucket has no end
+        self._disk = disk
+
+    def left(self, stored_bytes: int) -> int:
+        """What is left for a key whose tasks count so many; less than 0 beyond the bounds."""
+        left = self._most_bytes - stored_bytes if self._most_bytes else sys.maxsize
+        if self._share < 100:
+            left = min(left, self._disk.left_of_share(self._share, stored_bytes))
+        return left
 
 
 @dataclass(slots=True)

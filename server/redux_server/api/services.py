@@ -23,7 +23,7 @@ from redux_server.api.following import (
     TaskPoller,
 )
 from redux_server.api.http_server import Draining
-from redux_server.api.limits import QueueReservations, RateLimit
+from redux_server.api.limits import QueueReservations, RateLimit, StorageShare
 from redux_server.api.prediction import Presenter
 from redux_server.api.rejoining import Rejoining
 from redux_server.database.clock import ClockGuard, clock_of
@@ -102,7 +102,8 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     find = Coalescer(store.get, name="find")
     poller = TaskPoller(store.glance, revoked_of=keys.revoked_of)
     held_requests = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
-    bounds = Bounds(settings.max_queue, settings.max_open_per_key, settings.queue_share)
+    left_bytes = StorageShare(settings, disk).left
+    bounds = Bounds(settings.max_queue, settings.max_open_per_key, settings.queue_share, left_bytes)
     idempotency, presence = IdempotencyKeys(database, clock=clock), Presence(database, clock=clock)
     return Services(
         settings=settings,
@@ -161,6 +162,7 @@ def _accept(store: TaskStore, bounds: Bounds) -> Coalescer[NewTask, Acceptance]:
         max_open=bounds.of_all,
         max_open_per_key=bounds.of_a_key,
         share=bounds.share,
+        left_bytes=bounds.left_bytes,
     )
     return Coalescer(accept, name="accept")
 

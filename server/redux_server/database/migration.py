@@ -35,7 +35,7 @@ from redux_server.database.tables import metadata, tasks
 if TYPE_CHECKING:  # alembic takes its time to load, and a database that is up to date needs none
     from alembic.config import Config
 
-SCHEMA_VERSION = "0006"  # the newest revision in migrations/versions; they are numbered upwards
+SCHEMA_VERSION = "0007"  # the newest revision in migrations/versions; they are numbered upwards
 FIRST_VERSION = "0001"  # what a database without a version is: it is older than they are
 version = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
 _FOLDER = Path(__file__).parent / "migrations"

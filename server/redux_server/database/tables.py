@@ -64,6 +64,10 @@ tasks = Table(
     Column("fingerprint", String(64), nullable=False, default="", server_default=""),
     # What the last claim charged its key for it, see tasks/usage.py.
     Column("charged_s", Float, nullable=False, default=0.0, server_default="0"),
+    # What its key has stored by it, see tasks/stored.py; of that, while it is open, what the images
+    # to come may take.
+    Column("stored_bytes", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("output_bytes", BigInteger, nullable=False, default=0, server_default="0"),
     Index("tasks_queued", "queued_at"),
     Index("tasks_leased", "lease_until"),
     Index("tasks_delayed", "not_before"),
@@ -105,6 +109,16 @@ usage = Table(
     Column("key_id", String(64), primary_key=True),
     Column("seconds", Float, nullable=False, default=0.0, server_default="0"),
     Column("typical_s", Float, nullable=False, default=1.0, server_default="1"),
+)
+stored = Table(
+    "stored",
+    metadata,
+    # What the tasks of an API key store is the sum of its rows: one for each change since they were
+    # last added up. See tasks/stored.py.
+    Column("id", String(32), primary_key=True),
+    Column("key_id", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Index("stored_by_key", "key_id", "size_bytes"),
 )
 uploads = Table(
     "uploads",

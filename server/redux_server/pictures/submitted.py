@@ -24,6 +24,7 @@ from redux_server.pictures.long_texts import LONG_BYTES, LongTexts
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
 from redux_server.storage.threads import StorageThreads
+from redux_server.tasks.stored import FILE_BYTES
 
 _PICTURES = ("image", "images", "mask")
 _PORTS = {"http": 80, "https": 443}
@@ -59,6 +60,28 @@ def has_inline_pictures(wanted: PredictionRequest) -> bool:
     return not all(_is_url(sent) for _, sent in sent_pictures(wanted))
 
 
+class StoredPictures(NamedTuple):
+    """What to note as a task's pictures, and what those that were stored count."""
+
+    noted: dict[str, Any]
+    counted_bytes: int
+
+
+def least_picture_bytes(wanted: PredictionRequest, texts: LongTexts) -> int:
+    """What the inline pictures of a request will count at least; exact once they are decoded.
+
+    Raises:
+        BadRequest: one is neither a URL nor a picture.
+    """
+    counted = 0
+    for each in _given(wanted):
+        if not _is_url(each.sent):
+            payload = inline.payload_of(each.sent, each.name)
+            length = texts.size_bytes(payload) if payload in texts else len(payload)
+            counted += length * 7 // 10 + FILE_BYTES  # base64 has blanks and line ends, too
+    return counted
+
+
 async def store_pictures(
     wanted: PredictionRequest,
     task_id: str,
@@ -67,8 +90,8 @@ async def store_pictures(
     threads: StorageThreads,
     long_texts: LongTexts,
     folder: Path,
-) -> dict[str, Any]:
-    """What to note as the task's pictures: their URLs, or where inline ones were put.
+) -> StoredPictures:
+    """Put inline pictures into the store; of others, their URLs are noted.
 
     ``long_texts`` are those of the request; what they are decoded to lies in ``folder`` meanwhile.
 
@@ -87,6 +110,7 @@ async def store_pictures(
                     _decode, each, long_texts, folder, files
                 )
         await _store(decoded, task_id, blobs, threads)
+        counted_bytes = sum(len(data) + FILE_BYTES for data in decoded.values())
     noted = [
         f"blob:{task_id}/{each.stored_as}" if each.stored_as in decoded else each.sent
         for each in given
@@ -96,7 +120,7 @@ async def store_pictures(
         pictures["images"] = noted[1 : 1 + len(wanted.images)]
     if wanted.mask is not None:
         pictures["mask"] = noted[-1]
-    return pictures
+    return StoredPictures(pictures, counted_bytes)
 
 
 async def forget_pictures(

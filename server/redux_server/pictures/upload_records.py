@@ -13,9 +13,7 @@ from sqlalchemy import Engine, Select, delete, func, insert, or_, select, update
 
 from redux_server.database.connection import reader, take_turns
 from redux_server.database.tables import uploads
-
-FILE_BYTES = 16 * 2**10
-"""What a file counts beside its bytes: its folder, its names, its row."""
+from redux_server.tasks.stored import FILE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,14 @@ from redux_server import metrics
 from redux_server.errors import BadRequest, Conflict, Gone, NotFound, TooLarge, TooManyRequests
 from redux_server.pictures.decode import sniff
 from redux_server.pictures.incoming import Incoming, nameless_file, refused_by_store
-from redux_server.pictures.upload_records import FILE_BYTES, UploadRecord, UploadRecords
+from redux_server.pictures.upload_records import UploadRecord, UploadRecords
 from redux_server.settings import ServerSettings
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.disk import DiskSpace, refuse_without_room
 from redux_server.storage.opening import local_folder
 from redux_server.storage.signing import Signer
 from redux_server.storage.threads import StorageThreads
+from redux_server.tasks.stored import FILE_BYTES
 
 PREFIX = "upload-"
 TICKET_S = 3600.0
@@ -333,7 +334,7 @@ class Uploads:
         """How many bytes a key may still store that stores so many."""
         left = self.max_stored_bytes - stored_bytes
         if self._is_on_disk:  # what it stores then is at most what is left for others
-            left = min(left, (self._disk.room_bytes() - stored_bytes) // 2)
+            left = min(left, self._disk.left_of_share(50, stored_bytes))
         return left
 
     def _share_is_full(self, room: int) -> TooLarge:

@@ -56,6 +56,13 @@ class DiskSpace:
         """Free bytes above the floor, on the fullest disk."""
         return max(0, self.free_bytes() - self._floor_bytes)
 
+    def left_of_share(self, share: int, stored_bytes: int) -> int:
+        """How many bytes more one may store who has so many, with a ``share`` in percent.
+
+        What is stored may be ``share / (100 - share)`` times what stays free above the floor.
+        """
+        return (share * self.room_bytes() - (100 - share) * stored_bytes) // 100
+
     def complaint(self) -> str | None:
         """Why no task can be accepted now; None when there is room."""
         try:

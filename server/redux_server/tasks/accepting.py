@@ -15,13 +15,14 @@ from sqlalchemy import Connection, Engine, delete, exists, func, insert, select,
 
 from redux_server.database.connection import reader
 from redux_server.database.tables import idempotency, tasks
-from redux_server.tasks import usage
+from redux_server.tasks import stored, usage
 from redux_server.tasks.rows import (
     COLUMNS,
     IS_DELAYED,
     IS_LEASED,
     IS_QUEUED,
     count,
+    new_bytes,
     new_row,
     task_from,
     task_of,
@@ -37,6 +38,7 @@ from redux_server.tasks.task import (
     Replayed,
     ShareFull,
     Status,
+    StoreFull,
     Task,
 )
 
@@ -44,6 +46,11 @@ REJOINED_S = 60.0
 _TICK_S = 1e-6
 _LEFT = "\x1f"  # before the digest, of what no client can send as its key
 _Known = dict[tuple[str, str], tuple[str, Task | None]]
+
+
+def unbounded(_stored_bytes: int) -> int:
+    """How many bytes more a key may store where no bound is set."""
+    return sys.maxsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +61,14 @@ class Bounds:
     most ``share / (100 - share)`` times as many open tasks as places are free. So two keys, or
     more, get equal parts, and there is always room left for the first tasks of another. Source:
     Choudhury and Hahne, "Dynamic queue length thresholds", IEEE/ACM ToN 6 (1998). 100 is no rule.
+
+    Of a key whose tasks count so many bytes, ``left_bytes`` says how many more they may.
     """
 
     of_all: int
     of_a_key: int = 0
     share: int = 100
+    left_bytes: Callable[[int], int] = unbounded
 
     def left_of_share(self, opened: int, free: int) -> int:
         """How many tasks more a key with ``opened`` open ones may have while ``free`` are free."""
@@ -79,6 +89,7 @@ def accept(
     by_key = OpenByKey(db, key_ids, limit=bounds.of_a_key)
     priorities = usage.priorities_of(db, key_ids)
     idle = {key_id: priorities[key_id] for key_id in key_ids if not by_key.count(key_id)}
+    by_bytes = StoredByKey(db, key_ids, bounds.left_bytes)
     known = _recall(db, new)
     answers: list[Acceptance] = []
     rows: list[dict[str, Any]] = []
@@ -93,10 +104,13 @@ def accept(
         ):
             answer = ShareFull()
         if answer is None:
+            answer = by_bytes.refusal(task)
+        if answer is None:
             # A tick apart, so that the order within a batch is an order everywhere.
             at = now + len(rows) * _TICK_S
             rows.append(new_row(task, priority=priorities[task.key_id], now=at))
             by_key.add(task.key_id)
+            by_bytes.add(task.key_id, rows[-1]["stored_bytes"])
             answer = Created(task_from(rows[-1]))
             if task.idempotency_key:
                 known[task.key_id, task.idempotency_key] = task.digest, answer.task
@@ -105,6 +119,8 @@ def accept(
         created = {row["key_id"] for row in rows}
         usage.enter(db, {key_id: idle[key_id] for key_id in created & idle.keys()})
         db.execute(insert(tasks), rows)
+        stored.add_up(db, created)
+        stored.note(db, by_bytes.added)
         _remember(db, new, answers, now)
     return answers
 
@@ -114,11 +130,13 @@ def free_places(database: Engine, key_ids: Sequence[str], *, bounds: Bounds) -> 
     with reader(database).connect() as db:
         room = _left_of_all(db, bounds)
         by_key = OpenByKey(db, set(key_ids), limit=bounds.of_a_key)
+        by_bytes = StoredByKey(db, set(key_ids), bounds.left_bytes)
         return [
             FreePlaces(
                 room,
                 by_key.left(key_id),
                 bounds.left_of_share(by_key.count(key_id), room),
+                by_bytes.left(key_id),
             )
             for key_id in key_ids
         ]
@@ -155,6 +173,28 @@ class OpenByKey:
     def add(self, key_id: str) -> None:
         """Count a task that was accepted in this transaction."""
         self._open[key_id] += 1
+
+
+class StoredByKey:
+    """What the tasks of some keys store within one transaction; exact as ``OpenByKey`` is."""
+
+    def __init__(self, db: Connection, key_ids: Set[str], left_bytes: Callable[[int], int]) -> None:
+        before = stored.by_key(db, key_ids)
+        self._left = {key_id: left_bytes(before[key_id]) for key_id in key_ids}
+        self.added: Counter[str] = Counter()
+
+    def left(self, key_id: str) -> int:
+        """How many bytes more the tasks of ``key_id`` may count."""
+        return self._left[key_id] - self.added[key_id]
+
+    def refusal(self, new: NewTask) -> StoreFull | None:
+        """Why ``new`` is not accepted; None if there is room for it."""
+        needed, left = new_bytes(new), self.left(new.key_id)
+        return StoreFull(needed, max(0, left)) if needed > left else None
+
+    def add(self, key_id: str, size_bytes: int) -> None:
+        """Count a task that was accepted in this transaction."""
+        self.added[key_id] += size_bytes
 
 
 class IdempotencyKeys:

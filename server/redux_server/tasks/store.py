@@ -6,6 +6,7 @@ successor's result. Knows no HTTP, no images and no processes.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ from sqlalchemy import (
 
 from redux_server.database.connection import reader, take_turns
 from redux_server.database.tables import previews, tasks, webhooks
-from redux_server.tasks import accepting, claiming, usage
+from redux_server.tasks import accepting, claiming, stored, usage
+from redux_server.tasks.accepting import unbounded
 from redux_server.tasks.rows import COLUMNS, IS_DELAYED, IS_LEASED, IS_QUEUED, count, end, task_of
 from redux_server.tasks.task import Acceptance, Code, NewTask, Outcome, Status, Task
 
@@ -110,17 +112,19 @@ class TaskStore:
         max_open: int,
         max_open_per_key: int = 0,
         share: int = 100,
+        left_bytes: Callable[[int], int] = unbounded,
     ) -> list[Acceptance]:
         """Store as many of ``new`` as fit under ``max_open`` open tasks, durably, in one commit.
 
         Returns what became of each, in the order given. A task whose idempotency key is known is
         answered from the first with it, whether or not there is room. No API key gets more than
         ``max_open_per_key`` open tasks (0: as many as fit), nor more than its share, of which
-        ``share`` is the percentage for a key that is alone (see ``accepting.Bounds``).
+        ``share`` is the percentage for a key that is alone (see ``accepting.Bounds``). Of a key
+        whose tasks count so many bytes, ``left_bytes`` says how many more they may.
         """
         with self._database.begin() as db:
             take_turns(db, "accept")
-            bounds = accepting.Bounds(max_open, max_open_per_key, share)
+            bounds = accepting.Bounds(max_open, max_open_per_key, share, left_bytes)
             return accepting.accept(db, new, bounds=bounds, now=self._clock())
 
     def get(self, ids: Sequence[str]) -> list[Task | None]:
@@ -167,7 +171,12 @@ class TaskStore:
         """
         mine = [tasks.c.id.in_(ids)] + ([tasks.c.key_id == key_id] if key_id is not None else [])
         with self._database.begin() as db:
-            gone = list(db.scalars(delete(tasks).where(*mine).returning(tasks.c.id)))
+            returned = tasks.c.id, tasks.c.key_id, tasks.c.stored_bytes
+            rows = db.execute(delete(tasks).where(*mine).returning(*returned)).all()
+            gone, freed = [row.id for row in rows], Counter[str]()
+            for row in rows:
+                freed[row.key_id] -= row.stored_bytes
+            stored.note(db, freed)
             for table in (webhooks, previews):
                 db.execute(delete(table).where(table.c.task_id.in_(gone)))
         return gone
@@ -228,16 +237,30 @@ class TaskStore:
         return Lease(lost=frozenset(leased) - wanted.keys(), cancelled=cancelled)
 
     def finish(
-        self, task_id: str, attempt: int, outcome: Outcome, *, cost_s: float | None = None
+        self,
+        task_id: str,
+        attempt: int,
+        outcome: Outcome,
+        *,
+        cost_s: float | None = None,
+        kept_bytes: int | None = None,
     ) -> bool:
         """Record how ``attempt`` ended. False: a later attempt or an end was there first.
 
-        ``cost_s`` are the seconds of device and fetching that it took, None if nobody knows.
+        ``cost_s`` are the seconds of device and fetching that it took, ``kept_bytes`` what the
+        images that are there count; None if nobody knows.
         """
         is_current = tasks.c.id == task_id, tasks.c.attempt == attempt
         is_running = tasks.c.status == Status.PROCESSING
         with self._database.begin() as db:
-            ended = end(db, *is_current, is_running, outcome=outcome, now=self._clock())
+            ended = end(
+                db,
+                *is_current,
+                is_running,
+                outcome=outcome,
+                now=self._clock(),
+                kept_bytes=kept_bytes,
+            )
             if ended and cost_s is not None:
                 usage.settle(db, ended[0].key_id, charged_s=ended[0].charged_s, cost_s=cost_s)
         return bool(ended)
@@ -281,6 +304,11 @@ class TaskStore:
             queued, running, oldest = db.execute(_QUEUE_STATE).one()
         age = 0.0 if oldest is None else max(0.0, self._clock() - oldest)
         return QueueState(queued, running, age)
+
+    def stored_bytes(self) -> Counter[str]:
+        """What the tasks of each API key store, see ``redux_server.tasks.stored``."""
+        with self._reader.connect() as db:
+            return stored.by_key(db)
 
     def bound(self) -> dict[str, int]:
         """How many tasks wait in the queue, by the fingerprint they were accepted for."""

@@ -71,7 +71,8 @@ class NewTask:
     Tasks of one ``shape`` may be denoised together; none has to be. ``idempotency_key``, if any,
     makes a second task with it an answer from the first, provided that ``digest`` is the same.
     ``webhook_url`` is whom to tell of its end, as ``redux_server.webhooks.callback`` writes it.
-    Only workers of its ``fingerprint`` may take it; without one, any.
+    Only workers of its ``fingerprint`` may take it; without one, any. ``picture_bytes`` is what its
+    inline pictures count, ``output_bytes`` what its images may (see ``redux_server.tasks.stored``).
     """
 
     key_id: str
@@ -83,6 +84,8 @@ class NewTask:
     idempotency_key: str = ""
     digest: str = ""
     fingerprint: str = ""
+    picture_bytes: int = 0
+    output_bytes: int = 0
     id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -149,18 +152,33 @@ class ShareFull:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreFull:
+    """Not accepted: its API key may store ``left_bytes`` more, and it counts ``needed_bytes``."""
+
+    needed_bytes: int
+    left_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class FreePlaces:
     """How many tasks more would be accepted of anyone, and of one API key.
 
-    ``of_key`` is by the limit of a key, ``of_share`` by its share of the queue.
+    ``of_key`` is by the limit of a key, ``of_share`` by its share of the queue. ``of_bytes`` says
+    how much they may store.
     """
 
     of_all: int
     of_key: int
     of_share: int = sys.maxsize
+    of_bytes: int = sys.maxsize
 
-    def refusal(self) -> NoRoom | KeyFull | ShareFull | None:
-        """What the next task of the key would be told; None if it would be accepted."""
+    def refusal(self, needed_bytes: int = 1) -> NoRoom | KeyFull | ShareFull | StoreFull | None:
+        """What the next task of the key would be told; None if it would be accepted.
+
+        ``needed_bytes`` is what it will count at least.
+        """
+        if self.of_bytes < needed_bytes:
+            return StoreFull(needed_bytes, max(0, self.of_bytes))
         if self.of_key <= 0:
             return KeyFull()
         if self.of_all <= 0:
@@ -168,4 +186,4 @@ class FreePlaces:
         return ShareFull() if self.of_share <= 0 else None
 
 
-Acceptance = Created | Replayed | KeyConflict | NoRoom | KeyFull | ShareFull
+Acceptance = Created | Replayed | KeyConflict | NoRoom | KeyFull | ShareFull | StoreFull

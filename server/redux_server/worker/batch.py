@@ -39,6 +39,7 @@ from redux_server.pictures.decode import DecodeError, DecoderUnavailable
 from redux_server.pictures.inline import MAX_BYTES
 from redux_server.storage.blobs import BlobStore, StorageError
 from redux_server.storage.disk import is_full
+from redux_server.tasks.stored import FILE_BYTES
 from redux_server.tasks.task import Code, Outcome, Status
 from redux_server.worker.inputs import (
     ImageGone,
@@ -196,6 +197,7 @@ class BatchRunner:
 
     def _prepare(self, leased: LeasedTask) -> GenerationRequest | Exception:
         given = leased.task.input
+        self._delete_earlier_images(leased)
 
         def load(reference: str, use: Callable[[Image.Image], T], /) -> T:
             with self._fetches.turn(leased.task.key_id):
@@ -333,7 +335,20 @@ class BatchRunner:
                     return self._store_images(member, member.end)
                 raise member.end or RuntimeError("the pipeline ended without a result")
         except Exception as error:
+            if not isinstance(error, Postponed):  # of those the next attempt deletes them
+                self._delete_images(member.leased)
             return _outcome_of(member.leased, error)
+
+    def _delete_images(self, leased: LeasedTask) -> None:
+        """Of a task that ends, or goes on, without them."""
+        if leased.kept_bytes and self._blobs.delete(f"{leased.task.id}/{leased.task.attempt}"):
+            leased.kept_bytes = 0
+
+    def _delete_earlier_images(self, leased: LeasedTask) -> None:
+        """Of attempts that ended in the middle, if there were any."""
+        for attempt in range(1, leased.task.attempt):
+            if not self._blobs.delete(f"{leased.task.id}/{attempt}"):
+                leased.kept_bytes = None
 
     def _store_images(self, member: BatchMember, result: Result) -> Outcome:
         leased, task = member.leased, member.leased.task
@@ -357,6 +372,7 @@ class BatchRunner:
                 )
                 data = encode(image, made, kind)
                 self._blobs.put(key, data, check_wanted=leased.check_wanted)
+                leased.keep(len(data) + FILE_BYTES)
                 keys.append(key)
         return Outcome(
             status=Status.COMPLETED,

@@ -42,6 +42,7 @@ class LeasedTask:
     is_cancelled: bool = False
     timings: dict[str, int] = field(default_factory=dict)
     costs_s: list[float] = field(default_factory=list)
+    kept_bytes: int | None = 0  # of its images; None if some of other attempts may be there
 
     @property
     def cost_s(self) -> float:
@@ -52,6 +53,11 @@ class LeasedTask:
     def is_suspect(self) -> bool:
         """Whether it may have killed a worker: it is worked on alone."""
         return self.task.crashes > 0
+
+    def keep(self, size_bytes: int) -> None:
+        """Note an image that was stored."""
+        if self.kept_bytes is not None:
+            self.kept_bytes += size_bytes
 
     def check_wanted(self) -> None:
         """Raise ``Abandoned`` or ``Cancelled`` if there is no point in going on."""
@@ -98,7 +104,13 @@ class EndRecorder:
         """Record how a task ended, unless another worker has taken it over."""
         task = leased.task
         recorded = self._persist(
-            lambda: self._store.finish(task.id, task.attempt, outcome, cost_s=leased.cost_s)
+            lambda: self._store.finish(
+                task.id,
+                task.attempt,
+                outcome,
+                cost_s=leased.cost_s,
+                kept_bytes=leased.kept_bytes,
+            )
         )
         if recorded:
             _report(leased, outcome)

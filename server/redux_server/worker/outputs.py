@@ -70,6 +70,15 @@ class RetryingStore:
                 if pause_s is None or self._stopping.wait(pause_s):
                     raise Postponed(f"its images could not be stored: {error}") from error
 
+    def delete(self, prefix: str) -> bool:
+        """Delete what is under ``prefix``; False if the store does not, or only in part."""
+        try:
+            self._blobs.delete_under(prefix)
+        except OSError as error:
+            _log.warning("images could not be deleted", under=prefix, reason=str(error))
+            return False
+        return True
+
     def note_failure(self, size_bytes: int) -> None:
         """Remember that the store did not do its work, with so many bytes."""
         self._failed_bytes = max(1, size_bytes)

@@ -5,6 +5,7 @@ something new.
 """
 
 import asyncio
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
@@ -46,6 +47,7 @@ from redux_server.parameters import (
     PredictionRequest,
     complaint,
     parse_request,
+    parse_size,
     requests_of,
 )
 from redux_server.pictures.long_texts import LongTexts
@@ -54,9 +56,12 @@ from redux_server.pictures.submitted import (
     check_own_url,
     forget_pictures,
     has_inline_pictures,
+    least_picture_bytes,
     sent_pictures,
     store_pictures,
 )
+from redux_server.tasks.rows import new_bytes
+from redux_server.tasks.stored import most_output_bytes
 from redux_server.tasks.task import Acceptance, Created, NewTask, Replayed
 from redux_server.webhooks.callback import NO_BASE64, one_webhook
 
@@ -156,6 +161,7 @@ async def _new_task(
         webhook_url=services.webhooks.register(webhook, str(request.base_url)) if webhook else None,
         shape=wanted.shape,
         fingerprint=services.fleet.last.fingerprint,
+        output_bytes=most_output_bytes(*parse_size(wanted.size), wanted.num_images),
         idempotency_key=repeat_key,
         digest=await asyncio.to_thread(wanted.digest, model, webhook) if is_told_apart else "",
     )
@@ -179,7 +185,8 @@ async def _accept(
     """
     acceptance: Acceptance | None = None
     if has_inline_pictures(asked.wanted):  # others cost as much to store as to look for a place for
-        acceptance = await _foresee(new, reservation, services)
+        least = new_bytes(new) + least_picture_bytes(asked.wanted, asked.texts)
+        acceptance = await _foresee(new, reservation, services, needed_bytes=least)
     acceptance = acceptance or await _store(new, asked, services)
     if isinstance(acceptance, Created):
         metrics.ACCEPTED.inc()
@@ -188,9 +195,11 @@ async def _accept(
     raise refusal(acceptance, services)
 
 
-async def _foresee(new: NewTask, reservation: Reservation, services: Services) -> Acceptance | None:
+async def _foresee(
+    new: NewTask, reservation: Reservation, services: Services, *, needed_bytes: int
+) -> Acceptance | None:
     """What becomes of the task, if that is known before its pictures are stored."""
-    refused = await reservation.reserve()
+    refused = await reservation.reserve(needed_bytes)
     # A replay must not store its picture again. After looking for a place, which the first request
     # with the key may have taken meanwhile.
     known: Acceptance | None = None
@@ -210,7 +219,8 @@ async def _store(new: NewTask, asked: _Asked, services: Services) -> Acceptance:
             long_texts=asked.texts,
             folder=services.bodies.folder,
         )
-    new.input.update(pictures)
+    new.input.update(pictures.noted)
+    new = replace(new, picture_bytes=pictures.counted_bytes)
     try:
         acceptance = await services.accept(new)
     except DATABASE_AWAY as error:
