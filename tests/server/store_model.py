@@ -1,8 +1,10 @@
 """The rules of the task store in plain Python: no SQL, no threads, no transactions."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from redux_server.tasks.rows import new_bytes
 from redux_server.tasks.task import NewTask, Outcome, Status
 
 CANCELLED = Outcome(
@@ -31,6 +33,8 @@ class Row:
     is_queued: bool = True
     charged: float = 0.0
     is_unwanted: bool = False
+    stored: int = 0
+    reserved: int = 0  # of that, for its images
     outcome: Outcome | None = None
 
 
@@ -38,13 +42,20 @@ class Model:
     """Tasks of keys with the given ``priorities``, at most ``max_open`` of them open."""
 
     def __init__(
-        self, *, priorities: dict[str, int], lease_s: float, max_attempts: int, max_open: int
+        self,
+        *,
+        priorities: dict[str, int],
+        lease_s: float,
+        max_attempts: int,
+        max_open: int,
+        max_stored: int,
     ) -> None:
         self.now = 1000.0
         self.priorities = priorities
         self.lease_s = lease_s
         self.max_attempts = max_attempts
         self.max_open = max_open
+        self.max_stored = max_stored  # bytes of each key
         self.rows: dict[str, Row] = {}
         self.deleted: set[str] = set()
         self.told: set[str] = set()  # tasks with a message in the outbox
@@ -58,6 +69,13 @@ class Model:
 
     def leased(self) -> list[Row]:
         return [row for row in self.rows.values() if row.lease_until is not None]
+
+    def stored(self) -> Counter[str]:
+        """What each key's tasks store."""
+        found: Counter[str] = Counter()
+        for row in self.rows.values():
+            found[row.key] += row.stored
+        return found
 
     # --- the owner's side ---------------------------------------------------------------------
 
@@ -73,6 +91,9 @@ class Model:
             return ("replayed", task_id) if task_id in self.rows else ("conflict", "gone")
         if len(self.open()) >= self.max_open:
             return "full", ""
+        left = self.max_stored - self.stored()[new.key_id]
+        if new_bytes(new) > left:
+            return "store full", str(max(0, left))
         self.accepted += 1
         if not any(row.key == new.key_id for row in self.open()):
             self._enter(new.key_id)
@@ -83,6 +104,8 @@ class Model:
             shape=new.shape,
             priority=self.priorities[new.key_id],
             has_webhook=new.webhook_url is not None,
+            stored=new_bytes(new),
+            reserved=new.output_bytes,
         )
         if new.idempotency_key:
             self.used[new.key_id, new.idempotency_key] = (new.digest, new.id, self.now)
@@ -172,7 +195,12 @@ class Model:
         return lost, cancelled
 
     def finish(
-        self, task_id: str, attempt: int, outcome: Outcome, cost_s: float | None = None
+        self,
+        task_id: str,
+        attempt: int,
+        outcome: Outcome,
+        cost_s: float | None = None,
+        kept_bytes: int | None = None,
     ) -> bool:
         row = self.rows.get(task_id)
         if row is None or row.status is not Status.PROCESSING or row.attempt != attempt:
@@ -181,7 +209,7 @@ class Model:
             self.seconds[row.key] += cost_s - row.charged
             typical = self.typical.get(row.key, 1.0)
             self.typical[row.key] = typical * 0.7 + max(0.01, cost_s) * 0.3
-        self.end(row, outcome)
+        self.end(row, outcome, kept_bytes)
         return True
 
     def give_back(
@@ -211,7 +239,9 @@ class Model:
                 row.is_queued = not delay_s
         return len(rows)
 
-    def end(self, row: Row, outcome: Outcome) -> None:
+    def end(self, row: Row, outcome: Outcome, kept_bytes: int | None = None) -> None:
+        kept = row.attempt * row.reserved if kept_bytes is None else kept_bytes
+        row.stored += kept - row.reserved
         row.status, row.outcome = outcome.status, outcome
         row.is_queued, row.lease_until, row.not_before = False, None, None
         if row.has_webhook and outcome.status is not Status.CANCELLED:

@@ -64,6 +64,8 @@ OTHERS = {
     "max_open_per_key": "4",
     "queue_share": "50",
     "max_stored_uploads": "3",
+    "max_stored_tasks": "5",
+    "disk_share": "30",
     "rate_limit": "5",
     "max_attempts": "2",
     "lease_s": "12.5",

@@ -116,6 +116,7 @@ class Bench:
     def __init__(self, database: Engine, folder: Path, clock: Clock) -> None:
         self.clock = clock
         self.store = TaskStore(database, lease_s=30, max_attempts=3, clock=clock)
+        self.folder = folder
         self.blobs = Blobs(folder)
         self.undo: list[Callable[[], None]] = []  # stops what runs, when a test fails half-way
 

@@ -318,6 +318,15 @@ def test_renew_extends_the_lease(store: TaskStore, clock: Clock) -> None:
     assert get(store, task.id).progress_step == 4
 
 
+def test_a_lease_is_renewed_by_its_holder_only(store: TaskStore, clock: Clock) -> None:
+    add(store)
+    task = claim(store, "holder")
+    clock.now += LEASE_S - 1
+    assert store.renew("other", {task.id: (1, 1)}).lost == {task.id}
+    clock.now += 2
+    assert claim(store, "next").id == task.id  # the other's word has not kept it
+
+
 def test_renew_reports_what_was_lost_and_keeps_the_rest(store: TaskStore, clock: Clock) -> None:
     add(store, 3)
     kept, lost, ended = claim(store), claim(store), claim(store)

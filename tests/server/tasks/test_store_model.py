@@ -20,8 +20,9 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, delete, event, insert, select
 
 from redux_server.database.migration import open_database
-from redux_server.database.tables import idempotency, keys, tasks, usage, webhooks
+from redux_server.database.tables import idempotency, keys, stored, tasks, usage, webhooks
 from redux_server.tasks import claiming
+from redux_server.tasks import stored as ledger
 from redux_server.tasks.accepting import IdempotencyKeys
 from redux_server.tasks.store import Cancellation, Lease, TaskStore
 from redux_server.tasks.task import (
@@ -33,6 +34,7 @@ from redux_server.tasks.task import (
     Outcome,
     Replayed,
     Status,
+    StoreFull,
     Task,
 )
 from server.store_model import Answer, Model, Row
@@ -40,6 +42,7 @@ from server.store_model import Answer, Model, Row
 LEASE_S = 10.0
 MAX_ATTEMPTS = 3
 MAX_OPEN = 6
+MAX_STORED = 60_000  # of a key: some ten tasks
 PRIORITIES = {"ada": 0, "ben": 0, "vip": 3}
 KEYS = st.sampled_from(list(PRIORITIES))
 OWNERS = st.sampled_from(["anna", "bela"])
@@ -63,14 +66,18 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self, engine: Engine, store_class: type[TaskStore]) -> None:
         super().__init__()
         with engine.begin() as db:
-            for table in (tasks, idempotency, webhooks, keys, usage):
+            for table in (tasks, idempotency, webhooks, keys, usage, stored):
                 db.execute(delete(table))
             for key, priority in PRIORITIES.items():
                 known = {"id": key, "name": key, "digest": key, "created_at": 0.0}
                 db.execute(insert(keys), {**known, "priority": priority})
         self.engine = engine
         self.model = Model(
-            priorities=PRIORITIES, lease_s=LEASE_S, max_attempts=MAX_ATTEMPTS, max_open=MAX_OPEN
+            priorities=PRIORITIES,
+            lease_s=LEASE_S,
+            max_attempts=MAX_ATTEMPTS,
+            max_open=MAX_OPEN,
+            max_stored=MAX_STORED,
         )
         self.store = store_class(
             engine, lease_s=LEASE_S, max_attempts=MAX_ATTEMPTS, clock=lambda: self.model.now
@@ -80,10 +87,29 @@ class StoreMachine(RuleBasedStateMachine):
 
     # --- the owner's side ---------------------------------------------------------------------
 
-    @rule(target=ids, count=st.integers(1, 4), key=KEYS, shape=SHAPES, has_webhook=st.booleans())
-    def accept(self, count: int, key: str, shape: str, has_webhook: bool) -> Any:
-        url = "https://example.com/hook" if has_webhook else None
-        new = [NewTask(key, "m", {}, shape=shape, webhook_url=url) for _ in range(count)]
+    @rule(
+        target=ids,
+        count=st.integers(1, 4),
+        key=KEYS,
+        shape=SHAPES,
+        has_webhook=st.booleans(),
+        sizes=st.sampled_from([(0, 0), (3000, 1000), (0, 9000), (MAX_STORED, 0)]),
+    )
+    def accept(
+        self, count: int, key: str, shape: str, has_webhook: bool, sizes: tuple[int, int]
+    ) -> Any:
+        new = [
+            NewTask(
+                key,
+                "m",
+                {},
+                shape=shape,
+                webhook_url="https://example.com/hook" if has_webhook else None,
+                picture_bytes=sizes[0],
+                output_bytes=sizes[1],
+            )
+            for _ in range(count)
+        ]
         return self._accept(new)
 
     @rule(
@@ -104,7 +130,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _accept(self, new: list[NewTask]) -> Any:
         self.model.now += 0.001  # so that no two batches come at the same moment
-        answers = self.store.accept(new, max_open=MAX_OPEN)
+        answers = self.store.accept(
+            new, max_open=MAX_OPEN, left_bytes=lambda stored_bytes: MAX_STORED - stored_bytes
+        )
         assert [_plain(answer) for answer in answers] == self.model.accept(new)
         return multiple(*(task.id for task in new))
 
@@ -141,10 +169,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.worker_is_gone(owner, has_crashed=True)
         return claimed
 
-    @rule(claim=claims, outcome=OUTCOMES, cost_s=st.sampled_from([None, 0.0, 0.5, 8.0]))
-    def finish(self, claim: tuple[str, int], outcome: Outcome, cost_s: float | None = None) -> None:
-        ours = self.store.finish(*claim, outcome, cost_s=cost_s)
-        assert ours == self.model.finish(*claim, outcome, cost_s)
+    @rule(
+        claim=claims,
+        outcome=OUTCOMES,
+        cost_s=st.sampled_from([None, 0.0, 0.5, 8.0]),
+        kept_bytes=st.sampled_from([None, 0, 700, 20_000]),
+    )
+    def finish(
+        self,
+        claim: tuple[str, int],
+        outcome: Outcome,
+        cost_s: float | None = None,
+        kept_bytes: int | None = None,
+    ) -> None:
+        ours = self.store.finish(*claim, outcome, cost_s=cost_s, kept_bytes=kept_bytes)
+        assert ours == self.model.finish(*claim, outcome, cost_s, kept_bytes)
 
     @rule(target=claims, claim=claims, outcome=OUTCOMES)
     def frozen_worker_comes_back(self, claim: tuple[str, int], outcome: Outcome) -> Any:
@@ -222,6 +261,10 @@ class StoreMachine(RuleBasedStateMachine):
         for row in self.model.rows.values():
             _compare(found[row.id], row)
         assert len(self.model.open()) <= MAX_OPEN
+        in_ledger, in_rows = self.store.stored_bytes(), self.model.stored()
+        assert {key: in_ledger[key] for key in PRIORITIES} == {
+            key: in_rows[key] for key in PRIORITIES
+        }
         state = self.store.queue_state()
         assert state.running == len(self.model.leased())
         assert state.waiting + state.running == len(self.model.open())
@@ -251,6 +294,8 @@ def _plain(answer: Acceptance) -> Answer:
             return "conflict", "gone" if is_gone else "other"
         case NoRoom():
             return "full", ""
+        case StoreFull(_, left_bytes):
+            return "store full", str(left_bytes)
 
 
 def _compare(stored: Any, row: Row) -> None:
@@ -281,12 +326,13 @@ def fast_engine(tmp_path: Path) -> Iterator[Engine]:
 
 def check(engine: Engine, store_class: type[TaskStore], **options: Any) -> None:
     """Run the machine; options are those of ``hypothesis.settings``."""
-    run_state_machine_as_test(
-        lambda: StoreMachine(engine, store_class),
-        settings=settings(
-            deadline=None, suppress_health_check=list(HealthCheck), database=None, **options
-        ),
-    )
+    with patch.object(ledger, "_ROWS", 3):  # so that rows are added up often
+        run_state_machine_as_test(
+            lambda: StoreMachine(engine, store_class),
+            settings=settings(
+                deadline=None, suppress_health_check=list(HealthCheck), database=None, **options
+            ),
+        )
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.cluster)])
@@ -337,7 +383,7 @@ class Crowded(TaskStore):
     """One more than allowed."""
 
     def accept(self, new: Sequence[NewTask], *, max_open: int, **how: Any) -> list[Acceptance]:
-        return super().accept(new, max_open=max_open + 1)
+        return super().accept(new, max_open=max_open + 1, **how)
 
 
 class Patient(TaskStore):
@@ -369,14 +415,15 @@ class Careless(TaskStore):
     """Does not look at what came with an idempotency key."""
 
     def accept(self, new: Sequence[NewTask], *, max_open: int, **how: Any) -> list[Acceptance]:
-        return super().accept([replace(task, digest="") for task in new], max_open=max_open)
+        return super().accept([replace(task, digest="") for task in new], max_open=max_open, **how)
 
 
 class Silent(TaskStore):
     """Tells nobody of a task's end."""
 
     def accept(self, new: Sequence[NewTask], *, max_open: int, **how: Any) -> list[Acceptance]:
-        return super().accept([replace(task, webhook_url=None) for task in new], max_open=max_open)
+        new = [replace(task, webhook_url=None) for task in new]
+        return super().accept(new, max_open=max_open, **how)
 
 
 class Hasty(TaskStore):
@@ -408,7 +455,23 @@ class Ruthless(TaskStore):
         return super().delete(ids)
 
 
+class Boundless(TaskStore):
+    """Does not look at what a key stores."""
+
+    def accept(self, new: Sequence[NewTask], *, max_open: int, **_: Any) -> list[Acceptance]:
+        return super().accept(new, max_open=max_open)
+
+
+class Wasteful(TaskStore):
+    """Counts images as if they took all they may."""
+
+    def finish(self, task_id: str, attempt: int, outcome: Outcome, **how: Any) -> bool:
+        return super().finish(task_id, attempt, outcome, cost_s=how["cost_s"])
+
+
 FAULTY = [
+    Boundless,
+    Wasteful,
     Unfenced,
     Forgetful,
     Crowded,

@@ -24,13 +24,14 @@ from redux_server.storage.disk import Ballast, is_full
 from redux_server.storage.signing import Signer
 from redux_server.storage.temporary import check_room, nameless_file
 from redux_server.tasks.store import TaskStore
+from redux_server.tasks.stored import FILE_BYTES, row_bytes
 from redux_server.tasks.task import Created, NewTask, Outcome, Status
 from redux_server.worker.batch import BatchRunner
 from redux_server.worker.inputs import ImageLoader
 from redux_server.worker.leased import MAX_STARTS, EndRecorder, LeasedTask
 from redux_server.worker.loop import Worker
 from server.full_disk import MIB, fill
-from server.worker_bench import INPUT, ME, OTHER, Images, Safety
+from server.worker_bench import INPUT, ME, OTHER, Bench, Images, Safety
 from threaded import answering
 
 
@@ -288,3 +289,79 @@ def test_a_disk_that_is_full_while_an_image_is_made_fails_no_task(
     (task,) = store.get([task_id])
     assert task is not None
     assert (task.status, task.outcome) == (Status.PROCESSING, None)
+
+
+# --- what is left of images, and counted ----------------------------------------------------------
+
+
+def images_of(bench: Bench, task_id: str) -> list[Path]:
+    return sorted((bench.folder / task_id).rglob("*.png"))
+
+
+def counted(bench: Bench) -> int:
+    """What images count of all that is stored, of one task without inline pictures."""
+    [size] = bench.store.stored_bytes().values()
+    return size - row_bytes(INPUT)
+
+
+def submit_with_room(bench: Bench, output_bytes: int, **parameters: Any) -> str:
+    new = NewTask("key", "model", {**INPUT, **parameters}, output_bytes=output_bytes)
+    bench.store.accept([new], max_open=100)
+    return new.id
+
+
+def lose_a_worker(bench: Bench) -> None:
+    bench.store.claim(OTHER)
+    bench.store.release(OTHER)
+
+
+def test_images_count_what_they_take(bench: Bench) -> None:
+    task_id = submit_with_room(bench, 10**6)
+    assert bench.worker().step()
+    [image] = images_of(bench, task_id)
+    assert counted(bench) == image.stat().st_size + FILE_BYTES
+
+
+def test_images_of_a_task_that_is_cancelled_between_them_are_deleted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = submit_with_room(bench, 10**6, num_images=2)
+    worker = bench.worker()
+    stored: list[str] = []
+    put = Blobs.put
+
+    def put_and_cancel(self: Blobs, key: str, data: bytes | memoryview) -> None:
+        put(self, key, data)
+        stored.append(key)
+        bench.store.cancel(task_id, "key")
+        worker._leased[task_id].is_cancelled = True
+
+    monkeypatch.setattr(Blobs, "put", put_and_cancel)
+    assert worker.step()
+    assert bench.task(task_id).status is Status.CANCELLED
+    assert len(stored) == 1 and not images_of(bench, task_id)
+    assert counted(bench) == 0
+
+
+def test_images_of_an_attempt_that_ended_in_the_middle_are_deleted_by_the_next(
+    bench: Bench,
+) -> None:
+    task_id = submit_with_room(bench, 10**6)
+    lose_a_worker(bench)
+    bench.blobs.put(f"{task_id}/1/0.png", b"of the worker that was lost")
+    assert bench.worker().step()
+    assert [path.parent.name for path in images_of(bench, task_id)] == ["2"]
+
+
+def test_what_could_not_be_deleted_still_counts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise StorageError("away")
+
+    task_id = submit_with_room(bench, 1000)
+    lose_a_worker(bench)
+    monkeypatch.setattr(Blobs, "delete_under", fail)
+    assert bench.worker().step()
+    assert bench.task(task_id).status is Status.COMPLETED
+    assert counted(bench) == 2 * 1000  # of each attempt all that it may have left
