@@ -1,10 +1,13 @@
 """One live server with the embedded model, and for each client one user of it."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from clients import report
+from clients.environments import checkout, version_of
+from clients.takeover import Takeover, make_certificates, nginx
 from clients.trial import Client, Reference, Trial
 from e2e.live import LiveServer
 
@@ -24,10 +27,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A live server with the embedded model; it may fetch from this machine."""
+    """A live server with the embedded model; it may fetch from this machine and call it."""
     data_dir = tmp_path_factory.mktemp("clients") / "data"
-    with LiveServer(data_dir, "--fetch-allow", "127.0.0.1:*", model="mini") as server:
+    here = ("--fetch-allow", "127.0.0.1:*", "--webhook-allow", "127.0.0.1:*")
+    with LiveServer(data_dir, *here, model="mini") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def proxy(
+    live: LiveServer, certificates: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Takeover]:
+    """nginx before the live server, for clients that know only the hosted service's names."""
+    folder = tmp_path_factory.mktemp("proxy") / "nginx"
+    with nginx(folder, certificates, live.port) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +72,15 @@ def trial(
         request.node.user_properties.append((report.PROPERTY, noted))
         name = f"{client.title} {client.version}"
         if name not in users:
+            source = checkout(client.checkout) if client.checkout else ""
+            if source and (found := version_of(source)) not in ("", client.version):
+                pytest.fail(f"{client.checkout} is {found}; the table speaks of {client.version}")
             live, site = request.getfixturevalue("live"), request.getfixturevalue("site")
-            home = tmp_path_factory.mktemp(client.pins)
+            home = tmp_path_factory.mktemp(client.pins or client.checkout)
             reference = request.getfixturevalue("reference")
-            users[name] = Trial(client, live, site, home, reference)
+            users[name] = Trial(client, live, site, home, reference, source)
+            if client.has_fixed_host:
+                users[name].proxy = request.getfixturevalue("proxy")
         return users[name]
 
     return begin

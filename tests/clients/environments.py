@@ -24,6 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PINS = Path(__file__).parent / "pins"
 CACHE = ROOT / ".clients"
 INSTALL_TIMEOUT_S = 900
+VERSIONS = {
+    "package.json": r'"version": "([^"]+)"',
+    "manifest.yaml": r"^version: (\S+)",
+    "pom.xml": r"<version>([^<]+)</version>",
+}
 UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeoutError|ProxyError"
     r"|Network is unreachable|Connection (refused|reset|broken)|No route to host"
@@ -63,8 +68,10 @@ class Environment:
 def environment(name: str) -> Environment:
     """The environment of ``pins/<name>``; skips the test where it cannot be made.
 
-    Fails it where the registry was reached and did not have what is pinned.
+    Fails it where the registry was reached and did not have what is pinned. No name: an empty one.
     """
+    if not name:
+        return Environment("", CACHE / "nothing")
     try:
         return install(PINS / name, CACHE)
     except NotInstalledError as reason:
@@ -75,9 +82,22 @@ def checkout(name: str) -> str:
     """The checkout of that name in the folder CLIENT_SOURCES; skips where there is none."""
     folder = os.environ.get("CLIENT_SOURCES", "")
     place = Path(folder) / name
-    if not folder or not place.is_dir():
+    if not folder or not place.exists():
         pytest.skip("in no registry, and CLIENT_SOURCES names no checkout")
     return str(place.resolve())
+
+
+def version_of(source: str) -> str:
+    """What version a checkout says it is; its commit, where it says none; nothing if neither."""
+    for name, pattern in VERSIONS.items():
+        place = Path(source) / name
+        if place.is_file() and (found := re.search(pattern, place.read_text(), re.MULTILINE)):
+            return found[1]
+    if not (Path(source) / ".git").exists():
+        return ""
+    command = ["git", "-C", source, "rev-parse", "--short=7", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def install(pins: Path, cache_folder: Path) -> Environment:

@@ -40,5 +40,76 @@ COMFYUI = Client(
     "for-checkouts",
     driver="comfyui_nodes.py",
     mute={"bad key": "Unauthorized: Invalid API key"},
+    checkout="wavespeed-comfyui",
 )
-DIFY = Client("Dify plugin (its client class)", "0.0.2", "for-checkouts", driver="dify_plugin.py")
+COMFYUI_CATALOGUE = Client(
+    "ComfyUI nodes (their catalogue)",
+    "6b1425b",
+    "for-checkouts",
+    driver="comfyui_catalogue.py",
+    checkout="wavespeed-comfyui",
+    has_fixed_host=True,
+)
+DIFY = Client(
+    "Dify plugin (its client class)",
+    "0.0.2",
+    "for-checkouts",
+    driver="dify_client.py",
+    checkout="dify-wavespeed-plugin",
+    has_fixed_host=True,
+)
+DIFY_TOOL = Client(
+    "Dify plugin (its image tool, which sends no picture)",
+    "0.0.2",
+    "dify-plugin-sdk",
+    driver="dify_tool.py",
+    checkout="dify-wavespeed-plugin",
+    has_fixed_host=True,
+)
+N8N_NODE = Client(
+    "n8n node (its `execute()`)",
+    "0.1.3",
+    "for-checkouts-node",
+    driver="n8n_node.cjs",
+    checkout="n8n-nodes-wavespeed",
+    has_fixed_host=True,
+)
+DESKTOP = Client(
+    "Desktop app (its API client)",
+    "2.1.7",
+    "for-checkouts-node",
+    driver="desktop_app.cjs",
+    checkout="wavespeed-desktop",
+    has_fixed_host=True,
+)
+DISCORD = Client(
+    "Discord bot (its gateway)",
+    "0.1.0",
+    "for-checkouts-node",
+    driver="discord_bot.cjs",
+    checkout="wavespeed-discord-bot",
+)
+AI_SDK = Client(
+    "AI SDK provider (its image model)",
+    "0.1.3",
+    "for-checkouts-node",
+    driver="ai_sdk.cjs",
+    checkout="ai-sdk-provider",
+)
+LITELLM = Client(
+    "LiteLLM's provider (of a branch), in PyPI `litellm`",
+    "1.110.2",
+    "pypi-litellm-1.110.2",
+    driver="litellm_provider.py",
+    checkout="litellm",
+)
+GO = Client("Go SDK", "268f200", "", driver="wavespeed_go.go", checkout="wavespeed-go")
+JAVA = Client("Java SDK", "0.2.4", "", driver="WavespeedJava.java", checkout="wavespeed-java")
+PHP = Client(
+    "PHP: wavespeed-ai-bundle",
+    "ffe7c29",
+    "",
+    driver="php_bundle.php",
+    mute={"bad key": "rejected the configured API credentials"},
+    checkout="wavespeed-ai-bundle",
+)

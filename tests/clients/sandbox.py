@@ -1,18 +1,22 @@
 """Runs an installed client as its user would, but with a home of its own and no way off loopback.
 
 Its interpreter, Python or Node, loads a guard at its start: an attempt to reach another machine is
-refused and noted in ``left_loopback``. The client itself is not changed.
+refused and noted in ``left_loopback``. For Go, Java and PHP the driver does this, in the transport
+that its language has for all. The client itself is not changed.
 """
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clients.environments import Environment
+import pytest
+
+from clients.environments import Environment, checkout
 
 HERE = Path(__file__).parent
 GUARD = HERE / "guard"
@@ -25,6 +29,7 @@ QUIET = {
     "LANGSMITH_TRACING": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "NO_UPDATE_NOTIFIER": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
 }
 
 
@@ -93,8 +98,30 @@ class Sandbox:
         given, answer = self.home / "job.json", self.home / "answer.json"
         given.write_text(json.dumps(dict(job)))
         answer.unlink(missing_ok=True)
-        interpreter = "node" if driver.endswith((".cjs", ".mjs")) else self.client.python
-        files = (str(DRIVERS / driver), str(given), str(answer))
-        done = self.run(interpreter, *files, timeout_s=timeout_s)
+        command = self._interpreter(driver, str(job.get("source", "")))
+        done = self.run(*command, str(given), str(answer), timeout_s=timeout_s)
         assert answer.exists(), (done.stdout, done.stderr)
         return json.loads(answer.read_text())
+
+    def _interpreter(self, driver: str, source: str) -> list[str]:
+        """What runs a driver; skips the test where it is not installed."""
+        place = str(DRIVERS / driver)
+        match Path(driver).suffix:
+            case ".cjs" | ".mjs":
+                return ["node", place]
+            case ".php":
+                return [_installed("php"), "-d", "allow_url_fopen=0", place]
+            case ".java":
+                # Classes and libraries as its own build leaves them; the driver is compiled anew.
+                classes = f"{source}/target/classes:{source}/target/lib/*"
+                return [_installed("java"), "-cp", classes, place]
+            case ".go":
+                return [checkout(f"bin/{Path(driver).stem}")]
+            case _:
+                return [self.client.python, place]
+
+
+def _installed(program: str) -> str:
+    if (found := shutil.which(program)) is None:
+        pytest.skip(f"{program} is not installed")
+    return found

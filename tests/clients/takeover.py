@@ -1,4 +1,4 @@
-"""api.wavespeed.ai on loopback: the reverse proxies of deploy/takeover, as shipped but for places.
+"""The hosted service's names on loopback: the reverse proxies of deploy/takeover, as shipped.
 
 What differs from the shipped files is the port, the folder of the certificates, and that nothing is
 written outside a folder of the test's.
@@ -19,6 +19,7 @@ from clients.environments import ROOT
 from e2e.live import free_port, terminate, wait_until
 
 HOST = "api.wavespeed.ai"
+SITE = "wavespeed.ai"
 SHIPPED = ROOT / "deploy/takeover"
 _PLACE = "/etc/flux-redux"
 _UPSTREAM = "127.0.0.1:8000"
@@ -26,15 +27,15 @@ _UPSTREAM = "127.0.0.1:8000"
 
 @dataclass(frozen=True)
 class Takeover:
-    """A proxy that answers for ``HOST`` at ``port`` of loopback; ``ca`` is whom to trust."""
+    """A proxy that answers for both hosts at ``port`` of loopback; ``ca`` is whom to trust."""
 
     port: int
     ca: Path
 
     @property
     def names(self) -> dict[str, int]:
-        """Where a sandbox is to find the host."""
-        return {f"{HOST}:443": self.port}
+        """Where a sandbox is to find the hosts."""
+        return {f"{name}:443": self.port for name in (HOST, SITE)}
 
     @property
     def trust(self) -> dict[str, str]:
@@ -82,7 +83,8 @@ def caddy(folder: Path, certificates: Path, upstream_port: int) -> Iterator[Take
     port = free_port()
     folder.mkdir()
     options = "{\nadmin off\nauto_https disable_redirects\nservers {\nprotocols h1 h2\n}\n}\n"
-    site = {f"\n{HOST} {{": f"\n{options}\n{HOST}:{port} {{\nbind 127.0.0.1\n"}
+    named = f"{HOST}:{port}, {SITE}:{port}"
+    site = {f"\n{HOST}, {SITE} {{": f"\n{options}\n{named} {{\nbind 127.0.0.1\n"}
     (folder / "Caddyfile").write_text(_shipped("Caddyfile", certificates, upstream_port, site))
     command = [program, "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
     with _running(command, folder, port):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from clients.mcp_stdio import McpServer
 from clients.roster import CLI, CURL, HUB, JAVASCRIPT, MCP_NODE, N8N, PYTHON, PYTHON_0, PYTHON_1
-from clients.takeover import HOST, PROXIES, Takeover, make_certificates, nginx
+from clients.takeover import HOST, PROXIES, SITE, Takeover, nginx
 from clients.trial import MODEL, REFUSALS, Client, Trial
 from e2e.live import LiveServer, a_picture, data_uri
 from e2e.seed_curl import IMAGE, RESULT, SUBMIT
@@ -29,11 +29,6 @@ from threaded import answering
 pytestmark = pytest.mark.clients
 BASE = f"https://{HOST}"
 Begin = Callable[..., Trial]
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="module", params=sorted(PROXIES))
@@ -53,8 +48,9 @@ class Curl:
     """curl with the proxy and its authority in its configuration file, and so in no command."""
 
     def __init__(self, takeover: Takeover, home: Path) -> None:
-        lead = f"{HOST}:443:127.0.0.1:{takeover.port}"
-        (home / ".curlrc").write_text(f'connect-to = "{lead}"\ncacert = "{takeover.ca}"\n')
+        leads = [f"{name}:443:127.0.0.1:{takeover.port}" for name in (HOST, SITE)]
+        lines = [f'cacert = "{takeover.ca}"', *(f'connect-to = "{lead}"' for lead in leads)]
+        (home / ".curlrc").write_text("\n".join(lines))
         self._env = {"PATH": os.environ["PATH"], "HOME": str(home), "NO_PROXY": "*"}
 
     def shell(self, command: str, **variables: str) -> bytes:
@@ -182,6 +178,13 @@ def test_requests_as_n8n_sends_them(trial: Begin, curl: Curl, tmp_path: Path) ->
     ended = curl.data(f"curl {headers} {BASE}/api/v3/predictions/{task}/result")
     check(user, curl, ended["outputs"])
     assert ended["outputs"][0].endswith(".png"), "it names its file after the URL"
+
+
+def test_catalogue_is_answered_under_the_name_of_the_site(trial: Begin, curl: Curl) -> None:
+    """Where ComfyUI's dynamic nodes ask for it: not at the API's name."""
+    trial(CURL, "catalogue")
+    path = f"/center/default/api/v1/model_product/detail/{MODEL}"
+    assert curl.data(f"curl https://{SITE}{path}")["model_uuid"] == MODEL
 
 
 # --- what a proxy may break -----------------------------------------------------------------------

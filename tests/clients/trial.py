@@ -15,6 +15,7 @@ from PIL import Image
 
 from clients.environments import environment
 from clients.sandbox import Sandbox
+from clients.takeover import HOST, Takeover
 from e2e.live import MODEL_PATH, LiveServer, download, free_port, prediction, wait_until
 from e2e.picture_site import PICTURES
 
@@ -33,7 +34,8 @@ class Client:
     """A client of others: ``title`` and ``version`` for people, ``pins`` for the installer.
 
     ``driver`` calls it, unless it is a program. ``mute`` names the cases in which it keeps the
-    server's words to itself, with what it says instead.
+    server's words to itself, with what it says instead. ``checkout`` is its folder in
+    CLIENT_SOURCES, if no registry has it. With ``has_fixed_host`` a proxy answers for that host.
     """
 
     title: str
@@ -41,6 +43,8 @@ class Client:
     pins: str
     driver: str = ""
     mute: Mapping[str, str] = field(default_factory=dict)
+    checkout: str = ""
+    has_fixed_host: bool = False
 
 
 @dataclass
@@ -52,16 +56,19 @@ class Trial:
     site: str
     home: Path
     reference: "Reference"
+    source: str = ""
+    proxy: Takeover | None = None
 
     def __post_init__(self) -> None:
         self.key = self.live.create_key(f"{self.client.title} {self.client.version}")
         self.picture = self.home / "icon.png"
         self.picture.write_bytes(PICTURES["/icon.png"])
-        self.source = ""
         self.answers: dict[str, Any] = {}
 
     def sandbox(self, names: Mapping[str, int] | None = None, **variables: str) -> Sandbox:
         """The user's shell, with these variables set."""
+        if self.proxy and not names:
+            names, variables = self.proxy.names, {**self.proxy.trust, **variables}
         return Sandbox(environment(self.client.pins), self.home, variables, names or {})
 
     @property
@@ -132,6 +139,9 @@ class Trial:
 
     def check_picture(self, place: str) -> None:
         """The picture at a URL or path must be the one that a plain request makes."""
+        if self.proxy:
+            assert place.startswith((f"https://{HOST}/files/", "/")), place
+            place = place.replace(f"https://{HOST}", self.live.base_url)
         image = open_picture(place)
         assert image.size == SIZE
         assert image.tobytes() == self.reference.pixels(self.body)

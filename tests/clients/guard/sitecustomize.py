@@ -5,15 +5,15 @@ Whatever would leave loopback is refused, and its host is appended to the file `
 this machine, as an entry in DNS would.
 """
 
+import _socket
 import ipaddress
 import json
 import os
-import socket
 import sys
 
 _NAMES = json.loads(os.environ.get("LOCAL_NAMES", "{}"))
 _LOG = os.environ["LEFT_LOOPBACK"]
-_real_getaddrinfo = socket.getaddrinfo
+_real_getaddrinfo = _socket.getaddrinfo
 
 
 def _is_local(host):
@@ -49,5 +49,5 @@ def _getaddrinfo(host, port, *rest, **options):
     return _real_getaddrinfo(host, port, *rest, **options)
 
 
-socket.getaddrinfo = _getaddrinfo
+_socket.getaddrinfo = _getaddrinfo  # below socket's own, for gevent, which replaces that
 sys.addaudithook(_watch)
