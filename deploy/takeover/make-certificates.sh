@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes a certificate for api.wavespeed.ai and the authority that signs it, both in FOLDER:
+# Makes a certificate for api.wavespeed.ai and wavespeed.ai, and the authority that signs it, both in
+# FOLDER:
 #
 #   ./make-certificates.sh FOLDER [DAYS]
 #
@@ -8,6 +9,7 @@
 set -eu
 
 name=api.wavespeed.ai
+site=wavespeed.ai # ComfyUI's nodes and the desktop app read the catalogue there
 folder=${1:?usage: $0 FOLDER [DAYS]}
 days=${2:-365}
 umask 077
@@ -23,7 +25,7 @@ cat >"$name.ext" <<EOF
 basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
 extendedKeyUsage = serverAuth
-subjectAltName = DNS:$name
+subjectAltName = DNS:$name, DNS:$site
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
 EOF
