@@ -87,6 +87,18 @@ def checkout(name: str) -> str:
     return str(place.resolve())
 
 
+def packages_of(source: str) -> Environment:
+    """The Node packages that a checkout's own lock file names; skips where they cannot be had."""
+    pins = CACHE / "locks" / Path(source).name
+    pins.mkdir(parents=True, exist_ok=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(Path(source) / name, pins)
+    try:
+        return install(pins, CACHE)
+    except NotInstalledError as reason:
+        pytest.skip(f"{pins.name}: {reason}")
+
+
 def version_of(source: str) -> str:
     """What version a checkout says it is; its commit, where it says none; nothing if neither."""
     for name, pattern in VERSIONS.items():

@@ -113,3 +113,19 @@ PHP = Client(
     mute={"bad key": "rejected the configured API credentials"},
     checkout="wavespeed-ai-bundle",
 )
+# Only for their own tests: registries have them, newer or the same.
+PYTHON_CHECKOUT = Client(
+    "Python SDK, from its repository",
+    "a420718",
+    "pypi-wavespeed-2.0.5",
+    checkout="wavespeed-python",
+)
+JAVASCRIPT_CHECKOUT = Client(
+    "JavaScript SDK, from its repository", "0.2.0", "", checkout="wavespeed-javascript"
+)
+LLAMA_INDEX_CHECKOUT = Client(
+    "LlamaIndex tool, from its repository",
+    "45d685c",
+    "pypi-llama-index-tools-wavespeed",
+    checkout="llama-index-tools-wavespeed",
+)

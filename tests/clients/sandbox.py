@@ -110,18 +110,19 @@ class Sandbox:
             case ".cjs" | ".mjs":
                 return ["node", place]
             case ".php":
-                return [_installed("php"), "-d", "allow_url_fopen=0", place]
+                return [installed("php"), "-d", "allow_url_fopen=0", place]
             case ".java":
                 # Classes and libraries as its own build leaves them; the driver is compiled anew.
                 classes = f"{source}/target/classes:{source}/target/lib/*"
-                return [_installed("java"), "-cp", classes, place]
+                return [installed("java"), "-cp", classes, place]
             case ".go":
                 return [checkout(f"bin/{Path(driver).stem}")]
             case _:
                 return [self.client.python, place]
 
 
-def _installed(program: str) -> str:
+def installed(program: str) -> str:
+    """Where a program is; skips the test where it is not."""
     if (found := shutil.which(program)) is None:
         pytest.skip(f"{program} is not installed")
     return found

@@ -1,7 +1,7 @@
 <?php
 
-// The client and the webhook verifier of wavespeed-ai-bundle, without Symfony's kernel. Symfony's
-// HTTP client comes from the checkout's vendor folder or from Debian; it is kept on this machine.
+// The client and the webhook verifier of wavespeed-ai-bundle, without Symfony's kernel. Its HTTP
+// client is kept on this machine.
 
 declare(strict_types=1);
 
@@ -19,21 +19,8 @@ use Symfony\Contracts\HttpClient\ResponseStreamInterface;
 [, $given, $answer] = $argv;
 $job = json_decode(file_get_contents($given), true, 512, JSON_THROW_ON_ERROR);
 
-$installed = $job['source'].'/vendor/autoload.php';
-if (is_file($installed)) {
-    require $installed;
-} else {
-    require '/usr/share/php/Symfony/Component/HttpClient/autoload.php';
-    require '/usr/share/php/Symfony/Component/Mime/autoload.php';
-    require '/usr/share/php/Psr/Log/autoload.php';
-    spl_autoload_register(static function (string $class) use ($job): void {
-        $prefix = 'Errogaht\\WaveSpeedAiBundle\\';
-        if (str_starts_with($class, $prefix)) {
-            $name = str_replace('\\', '/', substr($class, strlen($prefix)));
-            require $job['source'].'/src/'.$name.'.php';
-        }
-    });
-}
+putenv('PHP_SOURCE='.$job['source']);
+require __DIR__.'/php_autoload.php';
 
 final class Stay implements HttpClientInterface
 {
