@@ -6,6 +6,7 @@ import math
 import time
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from redux_server.api.fleet import Fleet
 from redux_server.api.services import Services
@@ -18,16 +19,19 @@ FORGET_WORKERS_S = 3600.0
 STRAY_AFTER_S = 3600.0
 IDEMPOTENCY_KEYS_KEPT_S = 24 * 3600.0
 BALLAST_EVERY_S = 15.0
+CATCH_UP_EVERY_S = 15.0
 _log = structlog.get_logger("redux_server.api.housekeeping")
 
 
 def start(services: Services) -> "asyncio.Task[None]":
     """Sweep now and every few minutes, and keep ballast and folders there, until cancelled."""
 
-    async def both() -> None:
-        await asyncio.gather(_sweep_forever(services), _hold_ballast(services))
+    async def all_() -> None:
+        await asyncio.gather(
+            _sweep_forever(services), _hold_ballast(services), _catch_up_forever(services)
+        )
 
-    return asyncio.create_task(both())
+    return asyncio.create_task(all_())
 
 
 def sweep_all(services: Services) -> None:
@@ -150,6 +154,17 @@ async def _sweep_forever(services: Services) -> None:
         except Exception as error:  # a full disk today must not end the sweeps of tomorrow
             _log.error("sweep failed", exc_info=error)
         await asyncio.sleep(SWEEP_EVERY_S)
+
+
+async def _catch_up_forever(services: Services) -> None:
+    while True:
+        await asyncio.sleep(CATCH_UP_EVERY_S)
+        try:
+            mended = await asyncio.to_thread(services.store.catch_up)
+            if mended:
+                _log.warning("the clock was set back: tasks had times ahead of it", count=mended)
+        except SQLAlchemyError as error:  # a database that is away now will be back
+            _log.error("times of tasks could not be looked at", exc_info=error)
 
 
 async def _hold_ballast(services: Services) -> None:

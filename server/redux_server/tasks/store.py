@@ -33,6 +33,11 @@ from redux_server.tasks.accepting import unbounded
 from redux_server.tasks.rows import COLUMNS, IS_DELAYED, IS_LEASED, IS_QUEUED, count, end, task_of
 from redux_server.tasks.task import Acceptance, Code, NewTask, Outcome, Status, Task
 
+LONGEST_DELAY_S = 300.0
+"""For how long a task is given back at most."""
+CLOCKS_DIFFER_S = 60.0
+"""By how much the clocks of nodes may differ before times of one look wrong to another."""
+_TINY = 1e-6
 _QUEUE_STATE = select(
     count(IS_QUEUED) + count(IS_DELAYED),
     count(IS_LEASED),
@@ -309,6 +314,28 @@ class TaskStore:
         """What the tasks of each API key store, see ``redux_server.tasks.stored``."""
         with self._reader.connect() as db:
             return stored.by_key(db)
+
+    def catch_up(self) -> int:
+        """Mend times that lie further ahead than any is set; returns of how many tasks.
+
+        They were written by a clock that was ahead and has been set back since: such a task would
+        wait for hours, or for as long as younger ones come.
+        """
+        now = self._clock()
+        ahead = now + CLOCKS_DIFFER_S
+        waits, delay, lease = tasks.c.queued_at, tasks.c.not_before, tasks.c.lease_until
+        kinds = (
+            (waits > ahead, {"queued_at": now + (waits - now) * _TINY}),  # in the order they had
+            (delay > ahead + LONGEST_DELAY_S, {"not_before": now}),
+            (lease > ahead + self._lease_s, {"lease_until": now + self._lease_s}),
+        )
+        mended = 0
+        with self._database.begin() as db:
+            for is_ahead, values in kinds:
+                free = select(tasks.c.id).where(is_ahead).with_for_update(skip_locked=True)
+                found = update(tasks).where(tasks.c.id.in_(free)).values(values)
+                mended += int(db.execute(found).rowcount)
+        return mended
 
     def bound(self) -> dict[str, int]:
         """How many tasks wait in the queue, by the fingerprint they were accepted for."""

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from redux_server import metrics
 from redux_server.storage.disk import Ballast
-from redux_server.tasks.store import TaskStore
+from redux_server.tasks.store import LONGEST_DELAY_S, TaskStore
 from redux_server.tasks.task import Code, Outcome, Task
 from redux_server.worker.outputs import Postponed
 
@@ -133,7 +133,7 @@ class EndRecorder:
             text = f"{postponed.public} in {task.attempt} attempts."
             self.finish(leased, Outcome.failure(Code.INTERNAL, text))
             return
-        delay_s = min(300.0, 5.0 * 2.0 ** min(task.attempt - 1, 6))
+        delay_s = min(LONGEST_DELAY_S, 5.0 * 2.0 ** min(task.attempt - 1, 6))
         _log.warning("task returned for later", reason=str(postponed), delay_s=delay_s)
         self._persist(lambda: self._store.give_back(task.id, task.attempt, delay_s=delay_s))
 

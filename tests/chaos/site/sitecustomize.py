@@ -32,7 +32,7 @@ def shift_clock(path):
 def no_fence(store):
     """The store believes whoever comes last, and tells no worker that it lost a task."""
 
-    def finish(self, task_id, attempt, outcome):
+    def finish(self, task_id, attempt, outcome, **_):
         values = {"status": outcome.status, "outcome": dataclasses.asdict(outcome)}
         ended = {"queued_at": None, "lease_until": None, "finished_at": self._clock()}
         with self._database.begin() as db:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event, insert
 from redux_server.database.migration import open_database
 from redux_server.database.tables import tasks
 from redux_server.tasks.accepting import Bounds, IdempotencyKeys, free_places
-from redux_server.tasks.store import TaskStore
+from redux_server.tasks.store import LONGEST_DELAY_S, TaskStore
 from redux_server.tasks.task import Code, Created, NewTask, NoRoom, Outcome, Status, Task
 from server.in_process import Clock
 
@@ -316,6 +316,58 @@ def test_renew_extends_the_lease(store: TaskStore, clock: Clock) -> None:
         assert store.renew("w", {task.id: (1, step)}).lost == frozenset()
         assert store.claim("other") == []
     assert get(store, task.id).progress_step == 4
+
+
+HOUR_S = 3600.0
+
+
+def test_tasks_of_an_hour_that_was_too_early_wait_for_no_younger_ones(
+    store: TaskStore, clock: Clock
+) -> None:
+    clock.now += HOUR_S
+    early = add(store, 2)
+    clock.now -= HOUR_S
+    add(store, 2)
+    assert store.catch_up() == 2
+    clock.now += 0.1
+    younger = add(store)
+    order = [claim(store).id for _ in range(5)]
+    assert [task_id for task_id in order if task_id in early] == early
+    assert order[-1:] == younger
+    assert store.catch_up() == 0
+
+
+def test_a_delay_of_an_hour_that_was_too_early_is_over(store: TaskStore, clock: Clock) -> None:
+    [task_id] = add(store)
+    clock.now += HOUR_S
+    claim(store)
+    store.give_back(task_id, 1, delay_s=5.0)
+    clock.now -= HOUR_S
+    assert store.claim("w") == []
+    assert store.catch_up() == 1
+    assert claim(store).id == task_id
+
+
+def test_a_lease_of_an_hour_that_was_too_early_runs_out_in_its_time(
+    store: TaskStore, clock: Clock
+) -> None:
+    [task_id] = add(store)
+    clock.now += HOUR_S
+    claim(store, "lost")
+    clock.now -= HOUR_S
+    assert store.catch_up() == 1
+    assert store.renew("lost", {task_id: (1, 1)}).lost == frozenset()  # it may still be there
+    clock.now += LEASE_S + 1
+    assert claim(store, "next").id == task_id
+
+
+def test_times_that_are_set_as_ever_are_left_alone(store: TaskStore, clock: Clock) -> None:
+    add(store, 3)
+    claim(store)
+    waiting = claim(store)
+    store.give_back(waiting.id, 1, delay_s=LONGEST_DELAY_S)
+    clock.now -= 30  # clocks differ a little
+    assert store.catch_up() == 0
 
 
 def test_a_lease_is_renewed_by_its_holder_only(store: TaskStore, clock: Clock) -> None:
