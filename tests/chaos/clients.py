@@ -39,6 +39,7 @@ class Habits:
     cancelled: float = 0.04
     deleted: float = 0.03
     refused_webhooks: float = 0.2  # at the first try
+    pictures: Sequence[str] = (IMAGE,)  # one of these is sent
 
 
 class Client(threading.Thread):
@@ -84,7 +85,7 @@ class Client(threading.Thread):
         is_spoiled = dice.random() < habits.spoiled
         num_images = dice.choice([1, 1, 1, 2])
         given = {
-            "image": IMAGE,
+            "image": dice.choice(habits.pictures),
             "prompt": f"{dice.random()} {SPOILED if is_spoiled else ''}",
             "size": "512*512",
             "num_inference_steps": dice.choice(STEPS),

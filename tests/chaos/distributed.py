@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import Row, create_engine, text
 
+from chaos import harm
 from chaos.clock import Clock
 from chaos.faults import Fault
 from chaos.services import BUCKET, S3, Postgres, RabbitMQ
@@ -30,6 +31,7 @@ from redux_server.storage.signing import signing_secret
 
 LEASE_S = 6.0
 NODES, WORKERS = 2, 3
+DISK_MIB, TMP_MIB = 256, 16
 _PARTITION_S = 8.0
 
 
@@ -45,10 +47,14 @@ class Distributed:
         self.broker = RabbitMQ(folder) if engine == "celery" else None
         self.pictures = S3(folder) if engine == "celery" else None
         self.clock = Clock(folder / "clock")
+        self.hang_flag = folder / "hang"
+        self.disks: list[Path] = []  # of the last node and the last worker, if we may mount any
+        self.tmp: Path | None = None
         self.proxies: dict[str, Proxy] = {}
         self.nodes: list[Node] = []
         self.workers: list[RemoteWorker] = []
         self._open = ExitStack()
+        self._mounts = ExitStack()
         self._rows: Callable[[], dict[str, Row[Any]]] = dict
 
     @property
@@ -78,10 +84,18 @@ class Distributed:
         engine = connect(self.database.url())
         upgrade_database(engine)
         engine.dispose()
+        self._mount()
         self._build()
         for node in self.nodes:
             node.wait_ready()
         self._rows = self._open.enter_context(rows_of(self.database.url()))
+
+    def _mount(self) -> None:
+        """Small file systems that can be filled up, where that is allowed."""
+        for name in (f"api{NODES - 1}", f"worker{WORKERS - 1}"):
+            mounted = self._mounts.enter_context(harm.small_disk(self.folder / name, DISK_MIB))
+            self.disks += [mounted] if mounted else []
+        self.tmp = self._mounts.enter_context(harm.small_disk(self.folder / "tmp", TMP_MIB))
 
     def _build(self) -> None:
         for number in range(NODES):
@@ -111,7 +125,10 @@ class Distributed:
         env = {_DATABASE: self.database.url(ports.get("postgresql", 0))}
         flags = ["--dispatch", self.name, "--lease-s", str(LEASE_S), "--max-attempts", "50"]
         flags += ["--webhook-allow", "127.0.0.1:*", "--webhook-timeout-s", "5"]
-        flags += ["--min-free-disk", "0"]
+        flags += ["--min-free-disk", "24", "--step-timeout-s", str(harm.STEP_TIMEOUT_S)]
+        env["CHAOS_HANG_FILE"] = str(self.hang_flag)
+        if self.tmp:
+            env["TMPDIR"] = str(self.tmp)
         if self.broker:
             env["FLUX_REDUX_BROKER_URL"] = self.broker.url(ports.get("rabbitmq", 0))
         if self.pictures:
@@ -129,6 +146,7 @@ class Distributed:
         self._open.close()
         for service in reversed(self.services):
             service.stop()
+        self._mounts.close()
 
     def rows(self) -> dict[str, Row[Any]]:
         return self._rows()
@@ -168,6 +186,19 @@ class Distributed:
                 Fault("kill -9 broker", self.kill_broker, kills=True, weight=1),
                 Fault("queue purged", self.purge, weight=1),
                 Fault("queue deleted", lambda: self.purge(delete=True), weight=1),
+            ]
+        some += [
+            Fault("kill -9 decoder", self.kill_decoder, kills=True, weight=4),
+            Fault("device hangs", lambda: harm.hang_the_device(self.hang_flag), weight=1.5),
+            Fault("temporary files wiped", self.wipe_temporary, weight=1.5),
+        ]
+        for disk in self.disks:
+            what = f"disk of {disk.name} full for 6 s"
+            some.append(Fault(what, lambda disk=disk: harm.fill(disk), lasts=True))
+        if tmp := self.tmp:
+            some += [
+                Fault("/tmp full for 6 s", lambda: harm.fill(tmp), lasts=True),
+                Fault("/tmp read-only for 6 s", lambda: harm.make_read_only(tmp), lasts=True),
             ]
         some += [
             Fault("clock +1 h, then back", lambda: self.shift_clock(3600), lasts=True),
@@ -238,6 +269,14 @@ class Distributed:
             bound.queue_declare()
             _ = bound.delete() if delete else bound.purge()
         app.close()
+
+    def kill_decoder(self) -> bool:
+        return harm.kill_a_decoder(lambda: [each.process.pid for each in self.workers])
+
+    def wipe_temporary(self) -> bool:
+        """Of one process, and what all of them share."""
+        each = self.random.choice([*self.nodes, *self.workers])
+        return harm.wipe(each.data_dir / "tmp") | bool(self.tmp and harm.wipe(self.tmp))
 
     def shift_clock(self, seconds: int) -> None:
         self.clock.shift(seconds)

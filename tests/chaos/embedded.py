@@ -3,15 +3,15 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Row
 
+from chaos import harm
 from chaos.clock import Clock
 from chaos.faults import Fault
 from e2e.live import is_running, terminate
@@ -19,7 +19,8 @@ from e2e.restarted import RestartedServer, rows_of
 
 LEASE_S = 6.0
 FLOOR_MIB = 24
-DISK_MIB = 512
+DISK_MIB = 2048
+TMP_MIB = 16
 
 
 class Embedded:
@@ -27,8 +28,12 @@ class Embedded:
 
     name = "local"
 
-    def __init__(self, folder: Path, *, env: Mapping[str, str], disk: Path | None) -> None:
+    def __init__(
+        self, folder: Path, *, env: Mapping[str, str], disk: Path | None, tmp: Path | None = None
+    ) -> None:
         self.clock = Clock(folder / "clock")
+        self.hang_flag = folder / "hang"
+        self.tmp = tmp
         flags = [
             "--max-attempts",
             "50",
@@ -37,13 +42,14 @@ class Embedded:
             "--webhook-allow",
             "127.0.0.1:*",
         ]
-        flags += ["--webhook-timeout-s", "5"]
+        flags += ["--webhook-timeout-s", "5", "--step-timeout-s", str(harm.STEP_TIMEOUT_S)]
         flags += ["--min-free-disk", str(FLOOR_MIB if disk else 0)]
         self.disk = disk
         data = (disk or folder) / "data"
-        self.server = RestartedServer(
-            data, *flags, ready_s=600.0, env={**self.clock.variables(), **env}
-        )
+        ours = {**self.clock.variables(), "CHAOS_HANG_FILE": str(self.hang_flag), **env}
+        if tmp:
+            ours["TMPDIR"] = str(tmp)
+        self.server = RestartedServer(data, *flags, ready_s=600.0, env=ours)
         self.server.log_path = folder / "server.log"
         self._rows: Any = None
         self._open: Any = None
@@ -90,8 +96,18 @@ class Embedded:
             Fault("clock +1 h, then back", lambda: self.shift_clock(3600), lasts=True),
             Fault("clock -1 h, then back", lambda: self.shift_clock(-3600), lasts=True),
         ]
-        if self.disk:
-            some += [Fault("disk full for 6 s", self.fill_disk, lasts=True)]
+        some += [
+            Fault("kill -9 decoder", self.kill_decoder, kills=True, weight=4),
+            Fault("device hangs", lambda: harm.hang_the_device(self.hang_flag), weight=1.5),
+            Fault("temporary files wiped", self.wipe_temporary, weight=1.5),
+        ]
+        if disk := self.disk:
+            some += [Fault("disk full for 6 s", lambda: harm.fill(disk), lasts=True)]
+        if tmp := self.tmp:
+            some += [
+                Fault("/tmp full for 6 s", lambda: harm.fill(tmp), lasts=True),
+                Fault("/tmp read-only for 6 s", lambda: harm.make_read_only(tmp), lasts=True),
+            ]
         return some
 
     def supervise(self) -> int:
@@ -135,32 +151,16 @@ class Embedded:
         self.clock.shift(0)
         time.sleep(1.5)
 
-    def fill_disk(self) -> None:
-        assert self.disk is not None
-        filler = self.disk / "other-peoples-file"
-        try:
-            with suppress(OSError), filler.open("wb", buffering=0) as file:
-                while True:
-                    file.write(b"x" * 2**16)
-            time.sleep(6.0)
-        finally:
-            filler.unlink(missing_ok=True)
+    def kill_decoder(self) -> bool:
+        return harm.kill_a_decoder(
+            lambda: self.server.worker_pids() or [p for p in self.server.orphans if is_running(p)]
+        )
+
+    def wipe_temporary(self) -> bool:
+        return harm.wipe(self.server.data_dir / "tmp") | bool(self.tmp and harm.wipe(self.tmp))
 
 
 def _kill(pids: list[int]) -> None:
     for pid in pids[:1]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-@contextmanager
-def small_disk(place: Path, mib: int = DISK_MIB) -> Iterator[Path | None]:
-    """A file system of its own, if we may mount one."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)]
-    made = subprocess.run(mount, capture_output=True, check=False)
-    try:
-        yield place if made.returncode == 0 else None
-    finally:
-        if made.returncode == 0:
-            subprocess.run(["umount", "--lazy", str(place)], check=True)

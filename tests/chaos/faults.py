@@ -12,12 +12,13 @@ from dataclasses import dataclass
 class Fault:
     """One kind of harm.
 
-    ``strike`` does it and brings back what it took away, at once or after a while. Those that
-    ``last`` are struck from a thread of their own, so that others fall into the same time.
+    ``strike`` does it and brings back what it took away, at once or after a while; False if there
+    was nothing to be hit. Those that ``last`` are struck from a thread of their own, so that others
+    fall into the same time.
     """
 
     name: str
-    strike: Callable[[], None]
+    strike: Callable[[], bool | None]
     kills: bool = False
     lasts: bool = False
     weight: float = 1.0
@@ -59,7 +60,7 @@ class Trouble:
         """Do this one now."""
         self.done[fault.name] += 1
         if not fault.lasts:
-            fault.strike()
+            self._hit(fault)
             return
         thread = threading.Thread(target=self._last, args=(fault,), daemon=True)
         self._lasting[fault.name] = thread
@@ -70,9 +71,13 @@ class Trouble:
         for thread in self._lasting.values():
             thread.join()
 
+    def _hit(self, fault: Fault) -> None:
+        if fault.strike() is False:
+            self.done[fault.name] -= 1
+
     def _last(self, fault: Fault) -> None:
         try:
-            fault.strike()
+            self._hit(fault)
         except BaseException as error:
             self.failures.append(error)
 

@@ -1,6 +1,7 @@
 """Long trials of the whole server: kills, partitions, clocks, full disks; and what clients saw.
 
-storm     kill -9 at random until so many kills and so many accepted tasks are reached
+storm     kill -9 at random until so many kills and so many accepted tasks are reached; with --all
+          every kind of fault is struck, until there were so many strikes
 soak      every kind of fault, mixed, for some minutes with each of several seeds
 faults    each kind of fault alone, some times over: which of them loses anything?
 overload  ten times more than one server can do, for a minute: what is refused, and how
@@ -20,14 +21,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from chaos.clients import Habits
 from chaos.distributed import Distributed
-from chaos.embedded import Embedded, small_disk
+from chaos.embedded import DISK_MIB, TMP_MIB, Embedded
 from chaos.faults import Fault
+from chaos.harm import small_disk
 from chaos.overload import overload
+from chaos.real_pictures import real_pictures
 from chaos.report import markdown
 from chaos.services import Missing
 from chaos.storm import PATIENCE_S, Finding, Goal, Scenario, Storm, environment
@@ -44,6 +48,7 @@ def main() -> int:
     parser.add_argument("what", nargs="?", default="storm", choices=(*_TRIALS, "overload"))
     parser.add_argument("--engines", default="local,celery", help="of local, sql, celery")
     parser.add_argument("--kills", type=int, default=200, help="storm: so many (default 200)")
+    parser.add_argument("--all", action="store_true", help="storm: strike with all faults")
     parser.add_argument("--tasks", type=int, default=5000, help="storm: so many (default 5000)")
     parser.add_argument(
         "--at-most", type=float, default=90.0, help="storm: minutes, whatever is reached by then"
@@ -112,7 +117,11 @@ def _overload(options: argparse.Namespace) -> int:
 def storm(engine: str, seed: int, options: argparse.Namespace) -> Trials:
     """Row 1 of the figures: kills alone, many of them, over many tasks."""
     with scenario(engine, seed, options.plant) as running:
-        kills = [fault for fault in running.faults() if fault.kills and options.only in fault.name]
+        kills = [
+            fault
+            for fault in running.faults()
+            if (fault.kills or options.all) and options.only in fault.name
+        ]
         goal = Goal(options.tasks, options.kills, at_most_s=options.at_most * 60)
         yield f"seed {seed}", _storm(running, kills, seed, goal, options)
 
@@ -149,7 +158,15 @@ def _storm(
         print(f"{time.strftime('%H:%M:%S')} {running.name}, seed {seed}: {text}", flush=True)
 
     patience_s = 45.0 if options.plant else PATIENCE_S
-    storm = Storm(running, faults, seed, clients=options.clients, say=say, patience_s=patience_s)
+    storm = Storm(
+        running,
+        faults,
+        seed,
+        clients=options.clients,
+        habits=Habits(pictures=real_pictures()),
+        say=say,
+        patience_s=patience_s,
+    )
     found = storm.run(goal)
     if not found.is_good:
         folder = options.out / f"logs-{running.name}-{seed}"
@@ -164,11 +181,13 @@ def scenario(engine: str, seed: int, plant: str = "") -> Iterator[Scenario]:
     with tempfile.TemporaryDirectory(prefix="flux-redux-chaos-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # the database runs as another user
-        with small_disk(folder / "disk") if engine == "local" else nullcontext() as disk:
+        with ExitStack() as disks:
             env = environment(plant)
             running: Scenario
             if engine == "local":
-                running = Embedded(folder, env=env, disk=disk)
+                disk = disks.enter_context(small_disk(folder / "disk", DISK_MIB))
+                tmp = disks.enter_context(small_disk(folder / "tmp", TMP_MIB))
+                running = Embedded(folder, env=env, disk=disk, tmp=tmp)
             else:
                 running = Distributed(folder, engine, env=env, seed=seed)
             try:

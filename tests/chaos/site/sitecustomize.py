@@ -1,12 +1,15 @@
 """Loaded by every Python process that has this folder on its path: other dates, planted bugs.
 
-``CHAOS_CLOCK_FILE`` names a file with the seconds to add to ``time.time``. ``CHAOS_BUG`` names a
+``CHAOS_CLOCK_FILE`` names a file with the seconds to add to ``time.time``. ``CHAOS_HANG_FILE``
+names one that makes the next step on a device hang for good, once it is there. ``CHAOS_BUG`` names a
 bug to plant in the task store, which the checker of histories must then find.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
+import threading
 import time
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
@@ -27,6 +30,21 @@ def shift_clock(path):
         return true() + seen[0]
 
     time.time = shifted
+
+
+def hang_steps(path):
+    """Let whichever step of the fake model finds the file take it away, and never end."""
+    sleep = time.sleep
+
+    def hanging(seconds):
+        if threading.current_thread().name.startswith("device"):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                while True:
+                    sleep(3600)
+        sleep(seconds)
+
+    time.sleep = hanging
 
 
 def no_fence(store):
@@ -79,5 +97,7 @@ BUGS = {"no-fence": no_fence, "no-reconciler": no_reconciler}
 
 if "CHAOS_CLOCK_FILE" in os.environ:
     shift_clock(os.environ["CHAOS_CLOCK_FILE"])
+if "CHAOS_HANG_FILE" in os.environ:
+    hang_steps(os.environ["CHAOS_HANG_FILE"])
 if "CHAOS_BUG" in os.environ:
     sys.meta_path.insert(0, Planter(BUGS[os.environ["CHAOS_BUG"]]))
