@@ -102,8 +102,7 @@ def assemble(settings: ServerSettings, database: Engine, blobs: BlobStore) -> Se
     find = Coalescer(store.get, name="find")
     poller = TaskPoller(store.glance, revoked_of=keys.revoked_of)
     held_requests = Subscriptions(poller, most=MAX_HELD, most_of_a_key=MAX_HELD_OF_A_KEY)
-    left_bytes = StorageShare(settings, disk).left
-    bounds = Bounds(settings.max_queue, settings.max_open_per_key, settings.queue_share, left_bytes)
+    bounds = _bounds(settings, disk)
     idempotency, presence = IdempotencyKeys(database, clock=clock), Presence(database, clock=clock)
     return Services(
         settings=settings,
@@ -154,6 +153,11 @@ def _store(settings: ServerSettings, database: Engine, clock: Callable[[], float
     return TaskStore(
         database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, clock=clock
     )
+
+
+def _bounds(settings: ServerSettings, disk: DiskSpace) -> Bounds:
+    left_bytes = StorageShare(settings, disk).left
+    return Bounds(settings.max_queue, settings.max_open_per_key, settings.queue_share, left_bytes)
 
 
 def _accept(store: TaskStore, bounds: Bounds) -> Coalescer[NewTask, Acceptance]:

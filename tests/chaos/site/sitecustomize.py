@@ -1,8 +1,8 @@
 """Loaded by every Python process that has this folder on its path: other dates, planted bugs.
 
 ``CHAOS_CLOCK_FILE`` names a file with the seconds to add to ``time.time``. ``CHAOS_HANG_FILE``
-names one that makes the next step on a device hang for good, once it is there. ``CHAOS_BUG`` names a
-bug to plant in the task store, which the checker of histories must then find.
+names one that makes the next step on a device hang for good, once it is there. ``CHAOS_BUG`` names
+a bug to plant in the task store, which the checker of histories must then find.
 """
 
 import contextlib
