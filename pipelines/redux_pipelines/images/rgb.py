@@ -7,16 +7,13 @@ network and no file or web address.
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from math import isfinite
 from xml.sax.saxutils import quoteattr
 
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from redux_pipelines.errors import ImageError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for "created by a trained algorithm", which tools look for in XMP."""
@@ -65,13 +62,13 @@ def grey(image: Image.Image) -> Image.Image:
     return image if image.mode == "L" and is_bare(image) else to_rgb(image).convert("L")
 
 
-def opaque_rgb(image: Image.Image) -> Image.Image:
+def opaque_rgb(image: Image.Image, white: float | None = None) -> Image.Image:
     """What ``to_rgb`` makes of the pixels, which are loaded, wherever up is.
 
-    Pixel by pixel, so that a picture can be had in parts, unless its mode is ``I`` or ``F``. One
-    that is RGB already is returned as it is.
+    Pixel by pixel, so that a picture can be had in parts: of mode ``I`` or ``F`` each with the
+    ``white_level`` of the whole. One that is RGB already is returned as it is.
     """
-    return _flatten(_to_8_bit(image))
+    return _flatten(eight_bits(image, white))
 
 
 def encode_png(image: Image.Image, provenance: Mapping[str, str]) -> bytes:
@@ -101,23 +98,37 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Modes with more than 8 bits a channel to ``L``; others as they are."""
+def white_level(image: Image.Image) -> float | None:
+    """What is white in a picture of mode ``I`` or ``F``, by its largest value; else None."""
+    if image.mode not in ("I", "F"):
+        return None
+    most = image.getextrema()[1]
+    if image.mode == "I":
+        return 65535 if most > 255 else 255
+    if isfinite(most):
+        return 255 if most > 1 else 1
+    import numpy as np
+
+    return 255 if np.nan_to_num(np.asarray(image)).max() > 1 else 1
+
+
+def eight_bits(image: Image.Image, white: float | None = None) -> Image.Image:
+    """Modes with more than 8 bits a channel as ``L``, or ``LA``; others as they are.
+
+    ``white`` is the ``white_level`` of the picture that ``image`` is a part of.
+    """
     if not image.mode.startswith(("I", "F")):
         return image
     import numpy as np
 
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    if image.mode.startswith("I;16"):
-        return _scaled_to_l(values, 65535)
-    if image.mode == "I":
-        return _scaled_to_l(values, 65535 if values.max() > 255 else 255)
-    return _scaled_to_l(values, 255 if values.max() > 1 else 1)
-
-
-def _scaled_to_l(values: "np.ndarray", white: float) -> Image.Image:
+    white = white or white_level(image) or 65535
     levels = (values * (255 / white)).round().clip(0, 255)
-    return Image.fromarray(levels.astype("uint8"))
+    grey = Image.fromarray(levels.astype("uint8"))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype("uint8")))
+    return grey
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -29,10 +29,11 @@ from PIL import Image, features
 
 from redux_pipelines.errors import ImageError
 from redux_server.pictures import decode_child, dimensions
-from redux_server.pictures.decode_child import HEADER_BYTES, STRIP_BYTES, Order
+from redux_server.pictures.decode_child import HEADER_BYTES, Order
 from redux_server.pictures.memory_budget import MemoryBudget, NoMemoryInTime
 
-MAX_PIXELS = 40_000_000
+MAX_PIXELS = 100_000_000
+"""By default, of a picture; ``--max-image-pixels`` is another."""
 MIN_SIDE = 16
 LIMIT_S = 10.0
 STARVED_FACTOR = 6  # so many times longer may a picture take on a machine that has no time for it
@@ -41,10 +42,20 @@ MEMORY = MemoryBudget(800 * 2**20)
 WAIT_S = 120.0  # for a turn
 PAUSES_S = (0.1, 1.0)  # before a decoder that was lost is started again
 PIPE_BYTES = 2**20
+STRIP_BYTES = 2**20  # that are read of a picture at a time
 # What a decoder holds at its peak for each pixel: 4 bytes of Pillow, and what its codec needs.
 # Measured at 36 MP, over kinds of each format (of AVIF with 8 bits; what 10 bits need is added).
 # Here the picture and a copy of it come after that, and are less.
-_BYTES_PER_PIXEL = {"AVIF": 22, "BMP": 8, "GIF": 8, "JPEG": 13, "PNG": 9, "WEBP": 18}
+_BYTES_PER_PIXEL = {
+    "AVIF": 22,
+    "BMP": 8,
+    "GIF": 8,
+    "HEIC": 12,
+    "JPEG": 13,
+    "PNG": 9,
+    "TIFF": 12,
+    "WEBP": 18,
+}
 _BESIDE_PIXELS_BYTES = 64 * 2**20  # interpreter, stacks of two threads, tables, a strip
 # Nothing of ours, secrets least of all. Threads would reserve address space per processor core.
 CHILD_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -52,6 +63,8 @@ CHILD_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 T = TypeVar("T")
 _log = structlog.get_logger("redux_server.pictures.decode")
 _AVIF_BRANDS = (b"avif", b"avis")
+# ISO/IEC 23008-12, annexes B and H: of HEVC, and of any codec, which files of phones say, too.
+_HEIC_BRANDS = tuple(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split())
 # By the kernel, which has no memory left, or by a person. A picture causes none of these.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT)
 _ACCEPTED_MAGIC = (
@@ -59,13 +72,12 @@ _ACCEPTED_MAGIC = (
     ("JPEG", re.compile(rb"\xff\xd8\xff")),
     ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL)),
     ("GIF", re.compile(rb"GIF8[79]a")),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
     ("BMP", re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL)),
 )
 _REFUSED_MAGIC = (
-    ("a HEIC picture", re.compile(rb"....ftyp(?:hei|hev|mif1|msf1)", re.DOTALL)),
     ("an AVIF picture", re.compile(rb"....ftypavi[fs]", re.DOTALL)),
     ("a video", re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)),
-    ("a TIFF picture", re.compile(rb"II[*+]\0|MM\0[*+]")),
     ("a JPEG XL picture", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")),
     ("a JPEG 2000 picture", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
     ("a Photoshop file", re.compile(rb"8BPS")),
@@ -110,7 +122,7 @@ class _Larger(Exception):
 
 def accepted_formats() -> tuple[str, ...]:
     """The formats ``decode_image`` takes; AVIF only where this Pillow was built with it."""
-    names = tuple(name for name, _ in _ACCEPTED_MAGIC)
+    names = (*(name for name, _ in _ACCEPTED_MAGIC), "HEIC")
     return (*names, "AVIF") if features.check("avif") else names
 
 
@@ -120,7 +132,10 @@ def sniff(data: bytes) -> str | None:
     for name, magic in _ACCEPTED_MAGIC:
         if magic.match(head):
             return name
-    return "AVIF" if _is_avif(head) and features.check("avif") else None
+    brands = _brands(head)
+    if any(brand in _AVIF_BRANDS for brand in brands):
+        return "AVIF" if features.check("avif") else None
+    return "HEIC" if any(brand in _HEIC_BRANDS for brand in brands) else None
 
 
 def refusal_of(data: bytes) -> str:
@@ -129,12 +144,12 @@ def refusal_of(data: bytes) -> str:
     return next((name for name, magic in _REFUSED_MAGIC if magic.match(head)), "no known picture")
 
 
-def _is_avif(head: bytes) -> bool:
+def _brands(head: bytes) -> list[bytes]:
+    """Which kinds of ISO base media a file says that it is, the main one first."""
     if head[4:8] != b"ftyp":
-        return False
+        return []
     end = min(int.from_bytes(head[:4], "big"), len(head))
-    brands = [head[8:12], *(head[at : at + 4] for at in range(16, end, 4))]
-    return any(brand in _AVIF_BRANDS for brand in brands)
+    return [head[8:12], *(head[at : at + 4] for at in range(16, end, 4))]
 
 
 def decode_image(
@@ -258,7 +273,8 @@ def _note_confinement(header: dict[str, Any]) -> None:
 @cache
 def _import_path() -> tuple[str, ...]:
     """The folders that hold what the child imports, be it installed, editable or neither."""
-    specs = [find_spec(name) for name in ("PIL", "numpy", "redux_pipelines", "redux_server")]
+    names = ("PIL", "numpy", "pillow_heif", "redux_pipelines", "redux_server")
+    specs = [find_spec(name) for name in names]
     found = [Path(spec.origin).absolute().parents[1] for spec in specs if spec and spec.origin]
     return tuple(dict.fromkeys(map(str, found)))
 

@@ -6,7 +6,6 @@ parses a byte. Every import costs each picture its milliseconds: ``dataclasses``
 tenth.
 """
 
-import io
 import json
 import math
 import os
@@ -21,22 +20,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from PIL.Image import Image
-
 HEADER_BYTES = 512
-STRIP_BYTES = 2**20
-AVIF_THREADS = 2
+DECODER_THREADS = 2
 # What each format needs beside Pillow's usual plugins. Once confined, nothing can be imported or
 # opened, so a format that is added names its plugin here, and all that this imports late.
 _LATE_IMPORTS = {
     "AVIF": ("PIL.AvifImagePlugin",),
     "GIF": ("copy",),
+    "HEIC": ("pillow_heif",),
     "JPEG": ("PIL.MpoImagePlugin",),
+    "TIFF": ("PIL.JpegImagePlugin", "numpy"),  # numpy for more than 8 bits a channel
     "WEBP": ("PIL.WebPImagePlugin",),
 }
-# Their decoders hold canvases as large as the picture for as long as it is open.
-_HOLD_CANVASES = ("AVIF", "WEBP")
-_HARMLESS_WARNINGS = ("Corrupt EXIF data", "Truncated File Read", "Image appears to be a malf")
+# The words of a file that says how its colours are meant. littleCMS is loaded for these alone.
+_COLOUR_WORDS = {
+    "AVIF": (b"prof", b"rICC", b"nclx"),
+    "HEIC": (b"prof", b"rICC", b"nclx"),
+    "JPEG": (b"ICC_PROFILE",),
+    "PNG": (b"iCCP", b"gAMA", b"cHRM", b"cICP"),
+    "TIFF": (b"",),
+    "WEBP": (b"ICCP",),
+}
 
 
 class Order(NamedTuple):
@@ -81,7 +85,8 @@ def main() -> None:
         _write_header({"setup": repr(error)[:200], "passing": passing})
         return
     try:
-        strips = _strips(_decode(data, order))
+        strips = _strips(data, order)
+        del data
         size = next(strips)
         first = next(strips)
     except _LimitError as refusal:
@@ -103,8 +108,10 @@ def _load_code(format_name: str, data: bytes) -> None:
         import_module(module)
     if format_name == "PNG" and data[24:26] == b"\x10\0":  # 16-bit grey is scaled by numpy
         import_module("numpy")
-    for module in ("PIL.ImageOps", "redux_pipelines.images.rgb"):
-        import_module(module)
+    import_module("redux_server.pictures.pixels")
+    if any(word in data for word in _COLOUR_WORDS.get(format_name, ())):
+        with suppress(ImportError):  # a Pillow without littleCMS
+            import_module("redux_server.pictures.colours")
     with suppress(ImportError):  # of which the confinement tells
         import_module("ctypes")
     from PIL import Image
@@ -119,10 +126,9 @@ def _confine(order: Order) -> str:
     """
     from redux_server.pictures import confinement
 
-    warnings.simplefilter("error")
-    for message in _HARMLESS_WARNINGS:  # on metadata that is dropped anyway
-        warnings.filterwarnings("ignore", message)
-    cpu_s = math.ceil(order.limit_s) * AVIF_THREADS  # the parent's clock ends it first, if alive
+    warnings.simplefilter("ignore")  # they are on what is dropped anyway
+    warnings.filterwarnings("error", ".*exceeds limit of")  # but for a bomb
+    cpu_s = math.ceil(order.limit_s) * DECODER_THREADS  # the parent's clock ends it first, if alive
     limits = [
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_CPU, cpu_s, cpu_s + 1),  # SIGXCPU first: tells "slow" from a crash
@@ -145,44 +151,33 @@ def _address_space() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def _decode(data: bytes, order: Order) -> "Image":
-    """The pixels, upright."""
-    from PIL import Image, ImageOps
+def _strips(data: bytes, order: Order) -> "Iterator[Any]":
+    """The size, and then the rows as RGB."""
+    from PIL import Image
+
+    from redux_server.pictures.pixels import srgb_strips
 
     if order.format == "AVIF":
-        vars(import_module("PIL.AvifImagePlugin"))["DEFAULT_MAX_THREADS"] = AVIF_THREADS
+        vars(import_module("PIL.AvifImagePlugin"))["DEFAULT_MAX_THREADS"] = DECODER_THREADS
     # Pillow itself refuses beyond this: from the header, before it allocates anything.
     Image.MAX_IMAGE_PIXELS = order.max_pixels
+
+    def check(width: int, height: int) -> None:
+        if width * height > order.max_pixels:
+            raise _LimitError("pixels", width * height)
+        if min(width, height) < order.min_side:
+            raise _LimitError("small", width, height)
+        if width * height > order.expected_pixels:
+            raise _LimitError("larger", width * height)
+
     try:
-        opened = Image.open(io.BytesIO(data), formats=[order.format])
+        strips = srgb_strips(order.format, data, check, order.min_side)
+        del data
+        yield next(strips)
+        for strip in strips:
+            yield strip.tobytes()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _LimitError("pixels", *_first_number(str(error))) from error
-    width, height = opened.size
-    if width * height > order.max_pixels:
-        raise _LimitError("pixels", width * height)
-    if min(width, height) < order.min_side:
-        raise _LimitError("small", width, height)
-    if width * height > order.expected_pixels:
-        raise _LimitError("larger", width * height)
-    opened.load()
-    image = opened.copy() if order.format in _HOLD_CANVASES else opened
-    del opened
-    with suppress(SyntaxError, ValueError, KeyError, TypeError, OSError):  # broken EXIF
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def _strips(image: "Image") -> "Iterator[Any]":
-    """The size, and then the rows as RGB, in parts: a whole picture more would be too many."""
-    from redux_pipelines.images.rgb import opaque_rgb
-
-    width, height = image.size
-    yield width, height
-    if image.mode in ("I", "F"):  # scaled by their largest value
-        image = opaque_rgb(image)
-    rows = max(1, STRIP_BYTES // (3 * width))
-    for top in range(0, height, rows):
-        yield opaque_rgb(image.crop((0, top, width, min(top + rows, height)))).tobytes()
 
 
 def _first_number(text: str) -> list[int]:

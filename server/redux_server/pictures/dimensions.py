@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Callable
 
+_ENTRIES = 100  # of a TIFF's page: they are sorted, and what is looked for comes first
 _SEGMENTS = 2000  # of a JPEG that are passed over
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # T.81, table B.1: SOF0 to SOF15
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
@@ -75,7 +76,29 @@ def _jpeg(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _avif(data: bytes) -> tuple[int, int] | None:
+def _tiff(data: bytes) -> tuple[int, int] | None:
+    """Of the first page; TIFF 6.0, section 2, and BigTIFF."""
+    order = "<" if data[:2] == b"II" else ">"
+    if data[2:4] in (b"\x2b\0", b"\0\x2b"):
+        (at,) = struct.unpack_from(order + "Q", data, 8)
+        (count,) = struct.unpack_from(order + "Q", data, at)
+        first, size, value_at = at + 8, 20, 12
+    else:
+        (at,) = struct.unpack_from(order + "I", data, 4)
+        (count,) = struct.unpack_from(order + "H", data, at)
+        first, size, value_at = at + 2, 12, 8
+    sides: dict[int, int] = {}
+    for entry in range(first, first + size * min(count, _ENTRIES), size):
+        tag, kind = struct.unpack_from(order + "HH", data, entry)
+        if tag in (256, 257):
+            code = {3: "H", 4: "I", 16: "Q"}.get(kind, "I")
+            (sides[tag],) = struct.unpack_from(order + code, data, entry + value_at)
+        if len(sides) == 2:
+            return sides[256], sides[257]
+    return None
+
+
+def _isobmff(data: bytes) -> tuple[int, int] | None:
     """The largest of the ``ispe`` boxes (ISO/IEC 23008-12, 6.5.3), which a grid's own is."""
     head = data[: 2**16]
     sizes = [struct.unpack_from(">II", head, found.end() + 4) for found in _ISPE.finditer(head)]
@@ -84,10 +107,12 @@ def _avif(data: bytes) -> tuple[int, int] | None:
 
 _ISPE = re.compile(rb"\0\0\0\x14ispe")
 _READERS: dict[str, Callable[[bytes], tuple[int, int] | None]] = {
-    "AVIF": _avif,
+    "AVIF": _isobmff,
     "BMP": _bmp,
     "GIF": _gif,
+    "HEIC": _isobmff,
     "JPEG": _jpeg,
     "PNG": _png,
+    "TIFF": _tiff,
     "WEBP": _webp,
 }
