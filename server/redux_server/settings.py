@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Limits": (
         *("max_open_per_key", "queue_share", "rate_limit", "max_upload", "max_stored_uploads"),
-        *("max_stored_tasks", "disk_share", "min_free_disk"),
+        *("max_stored_tasks", "max_image_pixels", "disk_share", "min_free_disk"),
     ),
     "Storage": ("database_url", "blob_url", "retention_hours", "upload_retention_hours"),
     "Workers": (
@@ -244,6 +244,13 @@ class ServerSettings(ModelSettings):
     )
     max_upload: int = option(
         20, "MiB of an uploaded file beyond which it is answered 413", minimum=1, maximum=200
+    )
+    max_image_pixels: int = option(
+        100_000_000,
+        "pixels (width times height) of a given picture beyond which its task fails; more than 40 "
+        "million are decoded at a smaller size, and never as WEBP or AVIF",
+        minimum=65_536,
+        maximum=1_000_000_000,
     )
     max_stored_uploads: int = option(
         1024,

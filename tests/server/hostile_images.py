@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 from redux_server.pictures.decode import accepted_formats
@@ -20,7 +21,10 @@ _INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80
 def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
     """The file of ``image``."""
     buffer = io.BytesIO()
-    image.save(buffer, format_name, **options)
+    if format_name == "HEIC":
+        pillow_heif.from_pillow(image.convert("RGB")).save(buffer, **options)
+    else:
+        image.save(buffer, format_name, **options)
     return buffer.getvalue()
 
 
@@ -146,6 +150,7 @@ def bombs() -> dict[str, bytes]:
         "2^31 on a side": png(2**31 - 1, 2**31 - 1, rows),
         "one row of 2^31": png(2**31 - 1, 1, rows),
         "40 MP of 16 bits": png(6324, 6324, packed, depth=16, kind=6),
+        "100 MP of 16 bits": png(10_000, 10_000, packed, depth=16, kind=6),
         "ten thousand text chunks": png(20, 20, rows, text * 10_000),
         "ten thousand empty chunks of rows": png(20, 20, rows, nothing * 10_000),
         "2,000 GIF frames": _gif(6000, frames=2000),

@@ -59,6 +59,7 @@ OTHERS = {
     "api_keys_file": "/etc/keys",
     "max_queue": "7",
     "max_upload": "9",
+    "max_image_pixels": "50000000",
     "upload_retention_hours": "24",
     "sync_timeout_s": "30",
     "max_open_per_key": "4",

@@ -5,6 +5,7 @@ worker's pipeline and safety checker. ``warmup`` compiles now, so that the next 
 need not. Both load torch only after everything that can be refused early has been checked.
 """
 
+import io
 import json
 import re
 import time
@@ -32,6 +33,7 @@ from redux_server.cli.client import ClientError, make_folder, save
 from redux_server.cli.progress import ProgressReport, note
 from redux_server.cli.submit import note_caveat, read_parameters
 from redux_server.dispatch.local import devices
+from redux_server.pictures.decode import DecoderUnavailable, decode_image, sniff
 from redux_server.settings import ModelSettings, UsageError
 from redux_server.worker import model
 from redux_server.worker.inputs import Pictures, generation_request
@@ -132,11 +134,20 @@ def _open_picture(source: str) -> Image.Image:
     if re.match(r"https?://", source, re.IGNORECASE):
         raise UsageError("generate takes a file; download the picture, or use `flux-redux submit`")
     try:
-        with Image.open(source) as image:
+        data = Path(source).read_bytes()
+        if sniff(data):  # as a server sees it
+            return decode_image(data)
+        with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"no such file: {source}") from None
-    except (OSError, ValueError, Image.DecompressionBombError, ImageError) as error:
+    except (
+        OSError,
+        ValueError,
+        Image.DecompressionBombError,
+        ImageError,
+        DecoderUnavailable,
+    ) as error:
         raise ImageError(f"cannot read {source} as a picture: {error}") from None
 
 

@@ -31,6 +31,7 @@ from redux_pipelines.errors import ImageError
 from redux_server.pictures import decode_child, dimensions
 from redux_server.pictures.decode_child import HEADER_BYTES, Order
 from redux_server.pictures.memory_budget import MemoryBudget, NoMemoryInTime
+from redux_server.pictures.pixels import WHOLE_PIXELS
 
 MAX_PIXELS = 100_000_000
 """By default, of a picture; ``--max-image-pixels`` is another."""
@@ -47,15 +48,11 @@ STRIP_BYTES = 2**20  # that are read of a picture at a time
 # Measured at 36 MP, over kinds of each format (of AVIF with 8 bits; what 10 bits need is added).
 # Here the picture and a copy of it come after that, and are less.
 _BYTES_PER_PIXEL = {
-    "AVIF": 22,
-    "BMP": 8,
-    "GIF": 8,
-    "HEIC": 12,
-    "JPEG": 13,
-    "PNG": 9,
-    "TIFF": 12,
-    "WEBP": 18,
+    **{"AVIF": 22, "BMP": 8, "GIF": 8, "HEIC": 12, "JPEG": 13, "PNG": 9, "TIFF": 12, "WEBP": 18}
 }
+# The same for each pixel in the file of pictures of which a smaller copy is made, measured at
+# 100 MP. Codecs that are not here have no way of their own to do that, and need too much.
+_REDUCED_BYTES_PER_PIXEL = {"BMP": 6, "GIF": 3, "HEIC": 8, "JPEG": 7, "PNG": 6, "TIFF": 6}
 _BESIDE_PIXELS_BYTES = 64 * 2**20  # interpreter, stacks of two threads, tables, a strip
 # Nothing of ours, secrets least of all. Threads would reserve address space per processor core.
 CHILD_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -77,6 +74,10 @@ _ACCEPTED_MAGIC = (
 )
 _REFUSED_MAGIC = (
     ("an AVIF picture", re.compile(rb"....ftypavi[fs]", re.DOTALL)),
+    (
+        "a HEIC picture, for which this server lacks the package pillow-heif",
+        re.compile(rb"....ftyp(?:hei|hev|mif1|msf1)", re.DOTALL),
+    ),
     ("a video", re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)),
     ("a JPEG XL picture", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")),
     ("a JPEG 2000 picture", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
@@ -121,9 +122,15 @@ class _Larger(Exception):
 
 
 def accepted_formats() -> tuple[str, ...]:
-    """The formats ``decode_image`` takes; AVIF only where this Pillow was built with it."""
-    names = (*(name for name, _ in _ACCEPTED_MAGIC), "HEIC")
-    return (*names, "AVIF") if features.check("avif") else names
+    """The formats ``decode_image`` takes: HEIC with pillow-heif, AVIF if this Pillow has it."""
+    names = [name for name, _ in _ACCEPTED_MAGIC]
+    names += ["HEIC"] * _has_heif() + ["AVIF"] * features.check("avif")
+    return tuple(names)
+
+
+def _has_heif() -> bool:
+    """Whether pillow-heif is installed; only the process that decodes imports it."""
+    return find_spec("pillow_heif") is not None
 
 
 def sniff(data: bytes) -> str | None:
@@ -135,7 +142,8 @@ def sniff(data: bytes) -> str | None:
     brands = _brands(head)
     if any(brand in _AVIF_BRANDS for brand in brands):
         return "AVIF" if features.check("avif") else None
-    return "HEIC" if any(brand in _HEIC_BRANDS for brand in brands) else None
+    is_heic = any(brand in _HEIC_BRANDS for brand in brands)
+    return "HEIC" if is_heic and _has_heif() else None
 
 
 def refusal_of(data: bytes) -> str:
@@ -185,6 +193,8 @@ def decode_and(
     if format_name is None:
         raise _format_error(data)
     at_least = 0
+    if format_name not in _REDUCED_BYTES_PER_PIXEL:
+        max_pixels = min(max_pixels, WHOLE_PIXELS)
     pixels = min(dimensions.pixels(format_name, data) or max_pixels, max_pixels)
     while True:
         needed = max(at_least, _needed_bytes(format_name, pixels, len(data)))
@@ -209,7 +219,10 @@ def decode_and(
 
 def _needed_bytes(format_name: str, pixels: int, file_bytes: int) -> int:
     """The memory of a decoder and its picture, of whose file there are copies here and there."""
-    return _BYTES_PER_PIXEL[format_name] * pixels + 2 * file_bytes + _BESIDE_PIXELS_BYTES
+    needed = _BYTES_PER_PIXEL[format_name] * min(pixels, WHOLE_PIXELS)
+    if pixels > WHOLE_PIXELS:
+        needed = max(needed, _REDUCED_BYTES_PER_PIXEL[format_name] * pixels)
+    return needed + 3 * file_bytes + _BESIDE_PIXELS_BYTES
 
 
 def _use_in_turn(
@@ -326,6 +339,8 @@ def _refusal(slug: str, numbers: list[int], order: Order) -> DecodeError:
     match slug, numbers:
         case "pixels", [pixels]:
             given = f"has {pixels:,} pixels; at most {order.max_pixels:,} are accepted"
+            if order.format not in _REDUCED_BYTES_PER_PIXEL:
+                given += f" as {order.format}"
             return DecodeError("pixels", f"The picture {given}. Send a smaller one.")
         case "small", [width, height]:
             given = f"is {width} × {height} pixels"

@@ -197,29 +197,38 @@ def _png_numbers(told: dict[bytes, bytes]) -> Numbers:
 _PNG_TELLING = frozenset({b"tRNS", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"eXIf"})
 
 
-def png_rows_are_there(data: bytes) -> bool:
-    """Whether a PNG that its decoder complains of unpacks to all its rows all the same.
+def png_rows_alone(data: bytes) -> bytes | None:
+    """A PNG with all the rows of ``data``, an essence, and no checksum of them; None if some lack.
 
-    What may be missing then is the end of the packed data and its checksum.
+    For one that its decoder complains of: what is missing or wrong may be just that checksum.
     """
+    body = b"".join(data[start:end] for name, start, end in png_chunks(data) if name == b"IDAT")
+    missing = _png_unpacked_bytes(data)
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)  # of what lies between head and checksum
+    packed = body[2:]
+    try:
+        while packed and missing > 0:
+            missing -= len(unpacker.decompress(packed, 2**20))
+            packed = unpacker.unconsumed_tail
+        if missing > 0 and missing > len(unpacker.flush()):
+            return None
+    except zlib.error:
+        return None
+    used = len(body) - len(packed) - len(unpacker.unused_data)
+    at = data.index(b"IDAT") - 4
+    return data[:at] + _png_chunk(b"IDAT", body[:used]) + _png_chunk(b"IEND", b"")
+
+
+def _png_unpacked_bytes(data: bytes) -> int:
+    """How many bytes all rows have, each with its filter."""
     width, height, depth, kind, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(kind, 1)
-    missing = 0
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(kind, 1)
+    total = 0
     for left, top, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns, lines = -(-(width - left) // right), -(-(height - top) // down)
         if columns > 0 and lines > 0:
-            missing += lines * (1 + (columns * bits + 7) // 8)
-    unpacker, to_skip = zlib.decompressobj(-zlib.MAX_WBITS), 2  # without its head and checksum
-    try:
-        for name, start, end in png_chunks(data):
-            packed = data[start:end] if name == b"IDAT" else b""
-            packed, to_skip = packed[to_skip:], max(0, to_skip - len(packed))
-            while packed and missing > 0:
-                missing -= len(unpacker.decompress(packed, 2**20))
-                packed = unpacker.unconsumed_tail
-        return missing - len(unpacker.flush()) <= 0
-    except zlib.error:
-        return False
+            total += lines * (1 + (columns * bits + 7) // 8)
+    return total
 
 
 _ADAM7 = (
@@ -351,7 +360,9 @@ def _webp(data: bytes) -> Essence:
         still = {}
         for kind, body in _riff_chunks(frame, 16, len(frame)):
             still.setdefault(kind, body)
-    name = next(name for name in (b"VP8L", b"VP8 ") if name in still)
+    name = next((name for name in (b"VP8L", b"VP8 ") if name in still), b"")
+    if not name:
+        raise ValueError("no pixels")
     chunks = b""
     if len(size) == 6:
         chunks = _riff_chunk(b"VP8X", bytes((head[0] & 0x10, 0, 0, 0)) + size)

@@ -20,7 +20,7 @@ from redux_server.pictures.essence import (
     essence,
     jpeg_scans_are_complete,
     orientation_of,
-    png_rows_are_there,
+    png_rows_alone,
 )
 
 if TYPE_CHECKING:
@@ -179,10 +179,11 @@ def _load_without_end(format_name: str, data: bytes, scale: int) -> Image.Image:
 
     Browsers show these whole. Raises ``ValueError`` if any pixel is missing.
     """
-    if format_name == "PNG" and png_rows_are_there(data):
+    rows = png_rows_alone(data) if format_name == "PNG" else None
+    if rows is not None:
         ImageFile.LOAD_TRUNCATED_IMAGES = True
         try:
-            return _load(format_name, data)
+            return _load("PNG", rows)
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
     if format_name == "JPEG" and jpeg_scans_are_complete(data):

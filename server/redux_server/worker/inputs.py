@@ -19,7 +19,7 @@ from redux_pipelines.images.rgb import grey
 from redux_server.net.fetch import ImageFetcher
 from redux_server.net.guard import FetchError
 from redux_server.parameters import parse_size
-from redux_server.pictures.decode import DecodeError, decode_and
+from redux_server.pictures.decode import MAX_PIXELS, DecodeError, decode_and
 from redux_server.storage.blobs import BlobStore
 from redux_server.storage.signing import Signer
 from redux_server.tasks.task import Task
@@ -40,7 +40,14 @@ class ImageGone(Exception):
 class ImageLoader:
     """Loads input pictures. Our own file URLs are read from the store, never over the network."""
 
-    def __init__(self, blobs: BlobStore, signer: Signer, fetcher: ImageFetcher) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        signer: Signer,
+        fetcher: ImageFetcher,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self._max_pixels = max_pixels
         self._blobs = blobs
         self._signer = signer
         self._fetcher = fetcher
@@ -57,7 +64,7 @@ class ImageLoader:
             redux_server.pictures.decode.DecoderUnavailable: they could not be decoded now.
             redux_server.storage.blobs.StorageError: our own store does not answer.
         """
-        return decode_and(use, self._read(reference))
+        return decode_and(use, self._read(reference), max_pixels=self._max_pixels)
 
     def _read(self, reference: str) -> bytes:
         is_blob = reference.startswith(_BLOB)

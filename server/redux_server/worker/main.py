@@ -324,7 +324,7 @@ def _runner(
     temporary = settings.temporary_dir
     fetcher = ImageFetcher(policy, open_file=partial(nameless_file, temporary))
     return BatchRunner(
-        images=ImageLoader(blobs, signer, fetcher),
+        images=ImageLoader(blobs, signer, fetcher, settings.max_image_pixels),
         pipeline=pipeline,
         safety=safety,
         blobs=blobs,
