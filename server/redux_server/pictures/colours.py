@@ -78,12 +78,15 @@ def _of_profile(mode: str, profile: bytes) -> tuple[str, bytes] | None:
 
 
 def _checked(mode: str, profile: object) -> tuple[str, Convert] | None:
+    # littleCMS makes a table of few steps of a curve for grey, unless told not to
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
     transform = ImageCms.buildTransform(
         profile,  # type: ignore[arg-type]
         ImageCms.createProfile("sRGB"),
         mode,
         "RGB",
         ImageCms.Intent.PERCEPTUAL,
+        flags=flags,
     )
 
     def convert(image: Image.Image) -> Image.Image:
@@ -93,7 +96,14 @@ def _checked(mode: str, profile: object) -> tuple[str, Convert] | None:
 
     if mode in ("RGB", "L") and _moves_nothing(mode, convert):
         return None
-    return mode, convert
+    return mode, _by_levels(convert) if mode == "L" else convert
+
+
+def _by_levels(convert: Convert) -> Convert:
+    """The same for grey, by a table of its 256 levels."""
+    ramp = convert(Image.frombytes("L", (256, 1), bytes(range(256))))
+    tables = [channel.tobytes() for channel in ramp.split()]
+    return lambda image: Image.merge("RGB", [image.point(list(table)) for table in tables])
 
 
 def _moves_nothing(mode: str, convert: Convert) -> bool:

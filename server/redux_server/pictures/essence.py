@@ -137,13 +137,13 @@ def _png(data: bytes) -> Essence:
             data[start - 8 : end + 4] if is_whole else _png_chunk(b"IDAT", data[start:end])
         )
     parts.append(_png_chunk(b"IEND", b""))
+    numbers = _png_numbers(told)
     return Essence(
         b"".join(parts),
         orientation_of(told.get(b"eXIf", b"")),
-        _png_profile(told.get(b"iCCP", b"")),
-        _png_numbers(told),
-        None,
-        transparent_16,
+        b"" if numbers.cicp else _png_profile(told.get(b"iCCP", b"")),
+        numbers,
+        transparent_16=transparent_16,
     )
 
 
@@ -181,7 +181,7 @@ def _png_profile(body: bytes) -> bytes:
 
 
 def _png_numbers(told: dict[bytes, bytes]) -> Numbers:
-    """In the order of the third edition of PNG, 13.16; the profile's place is before sRGB's."""
+    """In the order of PNG's third edition, 4.3, where a profile comes after cICP, before sRGB."""
     cicp = told.get(b"cICP", b"")
     if len(cicp) == 4 and cicp[2] == 0:
         return Numbers(cicp=(cicp[0], cicp[1]))
@@ -215,7 +215,7 @@ def png_rows_alone(data: bytes) -> bytes | None:
     except zlib.error:
         return None
     used = len(body) - len(packed) - len(unpacker.unused_data)
-    at = data.index(b"IDAT") - 4
+    at = next(start for name, start, _ in png_chunks(data) if name == b"IDAT") - 8
     return data[:at] + _png_chunk(b"IDAT", body[:used]) + _png_chunk(b"IEND", b"")
 
 

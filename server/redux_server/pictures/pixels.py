@@ -15,6 +15,7 @@ from PIL import Image, ImageChops, ImageFile
 
 from redux_pipelines.images.rgb import eight_bits, opaque_rgb, white_level
 from redux_server.pictures.essence import (
+    MAX_PROFILE_BYTES,
     Canvas,
     Essence,
     essence,
@@ -92,7 +93,11 @@ def _opened(
         factor, white = reduction(*size, min_side), None
     else:
         image, factor = _loaded(format_name, told, check, min_side)
-        told = told._replace(data=b"", orientation=told.orientation or _orientation(image))
+        told = told._replace(
+            data=b"",
+            orientation=told.orientation or _orientation(image),
+            profile=told.profile or (_profile(image) if format_name == "AVIF" else b""),
+        )
         size, mode, white = image.size, image.mode, white_level(image)
         rows_of = _rows(image)
         del image
@@ -225,6 +230,11 @@ def _orientation(image: Image.Image) -> int:
     return orientation_of(exif) if isinstance(exif, bytes) else 1
 
 
+def _profile(image: Any) -> bytes:
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) and len(profile) <= MAX_PROFILE_BYTES else b""
+
+
 def _rows(image: Image.Image) -> Strip:
     return lambda top, end: image.crop((0, top, image.width, end))
 
@@ -240,8 +250,7 @@ def _heic(told: Essence, check: Check) -> tuple[Essence, tuple[int, int], str, S
     picture = pillow_heif.open_heif(told.data, convert_hdr_to_8bit=True, remove_stride=False)
     check(*picture.size)
     data, size, mode, stride = picture.data, picture.size, picture.mode, picture.stride
-    profile = picture.info.get("icc_profile") or b""
-    told = told._replace(data=b"", orientation=1, profile=profile)
+    told = told._replace(data=b"", orientation=1, profile=_profile(picture))
     del picture
 
     def rows(top: int, end: int) -> Image.Image:
