@@ -12,8 +12,10 @@ import torch
 HERE = Path(__file__).parent
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(which: str) -> None:
     command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-p", "no:cacheprovider"]
+    command += ["-m", which]
     done = subprocess.run(
         command,
         cwd=HERE.parent.parent,

@@ -29,7 +29,9 @@ def launches_reference(believed, monkeypatch):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 def test_every_kernel_passes_in_the_interpreter(believed, dtype):
     verdicts = self_test("cpu", **MINI, dtype=dtype)
     assert set(verdicts) == set(dispatch.REQUIRED_CAPABILITY)

@@ -401,7 +401,9 @@ def test_a_shape_is_captured_when_a_second_request_has_it(model):
 
 
 @torch.inference_mode()
-def test_shapes_that_come_once_take_no_graph_from_those_that_come_again(model):
+def test_shapes_that_come_once_take_no_graph_from_those_that_come_again():
+    """Of one block each: a hundred steps are taken."""
+    model = diffusers_model(num_layers=1, num_single_layers=1)
     capture, flux = FakeCapture(), engine(model).flux
     graphed = GraphedStep(flux, capture, 1)
     step_of(graphed, prepared(model), noise(model, GRID))
