@@ -30,6 +30,12 @@ LANGFLOW = Client(
 HUB = Client("PyPI `huggingface_hub`", "2.4.0", "pypi-huggingface-hub", driver="hub_inference.py")
 MCP_NODE = Client("npm `@wavespeed/mcp`", "1.0.7", "npm-wavespeed-mcp")
 MCP_PYTHON = Client("PyPI `wavespeed-mcp`", "0.1.27", "pypi-wavespeed-mcp")
+MCP_SERVER = Client(
+    "PyPI `mcp-server-wavespeed`, whose two models are not here",
+    "0.1.0",
+    "pypi-mcp-server-wavespeed",
+    has_fixed_host=True,
+)
 CLI = Client("npm `@wavespeed/cli`", "0.2.2", "npm-wavespeed-cli")
 SKILLS = Client("PyPI `wavespeedai-skills`", "1.2.0", "pypi-wavespeedai-skills")
 CURL = Client("curl, as in the hosted documentation", "any", "curl")

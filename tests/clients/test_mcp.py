@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clients.mcp_stdio import McpServer
-from clients.roster import MCP_NODE, MCP_PYTHON
+from clients.roster import MCP_NODE, MCP_PYTHON, MCP_SERVER
 from clients.trial import MODEL, Trial, open_picture
 
 pytestmark = pytest.mark.clients
@@ -179,3 +179,17 @@ def test_python_tool_that_cannot_send_a_picture_is_told_that_one_is_needed(
     with python(user) as server:
         said = server.call("text_to_image", prompt="a fox", model=MODEL, guidance_scale=3.5).text
     assert "image is required" in json.loads(said)["error"]
+
+
+@pytest.mark.parametrize(("case", "status"), [("unknown model", "404"), ("bad key", "401")])
+def test_server_for_other_models_shows_the_status(
+    trial: Callable[..., Trial], case: str, status: str
+) -> None:
+    """Its models are constants, and so is its host; of a refusal it says no more than this."""
+    user = trial(MCP_SERVER, case)
+    key = user.key if case == "unknown model" else "frs_not-a-key"
+    sandbox = user.sandbox(WAVESPEED_API_KEY=key)
+    with McpServer(sandbox, sandbox.client.python, "-m", "wavespeed") as server:
+        wanted = {"prompt": "a fox", "image": f"{user.site}/icon.png", "loras": []}
+        assert f"{status} Client Error" in server.call("generate_image", **wanted).text
+    assert sandbox.left_loopback == []
