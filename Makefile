@@ -134,7 +134,8 @@ test-oldest:  ## run the pipelines' and kernels' quick tests with the oldest tor
 	@$(MAKE) test VENV=.venv-oldest INSTEAD=constraints-oldest.txt \
 	  PYTHON="$(lastword $(TESTED)) $(PYTHON)" ARGS='tests/pipelines tests/kernels $(ARGS)'
 
-test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (1.5 GB), and write docs/internals/compatibility.md
+# CLIENT_SOURCES names a folder with checkouts of clients that are in no registry.
+test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (2 GB), and write docs/internals/compatibility.md
 	@$(BIN)/python -m pytest -m clients tests/clients tests/contract --compatibility-report docs/internals/compatibility.md $(ARGS)
 
 # Both start databases and brokers of their own on loopback, and kill them.
