@@ -1,7 +1,8 @@
 """The table of docs/internals/compatibility.md: what each client was seen to do. Knows no client.
 
 Tests note what they exercise; what became of them is written between two markers of the document.
-Nothing is written by a run in which tests were left out, or none exercised a client.
+Nothing is written by a run that was interrupted, in which tests were left out, or none exercised a
+client.
 """
 
 import re
@@ -57,8 +58,9 @@ class Recorder:
                     outcome = report.outcome
                     self._results[report.nodeid] = Result(what, outcome, skip_reason(report))
 
-    def pytest_sessionfinish(self) -> None:
-        if self._results and self._is_whole:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        if self._results and self._is_whole and ended:
             text = self._place.read_text()
             self._place.write_text(with_table(text, table(self._results.values())))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clients import environments
-from clients.report import BEGIN, END, Exercised, Result, table, with_table
+from clients.report import BEGIN, END, Exercised, Recorder, Result, table, with_table
 
 DOCUMENT = f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe rest.\n"
 
@@ -73,6 +73,19 @@ def test_whole_run_writes_its_outcomes_and_a_part_of_one_nothing(
     assert (written == DOCUMENT) if chosen else (row in written), written
 
 
+@pytest.mark.parametrize(
+    ("status", "writes"),
+    [(pytest.ExitCode.OK, True), (pytest.ExitCode.TESTS_FAILED, True), (2, False), (3, False)],
+)
+def test_interrupted_run_writes_nothing(tmp_path: Path, status: int, writes: bool) -> None:
+    place = tmp_path / "document.md"
+    place.write_text(DOCUMENT)
+    recorder = Recorder(str(place))
+    recorder._results["one"] = Result(Exercised("npm `x`", "1.0", "run"), "passed")
+    recorder.pytest_sessionfinish(status)
+    assert (place.read_text() != DOCUMENT) is writes
+
+
 # --- environments ---------------------------------------------------------------------------------
 
 
@@ -129,6 +142,30 @@ def test_registry_out_of_reach_is_no_failure_and_a_missing_version_is(
 ) -> None:
     with pytest.raises(expected):
         environments._run(["sh", "-c", f"echo '{said}' >&2; exit 1"], tmp_path)
+
+
+def test_checkout_is_skipped_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIENT_SOURCES", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match="names no checkout"):
+        environments.checkout("client")
+    (tmp_path / "client").mkdir()
+    assert environments.checkout("client") == str((tmp_path / "client").resolve())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "version"),
+    [
+        ("package.json", '{"name": "x",\n  "version": "1.2.3"}', "1.2.3"),
+        ("manifest.yaml", "version: 0.0.2\nmeta:\n  version: 0.0.1\n", "0.0.2"),
+        ("pom.xml", "<project>\n  <version>0.2.4</version>\n</project>", "0.2.4"),
+        ("README", "version 9", ""),
+    ],
+)
+def test_checkout_says_its_version(tmp_path: Path, name: str, text: str, version: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert environments.version_of(str(tmp_path)) == version
 
 
 @pytest.mark.parametrize("folder", sorted(environments.PINS.iterdir()), ids=lambda path: path.name)
