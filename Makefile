@@ -107,9 +107,10 @@ docker:  ## build the container image (IMAGE=flux-redux-server)
 # Much of a test's time is waiting, for servers, leases and clocks: so several files at once, in one
 # process more than there are cores, with a thread each where torch computes. In the order that
 # tests/conftest.py gives them: the slowest have few tests, and xdist would begin with those that
-# have many.
+# have many. Bytecode is kept even where the environment forbids it, as images of Python's do: each
+# process of hundreds would else compile the project and its tests anew.
 PROCESSES ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((cores < 4 ? cores + 1 : 4)))
-PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST    := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)  ## run the quick tests (what lacks hardware or a service is skipped, with its reason)
 	@$(PYTEST) -m 'not slow and not clients' $(ARGS)

@@ -45,7 +45,14 @@ def _kills(running: Scenario) -> list[Fault]:
     return [fault for fault in running.faults() if fault.kills or fault.name.startswith("queue")]
 
 
-@pytest.mark.parametrize(("engine", "tasks", "strikes"), [("celery", 300, 10), ("sql", 60, 3)])
+@pytest.mark.parametrize(
+    ("engine", "tasks", "strikes"),
+    [
+        ("celery", 100, 5),
+        ("sql", 60, 3),
+        pytest.param("celery", 300, 10, marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_lost_or_done_twice_whatever_dies_and_whatever_the_queue_forgets(
     engine: str, tasks: int, strikes: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

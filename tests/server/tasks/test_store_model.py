@@ -348,7 +348,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 def test_store_behaves_like_its_model(either: Engine) -> None:
     # PostgreSQL takes several times as long for the same.
-    examples, steps = (200, 25) if either.dialect.name == "sqlite" else (80, 8)
+    examples, steps = (100, 25) if either.dialect.name == "sqlite" else (50, 8)
     check(either, TaskStore, max_examples=examples, stateful_step_count=steps, derandomize=True)
 
 
