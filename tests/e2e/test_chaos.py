@@ -292,9 +292,7 @@ def test_device_watch_tells_turns_from_a_sequence() -> None:
 @pytest.mark.parametrize(
     "goal", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def test_no_task_is_lost_under_random_kills(
-    goal: Goal, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_task_is_lost_under_random_kills(goal: Goal, capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(2**16)
     with scenario("local", seed) as server:
         watch = DeviceWatch(server.rows)

@@ -49,7 +49,7 @@ def _kills(running: Scenario) -> list[Fault]:
     ("engine", "tasks", "strikes"),
     [
         ("celery", 100, 5),
-        ("sql", 60, 3),
+        ("sql", 40, 2),
         pytest.param("celery", 300, 10, marks=pytest.mark.slow),
     ],
 )

@@ -1,5 +1,6 @@
 """The API over real parts in a temporary folder, a clock to turn, and one live server."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +41,19 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with our tables and nothing in them, to be copied: making them takes longest."""
+    path = tmp_path_factory.mktemp("new") / "tasks.db"
+    open_database(f"sqlite:///{path}").dispose()
+    return path
+
+
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(f"sqlite:///{tmp_path / 'data' / 'tasks.db'}")
+def database(tmp_path: Path, new_database: Path) -> Iterator[Engine]:
+    (tmp_path / "data").mkdir(exist_ok=True)
+    path = shutil.copy(new_database, tmp_path / "data" / "tasks.db")
+    engine = open_database(f"sqlite:///{path}")
     yield engine
     engine.dispose()
 
@@ -51,7 +62,8 @@ def database(tmp_path: Path) -> Iterator[Engine]:
 def either_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """An empty database of each kind by turns."""
     if request.param == "sqlite":
-        engine = open_database(f"sqlite:///{tmp_path / 'tasks.db'}")
+        path = shutil.copy(request.getfixturevalue("new_database"), tmp_path / "tasks.db")
+        engine = open_database(f"sqlite:///{path}")
     else:
         engine = open_database(request.getfixturevalue("postgres_url"))
         names = ", ".join(metadata.tables)

@@ -21,20 +21,20 @@ def exact():
 
 
 def test_a_tier_is_compared_with_the_exact_picture(exact):
-    costs = dict(approximations.measure_tiers(exact, {512: 2}, 14))
+    costs = dict(approximations.measure_tiers(exact, {512: 2}, 10))
     assert list(costs) == ["balanced, 512²", "fast, 512²"]
     balanced, fast = costs.values()
     assert 90 > balanced.psnr > fast.psnr > 20
     assert all(
         cost.psnr >= cost.least_psnr and cost.ssim >= cost.least_ssim for cost in (balanced, fast)
     )
-    assert 0 < balanced.reused <= fast.reused < 14
+    assert 0 < balanced.reused <= fast.reused < 10
     assert balanced.icons == 2
 
 
 @needs_fp8
 def test_layers_that_are_kept_leave_fp8_and_come_nearer_to_exact():
-    costs = dict(approximations.measure_fp8(2, 1))
+    costs = dict(approximations.measure_fp8(1, 1))
     shares = {label: cost.share for label, cost in costs.items()}
     assert shares["all"] == shares["all, the model in bfloat16 (as on a GPU)"] == 1
     assert shares["none, the model in bfloat16"] == 0

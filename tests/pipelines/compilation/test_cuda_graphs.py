@@ -406,15 +406,13 @@ def test_shapes_that_come_once_take_no_graph_from_those_that_come_again():
     model = diffusers_model(num_layers=1, num_single_layers=1)
     capture, flux = FakeCapture(), engine(model).flux
     graphed = GraphedStep(flux, capture, 1)
-    step_of(graphed, prepared(model), noise(model, GRID))
+    given, img = prepared(model), noise(model, GRID)
+    step_of(graphed, given, img)
     graphed.waits = True
     for number in range(100):
-        given = prepared(model)
         rare = replace(given.context.groups[-1], bias=-0.01 * (1 + number))
-        given = replace(
-            given, context=replace(given.context, groups=(*given.context.groups[:-1], rare))
-        )
-        step_of(graphed, given, noise(model, GRID))
+        groups = (*given.context.groups[:-1], rare)
+        step_of(graphed, replace(given, context=replace(given.context, groups=groups)), img)
     assert len(capture.made) == 1
     assert not capture.made[0].is_reset
     assert len(graphed._plain) <= 64

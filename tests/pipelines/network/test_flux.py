@@ -249,8 +249,8 @@ def test_a_step_uses_no_double_precision_and_no_mask(model, operators, fields, m
 def test_a_forward_by_blocks_of_keys_is_that_of_diffusers(model, copies, monkeypatch):
     """As networks of full size have it: several blocks of keys and of queries."""
     monkeypatch.setattr(backends, "FEW_KEYS", 0)
-    monkeypatch.setattr(backends, "_KEYS", 16)
-    monkeypatch.setattr(backends, "_QUERIES", 8)
+    monkeypatch.setattr(backends, "_KEYS", 24)
+    monkeypatch.setattr(backends, "_QUERIES", 24)
     ours, grid = engine(model, operators=OneDnnOperators()), Grid(9, 5)
     given, img = conditioning(model, copies=copies), noise(model, grid, batch=2)
     assert error(predict(ours, given, grid, img), oracle(model, given, grid, img)) <= 1e-5

@@ -21,9 +21,10 @@ def scaled(seconds: float, spread: float = 0.25):
     return lambda rng: seconds * math.exp(rng.gauss(0, spread))
 
 
-def test_the_ratio_of_a_target_twice_as_slow_holds_two_in_93_of_100_runs() -> None:
+@pytest.mark.parametrize("runs", [40, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_ratio_of_a_target_twice_as_slow_holds_two_in_93_of_100_runs(runs: int) -> None:
     hits = 0
-    for seed in range(100):
+    for seed in range(runs):
         hosted = {
             "A": Hosted(scaled(1.5), seed=2 * seed),
             "B": Hosted(scaled(3.0), seed=2 * seed + 1),
@@ -32,7 +33,7 @@ def test_the_ratio_of_a_target_twice_as_slow_holds_two_in_93_of_100_runs() -> No
         found = ratio(latencies_of(seen.of("B")), latencies_of(seen.of("A")), 50)
         hits += found.low <= 2 <= found.high
         assert found.high / found.low < 2.5, "an interval so wide would hold anything"
-    assert hits >= 93
+    assert hits >= 0.93 * runs
 
 
 def test_equal_targets_are_told_apart_in_few_runs() -> None:
