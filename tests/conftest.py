@@ -5,24 +5,30 @@ from pathlib import Path
 
 import pytest
 
-# What takes half a minute or more, longest first: whoever began one of these last would work on it
-# alone while the other processes have nothing left. The first two go well together: one computes,
-# the other waits.
+# What takes a quarter of a minute or more, longest first: whoever began one of these last would
+# work on it alone while the other processes have nothing left. Those that wait stand among those
+# that compute.
 _LONGEST = (
     "weights/test_mini.py",
     "e2e/test_cluster.py",
-    "playground/test_page.py",
-    "server/tasks/test_store_model.py",
+    "server/dispatch/test_celery_worker.py",
     "e2e/test_chaos.py",
     "pipelines/compilation/test_compiled.py",
-    "server/dispatch/test_celery_worker.py",
+    "playground/test_page.py",
+    "server/tasks/test_store_model.py",
     "pipelines/denoising/test_warm_up.py",
-    "weights/test_training_smoke.py",
-    "pipelines/gpu_report/test_whole_run.py",
     "e2e/test_embedded_model.py",
-    "server/worker/test_poison.py",
-    "codegen/test_codegen.py",
+    "pipelines/gpu_report/test_whole_run.py",
     "kernels/test_interpreted.py",
+    "server/worker/test_poison.py",
+    "weights/test_approximations.py",
+    "codegen/test_codegen.py",
+    "weights/test_training_smoke.py",
+    "pipelines/test_pipeline.py",
+    "weights/test_mini_controls.py",
+    "kernels/test_offline_compile.py",
+    "pipelines/attention/test_choice.py",
+    "pipelines/denoising/test_parallel.py",
 )
 
 

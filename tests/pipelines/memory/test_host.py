@@ -1,5 +1,7 @@
 """Host memory is taken in powers of two, which weights fill nearly to the end."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,11 +88,16 @@ def _blocks(params, *, is_fp8):
     return flux.requires_grad_(False).blocks
 
 
+@cache
+def _transformer():
+    return full_size.on_meta("transformer").bfloat16()
+
+
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["bfloat16", "fp8"])
 @pytest.mark.parametrize("gigabytes", [10, 12, 14, 16])
 def test_flux_takes_what_its_plan_says(asked, gigabytes, is_fp8):
     made = plan(FLUX_DEV, sold_as(gigabytes), Options(is_fp8=is_fp8), "offload")
-    transformer = full_size.on_meta("transformer").bfloat16()
+    transformer = _transformer()
     params = FluxParams.of(transformer.config)
     BlockStream(_blocks(params, is_fp8=is_fp8), made.streamed_blocks, CUDA)
     taken = {"streamed blocks": sum(asked)}

@@ -40,7 +40,7 @@ def started(body, *names):
     return Followers(command(body), {name: f"setup of {name}" for name in names or ("rank 1",)})
 
 
-def wait_until(is_so, timeout_s=10.0):
+def wait_until(is_so, timeout_s=60.0):
     ends_at = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < ends_at
