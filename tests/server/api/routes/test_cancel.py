@@ -1,7 +1,7 @@
 """Cancel and delete over HTTP, with and without a worker on the task."""
 
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -213,32 +213,38 @@ def test_openapi_describes_cancel_delete_and_the_idempotency_key(api: Api) -> No
 # --- with a worker --------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder = tmp_path_factory.mktemp("slow")
+    with LiveServer(folder / "data", model="fake-slow") as server:
+        yield server
+
+
 @pytest.mark.parametrize("how", ["cancel", "delete"])
-def test_device_is_free_within_a_step_of_the_next_heartbeat(tmp_path: Path, how: str) -> None:
+def test_device_is_free_within_a_step_of_the_next_heartbeat(slow: LiveServer, how: str) -> None:
     """A task of 4 s is cut short; the one behind it is done long before those would be over."""
     heartbeat_s, margin_s = 0.5, 1.5
     body = {**INLINE, "num_inference_steps": 50, "num_images": 4}
     alone_s = 50 * 4 * SLOW_STEP_S
-    with LiveServer(tmp_path / "data", model="fake-slow") as server:
-        long, behind = server.submit(body), server.submit({**INLINE, "num_inference_steps": 1})
-        wait_until(lambda: server.get(long["id"])["progress"]["step"] > 0, 30)
-        step = server.get(long["id"])["progress"]["step"]
-        with server.client() as client:
-            began = time.monotonic()
-            if how == "cancel":
-                assert client.post(f"/api/v3/predictions/{long['id']}/cancel").status_code == 200
-            else:
-                assert client.delete(f"/api/v3/predictions/{long['id']}").status_code == 200
-                assert client.get(f"/api/v3/predictions/{long['id']}").status_code == 404
-            assert server.wait(behind["id"])["status"] == "completed"
-            took_s = time.monotonic() - began
-            if how == "cancel":
-                ended = server.wait(long["id"])
-                assert (ended["status"], ended["outputs"]) == ("cancelled", [])
-                most = step + (heartbeat_s + margin_s) / SLOW_STEP_S
-                assert ended["progress"]["step"] <= most
-            else:
-                assert client.get(f"/api/v3/predictions/{long['id']}").status_code == 404
-        assert took_s < alone_s - step * SLOW_STEP_S, "the device went on with it"
-        folder = server.data_dir / "blobs" / long["id"]
-        assert not list(folder.glob("*/*.png")), "an image was made of it"
+    long, behind = slow.submit(body), slow.submit({**INLINE, "num_inference_steps": 1})
+    wait_until(lambda: slow.get(long["id"])["progress"]["step"] > 0, 30)
+    step = slow.get(long["id"])["progress"]["step"]
+    with slow.client() as client:
+        began = time.monotonic()
+        if how == "cancel":
+            assert client.post(f"/api/v3/predictions/{long['id']}/cancel").status_code == 200
+        else:
+            assert client.delete(f"/api/v3/predictions/{long['id']}").status_code == 200
+            assert client.get(f"/api/v3/predictions/{long['id']}").status_code == 404
+        assert slow.wait(behind["id"])["status"] == "completed"
+        took_s = time.monotonic() - began
+        if how == "cancel":
+            ended = slow.wait(long["id"])
+            assert (ended["status"], ended["outputs"]) == ("cancelled", [])
+            most = step + (heartbeat_s + margin_s) / SLOW_STEP_S
+            assert ended["progress"]["step"] <= most
+        else:
+            assert client.get(f"/api/v3/predictions/{long['id']}").status_code == 404
+    assert took_s < alone_s - step * SLOW_STEP_S, "the device went on with it"
+    folder = slow.data_dir / "blobs" / long["id"]
+    assert not list(folder.glob("*/*.png")), "an image was made of it"
