@@ -37,7 +37,10 @@ from chaos.services import Missing
 from chaos.storm import PATIENCE_S, Finding, Goal, Scenario, Storm, environment
 
 ENGINES = ("local", "sql", "celery")
-BUGS = ("no-fence", "no-reconciler")
+BUGS = (
+    *("no-fence", "no-reconciler"),
+    *("killed-means-damaged", "no-watchdog", "full-means-failed"),
+)
 Trials = Iterator[tuple[str, Finding]]
 
 

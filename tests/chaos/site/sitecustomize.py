@@ -2,7 +2,7 @@
 
 ``CHAOS_CLOCK_FILE`` names a file with the seconds to add to ``time.time``. ``CHAOS_HANG_FILE``
 names one that makes the next step on a device hang for good, once it is there. ``CHAOS_BUG`` names
-a bug to plant in the task store, which the checker of histories must then find.
+a bug to plant in the server, which the checker of histories must then find.
 """
 
 import contextlib
@@ -72,15 +72,44 @@ def no_reconciler(store):
     store.TaskStore._take_back = lambda *_, **__: 0
 
 
-class Planter(MetaPathFinder):
-    """Plants ``bug`` in the task store once that is loaded."""
+def killed_means_damaged(decode):
+    """A decoding process that was killed says that its picture is damaged."""
 
-    def __init__(self, bug):
+    def damaged(reason):
+        return decode.DecodeError("broken", f"The picture is damaged ({reason}).")
+
+    decode.DecoderUnavailable = damaged
+    decode.PAUSES_S = ()
+
+
+def no_watchdog(watchdog):
+    """A device that hangs is waited for, for ever."""
+    watchdog.Watchdog.keep = lambda *_, **__: None
+
+
+def full_means_failed(outputs):
+    """An image that finds no room fails its task."""
+
+    def put_or_fail(self, key, data, *, check_wanted):
+        check_wanted()
+        try:
+            self._blobs.put(key, data)
+        except OSError as error:
+            raise RuntimeError("no room") from error
+
+    outputs.RetryingStore.put = put_or_fail
+
+
+class Planter(MetaPathFinder):
+    """Plants ``bug`` in the module ``name`` of the server once that is loaded."""
+
+    def __init__(self, name, bug):
+        self.name = f"redux_server.{name}"
         self.bug = bug
 
     def find_spec(self, name, path=None, target=None):
         """Import machinery's entry."""
-        if name != "redux_server.tasks.store":
+        if name != self.name:
             return None
         spec = PathFinder.find_spec(name, path, target)
         load = spec.loader.exec_module
@@ -93,11 +122,17 @@ class Planter(MetaPathFinder):
         return spec
 
 
-BUGS = {"no-fence": no_fence, "no-reconciler": no_reconciler}
+BUGS = {
+    "no-fence": ("tasks.store", no_fence),
+    "no-reconciler": ("tasks.store", no_reconciler),
+    "killed-means-damaged": ("pictures.decode", killed_means_damaged),
+    "no-watchdog": ("worker.watchdog", no_watchdog),
+    "full-means-failed": ("worker.outputs", full_means_failed),
+}
 
 if "CHAOS_CLOCK_FILE" in os.environ:
     shift_clock(os.environ["CHAOS_CLOCK_FILE"])
 if "CHAOS_HANG_FILE" in os.environ:
     hang_steps(os.environ["CHAOS_HANG_FILE"])
 if "CHAOS_BUG" in os.environ:
-    sys.meta_path.insert(0, Planter(BUGS[os.environ["CHAOS_BUG"]]))
+    sys.meta_path.insert(0, Planter(*BUGS[os.environ["CHAOS_BUG"]]))
