@@ -150,8 +150,10 @@ tasks/listing.py            History.count                  int                  
 tasks/listing.py            last_submits                   float                   1  ours
 tasks/previews.py           Previews.sweep                 int                     1  ours
 tasks/store.py              TaskStore._take_back           int                     1  ours
+tasks/store.py              TaskStore.catch_up             int                     1  ours
 tasks/store.py              TaskStore.due                  int                     1  ours
 tasks/store.py              TaskStore.unbind               int                     1  ours
+tasks/stored.py             by_key                         int                     1  ours
 tasks/task.py               -                              re.compile              1  head
 tasks/usage.py              _set_unless_held               int                     1  ours
 webhooks/callback.py        _is_allowed_by_name            ip_address              1  URL
