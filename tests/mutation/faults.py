@@ -55,6 +55,22 @@ FAULTS = (
     ),
     Fault(
         "accept",
+        "no-bound-on-what-is-stored",
+        "tasks/accepting.py",
+        "if needed > left else None",
+        "if needed > left + 10**12 else None",
+        ("tasks/test_stored.py",),
+    ),
+    Fault(
+        "accept",
+        "deleted-tasks-still-count",
+        "tasks/store.py",
+        "freed[row.key_id] -= row.stored_bytes",
+        "freed[row.key_id] -= 0",
+        ("tasks/test_stored.py",),
+    ),
+    Fault(
+        "accept",
         "idempotency-keys-forgotten",
         "tasks/accepting.py",
         "    if entries:\n        db.execute(insert(idempotency), entries)",

@@ -44,6 +44,7 @@ WAIT_S = 120.0  # for a turn
 PAUSES_S = (0.1, 1.0)  # before a decoder that was lost is started again
 PIPE_BYTES = 2**20
 STRIP_BYTES = 2**20  # that are read of a picture at a time
+_TICK_S = 0.5
 # What a decoder holds at its peak for each pixel: 4 bytes of Pillow, and what its codec needs.
 # Measured at 36 MP, over kinds of each format (of AVIF with 8 bits; what 10 bits need is added).
 # Here the picture and a copy of it come after that, and are less.
@@ -371,8 +372,8 @@ class _Child:
 
     def __init__(self, order: Order) -> None:
         self._order = order
-        self._began_at = time.monotonic()
-        self._ends_at = self._began_at + order.limit_s
+        self._waited_s = 0.0
+        self._left_s = order.limit_s
         self._has_answered = False
         self._process = subprocess.Popen(
             [
@@ -457,12 +458,22 @@ class _Child:
     def _wait_for(self, descriptor: int, event: int) -> None:
         poll = select.poll()
         poll.register(descriptor, event)
-        while not poll.poll(max(0.0, self._ends_at - time.monotonic()) * 1000):
-            waited_s = time.monotonic() - self._began_at
+        while not self._is_ready(poll):
+            if self._left_s > 0:
+                continue
             most_s = STARVED_FACTOR * self._order.limit_s
-            if waited_s >= most_s or not is_starved(self._schedule(), waited_s):
+            if self._waited_s >= most_s or not is_starved(self._schedule(), self._waited_s):
                 raise _refusal("slow", [], self._order)
-            self._ends_at = time.monotonic() + self._order.limit_s / 2
+            self._left_s = self._order.limit_s / 2
+
+    def _is_ready(self, poll: "select.poll") -> bool:
+        """Wait a little. Time in which this very process did not run is not the picture's."""
+        began_at = time.monotonic()
+        is_ready = bool(poll.poll(max(0.0, min(_TICK_S, self._left_s)) * 1000))
+        passed_s = min(time.monotonic() - began_at, 2 * _TICK_S)
+        self._waited_s += passed_s
+        self._left_s -= passed_s
+        return is_ready
 
     def _schedule(self) -> str:
         with suppress(OSError):  # a system that does not tell

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import os
 import resource
 import struct
@@ -53,6 +54,14 @@ def assert_close(image, expected, tolerance=12):
     assert (image.mode, image.size) == ("RGB", expected.size)
     difference = np.abs(np.asarray(image).astype(int) - np.asarray(expected.convert("RGB")))
     assert difference.mean() < tolerance
+
+
+def test_time_in_which_we_did_not_run_ourselves_is_not_the_pictures(monkeypatch):
+    """As of a worker that was stopped, or whose machine slept, in the middle of a picture."""
+    steady, looks = time.monotonic, itertools.count()
+    monkeypatch.setattr(decode.time, "monotonic", lambda: steady() + 100 * (next(looks) // 5))
+    picture = Image.new("RGB", (1600, 1200), "teal")  # more than a pipe holds
+    assert decode_image(encoded(picture, "PNG"), limit_s=60).size == picture.size
 
 
 def our_processes():
