@@ -119,7 +119,7 @@ SMALL = Scale(
         "norm_num_groups": 4,
     },
     side=512,
-    other_sides=(528,),
+    other_sides=(528, 544),
     steps=2,
     repeats=1,
     calls=1,

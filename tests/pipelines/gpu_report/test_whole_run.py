@@ -46,7 +46,7 @@ def in_little(out: Path, *command: str, **more: str) -> tuple[str, int, dict]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,  # a loaded machine takes ten times as long
         check=False,
     )
     return done.stdout, done.returncode, json.loads((out / FILE).read_text())
