@@ -179,16 +179,13 @@ def test_seeds_differ_and_repeat(vary, made, held_out):
     assert again.tobytes() == seeds[1].tobytes()
 
 
-@pytest.mark.parametrize(
-    "chosen", [CHOSEN[::9], pytest.param(CHOSEN[::2], marks=pytest.mark.slow)], ids=["two", "more"]
-)
-def test_bfloat16_drifts_little_from_float32(chosen, held_out, vary):
+def test_bfloat16_drifts_little_from_float32(held_out, vary):
     """In few steps: CPUs without bfloat16 take seconds for each picture."""
     half = load_pipeline(model="mini", device="cpu", dtype="bfloat16")
     asked = {"width": 512, "height": 512, "num_inference_steps": 6}
     drift = [
         psnr(vary(held_out[index], through=half, **asked), vary(held_out[index], **asked))
-        for index in chosen
+        for index in CHOSEN[::2]
     ]
     assert np.mean(drift) >= 38
 
