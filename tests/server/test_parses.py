@@ -113,6 +113,8 @@ parameters.py               -                              re.compile           
 parameters.py               _whole                         int                     1  small
 parameters.py               parse_request                  model_validate          1  small
 parameters.py               parse_size                     int                     2  match
+pictures/colours.py         _hlg_light                     float                   1  ours
+pictures/colours.py         _pq_nits                       float                   1  ours
 pictures/data_uri.py        -                              re.compile              4  field
 pictures/decode.py          -                              re.compile             20  child
 pictures/decode.py          _Child.read_header             loads                   1  child
@@ -121,6 +123,13 @@ pictures/decode_child.py    _address_space                 int                  
 pictures/decode_child.py    _first_number                  int                     1  child
 pictures/decode_child.py    main                           loads                   1  ours
 pictures/dimensions.py      -                              re.compile              1  child
+pictures/essence.py         -                              re.compile              4  child
+pictures/essence.py         _isobmff                       unpack                  1  child
+pictures/essence.py         _png_numbers                   unpack                  1  child
+pictures/essence.py         _png_transparency              unpack                  1  child
+pictures/essence.py         _tiff_profile                  unpack                  1  child
+pictures/essence.py         orientation_of                 int                     1  child
+pictures/essence.py         tiff_number                    int                     1  child
 pictures/inline.py          _decoded                       a2b_base64              2  off
 pictures/submitted.py       -                              re.compile              1  field
 pictures/submitted.py       _is_url                        re.match                1  field

@@ -2,7 +2,8 @@
 
 All else of a caller's file is dropped before it is decoded, so that nothing that is thrown away
 anyway can spoil a picture: texts, thumbnails, dates, further frames, wrong checksums of those.
-Runs confined, in the process that decodes. Knows no pixels: those who decode judge them.
+Runs confined, in the process that decodes. Knows no pixels: those who decode judge them. All
+formats are in one file: of each there is little, and all for the same.
 """
 
 import re
@@ -244,7 +245,7 @@ _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # no length follows
 _JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
-_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)
+_MARKER = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
 
 
 def _jpeg(data: bytes) -> Essence:
@@ -326,7 +327,7 @@ def jpeg_scans_are_complete(data: bytes) -> bool:
     return bool(planes) and all(set(done) == {0} for done in planes.values())
 
 
-_SCAN_OR_SEGMENT = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)
+_SCAN_OR_SEGMENT = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 # --- WebP, GIF ------------------------------------------------------------------------------------
