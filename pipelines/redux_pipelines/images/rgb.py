@@ -103,6 +103,7 @@ def white_level(image: Image.Image) -> float | None:
     if image.mode not in ("I", "F"):
         return None
     most = image.getextrema()[1]
+    assert not isinstance(most, tuple)  # one channel
     if image.mode == "I":
         return 65535 if most > 255 else 255
     if isfinite(most):

@@ -49,11 +49,12 @@ _TICK_S = 0.5
 # Measured at 36 MP, over kinds of each format (of AVIF with 8 bits; what 10 bits need is added).
 # Here the picture and a copy of it come after that, and are less.
 _BYTES_PER_PIXEL = {
-    **{"AVIF": 22, "BMP": 8, "GIF": 8, "HEIC": 12, "JPEG": 13, "PNG": 9, "TIFF": 12, "WEBP": 18}
+    **{"AVIF": 22, "BMP": 8, "GIF": 8, "HEIC": 8, "JPEG": 13, "PNG": 9, "TIFF": 11, "WEBP": 18}
 }
 # The same for each pixel in the file of pictures of which a smaller copy is made, measured at
-# 100 MP. Codecs that are not here have no way of their own to do that, and need too much.
-_REDUCED_BYTES_PER_PIXEL = {"BMP": 6, "GIF": 3, "HEIC": 8, "JPEG": 7, "PNG": 6, "TIFF": 6}
+# 100 MP: a progressive JPEG holds coefficients of all pixels, the others are decoded whole and
+# made smaller strip by strip. The codecs that are not here need too much for the whole.
+_REDUCED_BYTES_PER_PIXEL = {"BMP": 6, "GIF": 6, "HEIC": 6, "JPEG": 7, "PNG": 5, "TIFF": 8}
 _BESIDE_PIXELS_BYTES = 64 * 2**20  # interpreter, stacks of two threads, tables, a strip
 # Nothing of ours, secrets least of all. Threads would reserve address space per processor core.
 CHILD_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -125,7 +126,7 @@ class _Larger(Exception):
 def accepted_formats() -> tuple[str, ...]:
     """The formats ``decode_image`` takes: HEIC with pillow-heif, AVIF if this Pillow has it."""
     names = [name for name, _ in _ACCEPTED_MAGIC]
-    names += ["HEIC"] * _has_heif() + ["AVIF"] * features.check("avif")
+    names += ["HEIC"] * _has_heif() + ["AVIF"] * bool(features.check("avif"))
     return tuple(names)
 
 

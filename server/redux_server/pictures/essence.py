@@ -44,7 +44,8 @@ class Essence(NamedTuple):
     """A file without what does not decide on its pixels, and what was told beside them.
 
     ``orientation`` is EXIF's, 1 to 8, 0 where the decoder is to tell. ``transparent_16``: the one
-    transparent colour of an RGB PNG with 16 bits a channel.
+    transparent colour of an RGB PNG with 16 bits a channel. ``is_grey``: also where the decoder
+    makes RGB of it.
     """
 
     data: bytes
@@ -53,6 +54,7 @@ class Essence(NamedTuple):
     numbers: Numbers = Numbers()
     canvas: Canvas | None = None
     transparent_16: tuple[int, ...] | None = None
+    is_grey: bool = False
 
 
 def essence(format_name: str, data: bytes) -> Essence:
@@ -129,6 +131,8 @@ def _png(data: bytes) -> Essence:
             and data[end : end + 4] == zlib.crc32(data[start - 4 : end]).to_bytes(4, "big")
         ):
             told[name] = data[start:end]
+    if kind == 3 and b"PLTE" not in told:
+        raise ValueError("no palette")
     transparent, transparent_16 = _png_transparency(told.get(b"tRNS", b""), depth, kind)
     if transparent:
         parts.append(_png_chunk(b"tRNS", transparent))
@@ -145,6 +149,7 @@ def _png(data: bytes) -> Essence:
         b"" if numbers.cicp else _png_profile(told.get(b"iCCP", b"")),
         numbers,
         transparent_16=transparent_16,
+        is_grey=kind in (0, 4),
     )
 
 
@@ -204,15 +209,17 @@ def png_rows_alone(data: bytes) -> bytes | None:
     For one that its decoder complains of: what is missing or wrong may be just that checksum.
     """
     body = b"".join(data[start:end] for name, start, end in png_chunks(data) if name == b"IDAT")
-    missing = _png_unpacked_bytes(data)
+    passes = list(_png_passes(data))
+    wanted, got = sum(lines * size for lines, size in passes), 0
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)  # of what lies between head and checksum
     packed = body[2:]
     try:
-        while packed and missing > 0:
-            missing -= len(unpacker.decompress(packed, 2**20))
+        while got < wanted:
+            rows = unpacker.decompress(packed, 2**20) if packed else unpacker.flush()
+            if not (rows or packed) or not _png_filters_are_known(passes, got, rows):
+                return None
+            got += len(rows)
             packed = unpacker.unconsumed_tail
-        if missing > 0 and missing > len(unpacker.flush()):
-            return None
     except zlib.error:
         return None
     used = len(body) - len(packed) - len(unpacker.unused_data)
@@ -220,16 +227,26 @@ def png_rows_alone(data: bytes) -> bytes | None:
     return data[:at] + _png_chunk(b"IDAT", body[:used]) + _png_chunk(b"IEND", b"")
 
 
-def _png_unpacked_bytes(data: bytes) -> int:
-    """How many bytes all rows have, each with its filter."""
+def _png_passes(data: bytes) -> Iterator[tuple[int, int]]:
+    """How many rows each pass has, and how many bytes each of these, with its filter."""
     width, height, depth, kind, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * {2: 3, 4: 2, 6: 4}.get(kind, 1)
-    total = 0
     for left, top, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns, lines = -(-(width - left) // right), -(-(height - top) // down)
         if columns > 0 and lines > 0:
-            total += lines * (1 + (columns * bits + 7) // 8)
-    return total
+            yield lines, 1 + (columns * bits + 7) // 8
+
+
+def _png_filters_are_known(passes: list[tuple[int, int]], at: int, rows: bytes) -> bool:
+    """Whether the rows that begin in ``rows``, which stand at ``at`` of all, have filters 0 to 4."""
+    start = 0
+    for lines, size in passes:
+        end = start + lines * size
+        first = max(0, start - at) if start >= at else -(at - start) % size
+        if max(rows[first : max(0, end - at) : size], default=0) > 4:
+            return False
+        start = end
+    return True
 
 
 _ADAM7 = (

@@ -159,11 +159,20 @@ def _loaded(
         image = _load_without_end(format_name, told.data, scale)
     if format_name in _HOLD_CANVASES:
         image = image.copy()
-    if format_name == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+    if format_name == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
         image.putalpha(255)  # unused, say Windows and browsers
+    if format_name == "PNG" and _may_lack_rows(image, told.data):
+        if png_rows_alone(told.data) is None:
+            raise ValueError("rows are missing")
     if told.transparent_16 and image.mode == "RGB":
         image = _keyed(image, told)
     return image, factor
+
+
+def _may_lack_rows(image: Image.Image, png: bytes) -> bool:
+    """Whether the last row is as Pillow leaves those that never came, without a complaint."""
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return png[28] == 1 or last.getbbox(alpha_only=False) is None
 
 
 def _check_frame(size: tuple[int, int], width: int, height: int) -> None:
@@ -269,7 +278,8 @@ def _to_rgb(mode: str, white: float | None, told: Essence) -> Callable[[Image.Im
     if "redux_server.pictures.colours" in sys.modules:  # imported where a file may need it
         from redux_server.pictures.colours import conversion
 
-        found = conversion(_base_mode(mode), told.profile, told.numbers)
+        base = "L" if told.is_grey else _base_mode(mode)
+        found = conversion(base, told.profile, told.numbers)
     if found is None:
         return lambda strip: opaque_rgb(strip, white)
     wanted, convert = found

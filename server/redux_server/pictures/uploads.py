@@ -34,7 +34,7 @@ PREFIX = "upload-"
 TICKET_S = 3600.0
 EXTENSIONS = {
     "png": "png", "jpg": "jpg", "jpeg": "jpg", "jfif": "jpg", "webp": "webp", "gif": "gif",
-    "bmp": "bmp", "avif": "avif",
+    "bmp": "bmp", "avif": "avif", "heic": "heic", "heif": "heic", "tif": "tif", "tiff": "tif",
 }  # fmt: skip
 _PURPOSE = "upload"
 _TICKET = re.compile(

@@ -9,6 +9,10 @@ import { editMask } from "./mask.js";
 const MAX_BYTES = 20 * 2 ** 20; // what a server takes by default
 const MAX_SIDE = 4096;
 const TAKEN = new Set(["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/avif"]);
+/** What a server takes and few browsers show: sent as it is, with its name in the place of a preview. */
+const UNSEEN = /\.(heic|heif|tiff?)$/i;
+const UNSEEN_TYPES = /^image\/(hei[cf]|tiff)$/;
+const ACCEPT = "image/*,.heic,.heif,.tif,.tiff";
 
 /**
  * @typedef {object} Picture
@@ -31,7 +35,7 @@ export class Pictures {
     this._how = how;
     /** @type {Picture[]} */
     this.all = [];
-    this._input = h("input", { type: "file", multiple: true, accept: "image/*", "aria-label": "Picture", title: "" });
+    this._input = h("input", { type: "file", multiple: true, accept: ACCEPT, "aria-label": "Picture", title: "" });
     this._input.addEventListener("change", () => {
       this.add([...(this._input.files ?? [])]);
       this._input.value = "";
@@ -54,6 +58,10 @@ export class Pictures {
         const ready = await readable(file);
         this._put({ name: file.name || "picture", file: ready, url: "", shown: URL.createObjectURL(ready) });
       } catch {
+        if (isUnseen(file) && file.size <= MAX_BYTES) {
+          this._put({ name: file.name || "picture", file, url: "", shown: "" });
+          continue;
+        }
         toast(`${file.name || "This file"} is no picture that this browser can read.`);
       }
     }
@@ -136,7 +144,7 @@ export class Pictures {
     const name = this.all.length > 1 ? `picture ${index + 1}` : "the picture";
     const image = picture.shown
       ? h("img", { src: picture.shown, alt: picture.name, class: `seen ${this._how.fit()}` })
-      : h("span", { class: "elsewhere" }, icon("link"), picture.name);
+      : h("span", { class: "elsewhere" }, icon(picture.file ? "image" : "link"), picture.name);
     const weight = h("input", { type: "range", min: 0, max: 2, step: 0.05, value: picture.weight, "aria-label": `Weight of picture ${index + 1}` });
     const told = h("output", {}, picture.weight.toFixed(2));
     weight.addEventListener("input", () => {
@@ -170,7 +178,7 @@ export class Pictures {
 
   /** @param {...Picture} pictures */
   _forget(...pictures) {
-    for (const each of pictures) if (each.file) URL.revokeObjectURL(each.shown);
+    for (const each of pictures) if (each.file && each.shown) URL.revokeObjectURL(each.shown);
   }
 
   _hasRoom() {
@@ -207,7 +215,7 @@ export class Pictures {
 
   _listen() {
     document.addEventListener("paste", (event) => {
-      const files = [...(event.clipboardData?.files ?? [])].filter((each) => each.type.startsWith("image/"));
+      const files = [...(event.clipboardData?.files ?? [])].filter((each) => each.type.startsWith("image/") || isUnseen(each));
       if (files.length) this.add(files);
       else if (!isTyping(event.target)) {
         const text = event.clipboardData?.getData("text/plain").trim() ?? "";
@@ -236,8 +244,13 @@ export class Pictures {
 /** @param {EventTarget | null} target */
 const isTyping = (target) => target instanceof HTMLInputElement || target instanceof HTMLTextAreaElement;
 
+/** @param {File} file */
+const isUnseen = (file) => UNSEEN.test(file.name) || UNSEEN_TYPES.test(file.type);
+
 /** @param {Picture} picture */
 function safeName(picture) {
+  const unseen = picture.shown ? null : UNSEEN.exec(picture.name);
+  if (unseen) return `picture${unseen[0].toLowerCase()}`;
   const kind = picture.file?.type.split("/")[1]?.replace("jpeg", "jpg") ?? "png";
   return `picture.${kind}`;
 }

@@ -1,4 +1,4 @@
-"""Colours as viewers show them. The oracle is arithmetic with the published numbers of each space."""
+"""Colours as viewers show them, told by arithmetic with the published numbers of each space."""
 
 import io
 import struct
