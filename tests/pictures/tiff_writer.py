@@ -53,10 +53,11 @@ def tiff(
         266: (3, [layout.fill_order]),
         277: (3, [channels]),
         284: (3, [2 if layout.planar else 1]),
-        317: (3, [layout.predictor]),
         339: (3, [sample_format] * channels),
         **layout.tags,
     }
+    if layout.predictor != 1:
+        tags[317] = (3, [layout.predictor])
     if extra:
         tags[338] = (3, list(extra))
     offsets, counts = (324, 325) if layout.tile else (273, 279)
