@@ -181,7 +181,9 @@ def _masks() -> Iterator[Case]:
                 f"bmp/header-{size}/masks-{name}",
                 lambda h=head, m=tuple(masks): _words(h, m),
                 # Masks of other than the common places are rare: no pixels rather than wrong ones.
-                may_refuse=("broken",) if name in ("444", "101010", "888-high", "888-reversed") else (),
+                may_refuse=("broken",)
+                if name in ("444", "101010", "888-high", "888-reversed")
+                else (),
             )
 
 
@@ -191,13 +193,17 @@ def _alpha() -> Iterator[Case]:
     for size in (56, 108, 124):
         head = Head(size=size, bits=32, compression=BITFIELDS, masks=masks)
         yield Case(f"bmp/header-{size}/alpha", lambda h=head: _words(h, masks, ramp))
-        yield Case(f"bmp/header-{size}/alpha-solid", lambda h=head: _words(h, masks, 0 * ramp + 255))
+        yield Case(
+            f"bmp/header-{size}/alpha-solid", lambda h=head: _words(h, masks, 0 * ramp + 255)
+        )
         # All of it 0: nobody meant an empty picture.
         yield Case(f"bmp/header-{size}/alpha-all-0", lambda h=head: _unused(h, masks, 0))
     for size in (40, 108, 124):  # without masks the fourth byte means nothing
         for fill in (0, 255):
             head = Head(size=size, bits=32)
-            yield Case(f"bmp/header-{size}/unused-{fill}", lambda h=head, f=fill: _unused(h, masks, f))
+            yield Case(
+                f"bmp/header-{size}/unused-{fill}", lambda h=head, f=fill: _unused(h, masks, f)
+            )
 
 
 def _unused(head: Head, masks: tuple[int, ...], fill: int) -> Made:
@@ -214,9 +220,7 @@ def _run_lengths() -> Iterator[Case]:
         for way in ("runs", "absolute", "mixed"):
             yield Case(f"bmp/rle{bits}/{way}", lambda b=bits, w=way: _rle(b, w))
         yield Case(f"bmp/rle{bits}/without-the-end", lambda b=bits: _rle(b, "mixed", end=b""))
-        yield Case(
-            f"bmp/rle{bits}/jumps", lambda b=bits: _jumps(b), may_refuse=("broken",)
-        )
+        yield Case(f"bmp/rle{bits}/jumps", lambda b=bits: _jumps(b), may_refuse=("broken",))
 
 
 def _rle(bits: int, way: str, end: bytes = b"\0\1") -> Made:
@@ -306,6 +310,4 @@ def _damaged() -> Iterator[Case]:
     yield refusal("bmp/broken/rle-cut", cut[: len(cut) - 400], "broken")
     header_of_99 = sound[:14] + struct.pack("<I", 99) + sound[18:]
     yield refusal("bmp/broken/header-of-99", header_of_99, "broken", "format")
-    yield refusal(
-        "bmp/small/15x15", bmp(Head(), (15, 15), bytes(48 * 15)), "small"
-    )
+    yield refusal("bmp/small/15x15", bmp(Head(), (15, 15), bytes(48 * 15)), "small")

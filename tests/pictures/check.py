@@ -30,11 +30,13 @@ def outcome(case: Case) -> str:
     return RIGHT
 
 
-def second_word(case: Case) -> None:
-    """Asks the second decoder, if the case names one, whether it agrees with the expectation."""
+def second_word(case: Case) -> bool:
+    """Asks the second decoder whether it agrees with the expectation; False if none is named."""
     made = case.make()
-    if made.second and made.expected is not None:
-        compare(shown_by(made.second, made.data), made.expected, made.second_within or made.within)
+    if not made.second or made.expected is None:
+        return False
+    compare(shown_by(made.second, made.data), made.expected, made.second_within or made.within)
+    return True
 
 
 def compare(shown: Array, expected: Array, within: Within) -> None:

@@ -181,9 +181,7 @@ def _screens() -> Iterator[Case]:
         for background in (0, 3):
             for transparent in (None, 2):
                 for interlaced in (False, True):
-                    frame = Frame(
-                        _indices(16, (20, 16)), left, top, None, interlaced, transparent
-                    )
+                    frame = Frame(_indices(16, (20, 16)), left, top, None, interlaced, transparent)
                     name = f"gif/screen/at-{left}-{top}-background-{background}"
                     name += f"{'-transparent' if transparent else ''}"
                     name += f"{'-interlaced' if interlaced else ''}"

@@ -150,7 +150,9 @@ def _naive() -> Array:
 def _inks() -> Iterator[Case]:
     ink = profiles.table_profile(b"CMYK", profiles.press_lab)
     press = lambda: scenes.rgb(profiles.by_littlecms(_plates(), ink, "CMYK"))  # noqa: E731
-    yield Case("jpeg/cmyk/adobe-inverted", lambda: Made(_four(), _naive(), THROUGH, second="magick"))
+    yield Case(
+        "jpeg/cmyk/adobe-inverted", lambda: Made(_four(), _naive(), THROUGH, second="magick")
+    )
     yield Case(
         "jpeg/cmyk/without-marker",
         lambda: Made(_without_adobe(_four()), _naive(), THROUGH),
@@ -225,7 +227,8 @@ def _orientations() -> Iterator[Case]:
         yield Case(f"jpeg/exif/{turn}-subsampled", lambda t=turn: _turned_subsampled(t))
     for name, block in exif.damaged().items():
         yield Case(
-            f"jpeg/exif-broken/{name}", lambda b=block: _smooth(inserted(plain(), app1(b)), second="")
+            f"jpeg/exif-broken/{name}",
+            lambda b=block: _smooth(inserted(plain(), app1(b)), second=""),
         )
 
 
@@ -272,7 +275,9 @@ def _profiles() -> Iterator[Case]:
         "jpeg/icc/parts-in-disorder",
         lambda: Made(inserted(plain(), *parts[::-1]), _shown(swapped), THROUGH),
     )
-    yield Case("jpeg/icc-broken/a-part-lacks", lambda: _smooth(inserted(plain(), *parts[:-1]), second=""))
+    yield Case(
+        "jpeg/icc-broken/a-part-lacks", lambda: _smooth(inserted(plain(), *parts[:-1]), second="")
+    )
     yield Case("jpeg/icc-broken/part-0", lambda: _smooth(
         inserted(plain(), segment(0xE2, b"ICC_PROFILE\0\0\0abc")), second=""))  # fmt: skip
     yield Case("jpeg/icc-broken/cut", lambda: _smooth(
@@ -393,7 +398,8 @@ def _broken() -> Iterator[Case]:
         "header-alone": data[:scan],
         "no-frame": data[:frame] + data[scan:],
         "no-scan": data[:scan] + b"\xff\xd9",
-        "no-quantisation": data[:tables] + data[table_end:].replace(b"\xff\xdb\0C\1", b"\xff\xfe\0C\1"),
+        "no-quantisation": data[:tables]
+        + data[table_end:].replace(b"\xff\xdb\0C\1", b"\xff\xfe\0C\1"),
         "width-0": data[: frame + 7] + b"\0\0" + data[frame + 9 :],
         "9-bits": data[: frame + 4] + b"\x09" + data[frame + 5 :],
         "no-component": data[: frame + 9] + b"\0" + data[frame + 10 :],

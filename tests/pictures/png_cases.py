@@ -86,7 +86,9 @@ def _kinds() -> Iterator[Case]:
     for size in ((16, 16), (17, 23), (16, 40), (33, 16)):
         for colour, bits in ((GREY, 1), (RGB, 8), (RGBA, 16)):
             name = f"png/sizes/{size[0]}x{size[1]}-type-{colour}"
-            yield Case(name, lambda c=colour, b=bits, s=size: _made(c, b, Style(True, (4,)), size=s))
+            yield Case(
+                name, lambda c=colour, b=bits, s=size: _made(c, b, Style(True, (4,)), size=s)
+            )
 
 
 def _rows() -> Iterator[Case]:
@@ -378,9 +380,7 @@ def _damaged_metadata() -> Iterator[Case]:
 
 
 def _fctl(number: int, width: int, height: int, left: int = 0, top: int = 0) -> bytes:
-    return chunk(
-        b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, left, top, 1, 10, 0, 0)
-    )
+    return chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, left, top, 1, 10, 0, 0))
 
 
 def _animations() -> Iterator[Case]:
@@ -392,7 +392,10 @@ def _animations() -> Iterator[Case]:
         "sound": (first, second),
         "once": (chunk(b"acTL", struct.pack(">II", 1, 1)) + _fctl(0, *size), b""),
         "of-0-frames": (chunk(b"acTL", bytes(8)) + _fctl(0, *size), b""),
-        "of-a-million-frames": (chunk(b"acTL", struct.pack(">II", 10**6, 0)) + _fctl(0, *size), b""),
+        "of-a-million-frames": (
+            chunk(b"acTL", struct.pack(">II", 10**6, 0)) + _fctl(0, *size),
+            b"",
+        ),
         "frames-lacking": (first, b""),
         "second-frame-cut": (first, _fctl(1, *size) + chunk(b"fdAT", b"\0\0\0\2" + other[:50])),
         "second-frame-outside": (first, _fctl(1, *size, 30, 30) + second[38:]),

@@ -71,9 +71,7 @@ def idat(raw: bytes, style: Style = PLAIN) -> bytes:
     """The rows, packed, in one chunk or in many."""
     packed = zlib.compress(raw, style.level)
     size = style.split or len(packed)
-    return b"".join(
-        chunk(b"IDAT", packed[at : at + size]) for at in range(0, len(packed), size)
-    )
+    return b"".join(chunk(b"IDAT", packed[at : at + size]) for at in range(0, len(packed), size))
 
 
 def rows(samples: Array, bits: int, style: Style = PLAIN) -> bytes:

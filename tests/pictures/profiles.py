@@ -37,9 +37,7 @@ class Colours(NamedTuple):
 SRGB = Colours(_D65, (0.64, 0.33), (0.30, 0.60), (0.15, 0.06), None)
 DISPLAY_P3 = Colours(_D65, (0.680, 0.320), (0.265, 0.690), (0.150, 0.060), None)
 ADOBE_RGB = Colours(_D65, (0.64, 0.33), (0.21, 0.71), (0.15, 0.06), 563 / 256)
-PROPHOTO = Colours(
-    (0.3457, 0.3585), (0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001), 1.8
-)
+PROPHOTO = Colours((0.3457, 0.3585), (0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001), 1.8)
 SWAPPED = Colours(_D65, (0.15, 0.06), (0.30, 0.60), (0.64, 0.33), None)
 """sRGB with red and blue exchanged: whoever leaves it out is seen at once."""
 LINEAR = Colours(_D65, (0.64, 0.33), (0.30, 0.60), (0.15, 0.06), 1.0)
@@ -113,9 +111,13 @@ def _gamma_tag(gamma: float | None, version: int) -> bytes:
 def _text_tag(text: bytes, version: int) -> bytes:
     if version == 4:
         wide = text.decode().encode("utf-16-be")
-        return b"mluc\0\0\0\0" + struct.pack(">II", 1, 12) + b"enUS" + struct.pack(
-            ">II", len(wide), 28
-        ) + wide
+        return (
+            b"mluc\0\0\0\0"
+            + struct.pack(">II", 1, 12)
+            + b"enUS"
+            + struct.pack(">II", len(wide), 28)
+            + wide
+        )
     return b"desc\0\0\0\0" + struct.pack(">I", len(text) + 1) + text + b"\0" + bytes(78)
 
 

@@ -8,7 +8,18 @@ from itertools import chain
 import numpy as np
 
 from pictures import profiles, scenes
-from pictures.case import BLENDED, CONVERTED, EXACT, LOSSY, ROUNDED, Array, Case, Made, Within, refusal
+from pictures.case import (
+    BLENDED,
+    CONVERTED,
+    EXACT,
+    LOSSY,
+    ROUNDED,
+    Array,
+    Case,
+    Made,
+    Within,
+    refusal,
+)
 from pictures.tiff_writer import (
     BLACK_IS_ZERO,
     CIELAB,
@@ -28,9 +39,7 @@ COMPRESSIONS = {"none": 1, "lzw": 5, "deflate": 8, "packbits": 32773, "old-defla
 
 def cases() -> Iterator[Case]:
     """All cases of this format."""
-    return chain(
-        _layouts(), _depths(), _alphas(), _inks(), _tools(), _around(), _broken()
-    )
+    return chain(_layouts(), _depths(), _alphas(), _inks(), _tools(), _around(), _broken())
 
 
 def _rgb(layout: Layout, bits: int = 8, second: str = "vips") -> Made:
@@ -165,9 +174,7 @@ def _inks() -> Iterator[Case]:
         share = plates / 255
         return scenes.rgb(255 * (1 - share[..., :3]) * (1 - share[..., 3:]))
 
-    yield Case(
-        "tiff/cmyk/8", lambda: Made(tiff(plates, 8, CMYK, Layout()), naive(), Within(2, 1))
-    )
+    yield Case("tiff/cmyk/8", lambda: Made(tiff(plates, 8, CMYK, Layout()), naive(), Within(2, 1)))
     yield Case(
         "tiff/cmyk/8-icc",
         lambda: Made(
@@ -235,9 +242,7 @@ def _tools() -> Iterator[Case]:
         "lzw-tiles": ("-c", "lzw:2", "-t", "-w", "16", "-l", "16"), "lzma": ("-c", "lzma"),
         "planes": ("-p", "separate", "-c", "zip"), "big": ("-8", "-c", "lzw"),
     }.items():  # fmt: skip
-        yield Case(
-            f"tiff/tiffcp/{name}", lambda f=flags: _copied(f), may_refuse=UNUSUAL
-        )
+        yield Case(f"tiff/tiffcp/{name}", lambda f=flags: _copied(f), may_refuse=UNUSUAL)
     for name in ("g3", "g3:2d", "g4"):
         yield Case(f"tiff/tiffcp/{name.replace(':', '-')}", lambda n=name: _fax(n))
     for name in ("LZW", "Zip", "RLE", "JPEG"):

@@ -41,9 +41,7 @@ def tiff(
     """One page of (h, w, channels) samples."""
     height, width, channels = samples.shape
     planes = [samples[..., n : n + 1] for n in range(channels)] if layout.planar else [samples]
-    blocks = [
-        _compressed(part, bits, layout) for plane in planes for part in _parts(plane, layout)
-    ]
+    blocks = [_compressed(part, bits, layout) for plane in planes for part in _parts(plane, layout)]
     tags: dict[int, tuple[int, list[int]]] = {
         256: (4, [width]),
         257: (4, [height]),
@@ -75,7 +73,9 @@ def pages(
     order, pointer = layout.order, "Q" if layout.big else "I"
     mark = b"II" if order == "<" else b"MM"
     head = mark + (
-        struct.pack(order + "HHHQ", 43, 8, 0, 16) if layout.big else struct.pack(order + "HI", 42, 8)
+        struct.pack(order + "HHHQ", 43, 8, 0, 16)
+        if layout.big
+        else struct.pack(order + "HI", 42, 8)
     )
     out = head
     for number, (tags, blocks, offsets, counts) in enumerate(found):

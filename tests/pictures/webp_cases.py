@@ -80,7 +80,9 @@ def _encoder() -> Iterator[Case]:
         )
         yield Case(
             f"webp/lossy/method-{method}",
-            lambda m=method: Made(_cwebp("-q", "97", "-m", m), scenes.smooth(), LOSSY, second="vips"),
+            lambda m=method: Made(
+                _cwebp("-q", "97", "-m", m), scenes.smooth(), LOSSY, second="vips"
+            ),
         )
     for preset in ("photo", "drawing", "icon", "text"):
         yield Case(
@@ -187,7 +189,9 @@ def _frames() -> Iterator[Case]:
         return animation((90, 70), frame, second(), background=background)
 
     size = (64, 48)
-    yield Case("webp/animation/two", lambda: Made(animation(size, first(), second()), scenes.smooth()))
+    yield Case(
+        "webp/animation/two", lambda: Made(animation(size, first(), second()), scenes.smooth())
+    )
     yield Case("webp/animation/one", lambda: Made(animation(size, first()), scenes.smooth()))
     for name, background in (("clear", b"\0\0\0\0"), ("red", b"\0\0\xff\xff")):
         # Browsers leave the canvas clear, whatever the background (RFC 9649: a hint).
@@ -229,7 +233,8 @@ def _broken() -> Iterator[Case]:
     for percent in (5, 30, 60, 95):
         yield refusal(
             f"webp/broken/cut-at-{percent}-percent",
-            lambda p=percent: lossless()[: len(lossless()) * p // 100], "broken",
+            lambda p=percent: lossless()[: len(lossless()) * p // 100],
+            "broken",
         )
         yield refusal(
             f"webp/broken/lossy-cut-at-{percent}-percent",
