@@ -16,7 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients chaos \
+.PHONY: help setup setup-dev serve demo test test-all test-pythons test-oldest test-clients test-pictures \
+        chaos \
         soak mutate check lint format types imports dockerfile playground bench bench-server bench-hostile \
         bench-files bench-engine bench-attention bench-products bench-host bench-kernels bench-growth \
         bench-roofline bench-mini bench-open-tasks bench-previews gpu-report gpu-bundle gpu-tables train-mini \
@@ -113,10 +114,10 @@ PROCESSES ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); 
 PYTEST    := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)  ## run the quick tests (what lacks hardware or a service is skipped, with its reason)
-	@$(PYTEST) -m 'not slow and not clients' $(ARGS)
+	@$(PYTEST) -m 'not slow and not clients and not pictures' $(ARGS)
 
-test-all: $(DEV)  ## run the slow tests too (not those of test-clients)
-	@$(PYTEST) -m 'not clients' $(ARGS)
+test-all: $(DEV)  ## run the slow tests too (not those of test-clients and test-pictures)
+	@$(PYTEST) -m 'not clients and not pictures' $(ARGS)
 
 # Each in an environment of its own, .venv-3.13 and so on. A Python that is not there is no failure.
 test-pythons:  ## run the quick tests with every tested Python that is found (5 GB of disk for each)
@@ -138,6 +139,10 @@ test-oldest:  ## run the pipelines' and kernels' quick tests with the oldest tor
 # CLIENT_SOURCES names a folder with checkouts of clients that are in no registry.
 test-clients: $(DEV)  ## run other people's clients, installed from PyPI and npm (2 GB), and write docs/internals/compatibility.md
 	@$(BIN)/python -m pytest -m clients tests/clients tests/contract --compatibility-report docs/internals/compatibility.md $(ARGS)
+
+# One file of tests, so not by file. What Debian lacks of encoders is skipped, and said.
+test-pictures: $(DEV)  ## decode a corpus of generated pictures of every format, and compare pixels (encoders by apt: docs/internals/pictures.md)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) -q -m pictures tests/pictures $(ARGS)
 
 # Both start databases and brokers of their own on loopback, and kill them.
 chaos: $(DEV)  ## kill everything at random under load, and see what clients lose (ARGS="--help")

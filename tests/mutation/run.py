@@ -44,7 +44,7 @@ def plant(fault: Fault, root: Path) -> str:
 def tested(node_ids: Sequence[str], root: Path) -> tuple[int, str]:
     """pytest's exit status and its last lines, in the copy at ``root``; at the first failure."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow and not clients and not cluster", *node_ids]
+    command += ["-m", "not slow and not clients and not pictures and not cluster", *node_ids]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(root / package) for package in PACKAGES),
         "PYTHONDONTWRITEBYTECODE": "1",  # two edits of one second would look like one

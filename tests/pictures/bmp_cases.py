@@ -1,4 +1,4 @@
-"""BMP by hand: all headers, depths, masks and run lengths (Microsoft's [MS-WMF] 2.2.2, OS/2's too)."""
+"""BMP by hand: all headers, depths, masks and run lengths ([MS-WMF] 2.2.2, and OS/2's)."""
 
 import struct
 from collections.abc import Iterator

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
@@ -26,7 +25,7 @@ ROUNDED = Within(1, 0.6)
 BLENDED = Within(2, 1)
 """Both of these."""
 CONVERTED = Within(3, 1)
-"""Through a profile: littleCMS works in 15 bits and with tables, and moves below 3 levels are none."""
+"""Through a profile: littleCMS rounds, and who moves colours by 2 levels may leave them."""
 LOSSY = Within(14, 2.5)
 """Encoded with loss at a high quality, from a smooth picture."""
 

@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from pictures.case import Array, Case, Made, Within
+from pictures.case import Array, Case, Made, Skip, Within
 from pictures.second import shown_by
 from redux_server.pictures.decode import DecodeError, decode_image
 
 RIGHT, REFUSED, ALLOWED = "right", "refused rightly", "refused, as may be"
+AGREES = "agrees"
 
 
-def outcome(case: Case) -> str:
+def outcome(case: Case, made: Made) -> str:
     """One of the words above. Raises ``AssertionError`` for the wrong pixels or a wrong refusal."""
-    made = case.make()
     try:
         image = decode_image(made.data)
     except DecodeError as error:
@@ -30,13 +30,16 @@ def outcome(case: Case) -> str:
     return RIGHT
 
 
-def second_word(case: Case) -> bool:
-    """Asks the second decoder whether it agrees with the expectation; False if none is named."""
-    made = case.make()
+def second_word(made: Made) -> str:
+    """Asks the second decoder, if one is named: "agrees", "" or what this machine lacks."""
     if not made.second or made.expected is None:
-        return False
-    compare(shown_by(made.second, made.data), made.expected, made.second_within or made.within)
-    return True
+        return ""
+    try:
+        shown = shown_by(made.second, made.data)
+    except Skip as missing:
+        return str(missing)
+    compare(shown, made.expected, made.second_within or made.within)
+    return AGREES
 
 
 def compare(shown: Array, expected: Array, within: Within) -> None:

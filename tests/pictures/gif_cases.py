@@ -79,37 +79,44 @@ def lzw(values: list[int], bits: int, clear_each: int = 0, *, end: bool = True) 
 
     A table that is full stays, so that decoders must not clear it on their own.
     """
-    clear, out, size, held = 1 << bits, 0, bits + 1, 0
-    codes: list[tuple[int, int]] = [(clear, size)]
-    known: dict[tuple[int, int], int] = {}
-    after, prefix = clear + 2, -1
-    for number, value in enumerate(values):
-        if clear_each:
-            if number and number % clear_each == 0:
-                codes.append((clear, size))
-            codes.append((value, size))
-        elif prefix < 0:
-            prefix = value
-        elif (prefix, value) in known:
-            prefix = known[prefix, value]
-        else:
-            codes.append((prefix, size))
-            if after < 4096:
-                known[prefix, value] = after
-                if after == 1 << size and size < 12:
-                    size += 1
-                after += 1
-            prefix = value
-    if prefix >= 0:
-        codes.append((prefix, size))
-        if after == 1 << size and size < 12:
-            size += 1
-    if end:
-        codes.append((clear + 1, size))
+    codes = _uncompressed(values, bits, clear_each) if clear_each else _strings(values, bits)
+    if not end:
+        codes.pop()
+    out = held = 0
     for code, width in codes:
         out |= code << held
         held += width
     return out.to_bytes((held + 7) // 8, "little")
+
+
+def _uncompressed(values: list[int], bits: int, clear_each: int) -> list[tuple[int, int]]:
+    clear, size = 1 << bits, bits + 1
+    codes = [(clear, size)]
+    for number, value in enumerate(values):
+        if number and number % clear_each == 0:
+            codes.append((clear, size))
+        codes.append((value, size))
+    return [*codes, (clear + 1, size)]
+
+
+def _strings(values: list[int], bits: int) -> list[tuple[int, int]]:
+    clear, size = 1 << bits, bits + 1
+    codes = [(clear, size)]
+    known: dict[tuple[int, int], int] = {}
+    after, prefix = clear + 2, values[0]
+    for value in values[1:]:
+        if (prefix, value) in known:
+            prefix = known[prefix, value]
+            continue
+        codes.append((prefix, size))
+        if after < 4096:
+            known[prefix, value] = after
+            size += after == 1 << size and size < 12
+            after += 1
+        prefix = value
+    codes.append((prefix, size))
+    size += after == 1 << size and size < 12
+    return [*codes, (clear + 1, size)]
 
 
 SCREEN = (scenes.WIDTH, scenes.HEIGHT)

@@ -6,7 +6,8 @@ from itertools import chain
 
 import numpy as np
 
-from pictures import exif, heif_boxes as heif, profiles, scenes
+from pictures import exif, profiles, scenes
+from pictures import heif_boxes as heif
 from pictures.case import Array, Case, Made, Within, refusal
 from pictures.heif_boxes import Item
 from pictures.tools import as_png, run
@@ -84,7 +85,10 @@ def _avif_encoder() -> Iterator[Case]:
     for yuv in ("444", "422", "420"):
         for depth in ("8", "10", "12"):
             flags = ("-y", yuv, "-d", depth)
-            yield Case(f"avif/avifenc/{yuv}-{depth}", lambda f=flags: Made(avif(*f), scenes.smooth(), LOSSY, second="vips"))
+            yield Case(
+                f"avif/avifenc/{yuv}-{depth}",
+                lambda f=flags: Made(avif(*f), scenes.smooth(), LOSSY, second="vips"),
+            )
     ways: dict[str, tuple[tuple[str, ...], int]] = {
         "lossless": (("-l",), 3),
         "limited": (("-r", "l"), 3),
@@ -96,7 +100,7 @@ def _avif_encoder() -> Iterator[Case]:
         "bt601": (("--nclx", "1/13/6"), 3),
         "bt709-matrix": (("--nclx", "1/13/1"), 3),
         "rav1e": (("-c", "rav1e"), 3),
-(    }
+    }
     for name, (flags, channels) in ways.items():
         within = Within(1, 0.1) if name == "lossless" else LOSSY
         yield Case(
@@ -114,7 +118,9 @@ def _avif_encoder() -> Iterator[Case]:
                 f"avif/turned/{quarters}-{axis}",
                 lambda f=flags, q=quarters, a=axis: Made(avif(*f), _moved(q, a), LOSSY),
             )
-    yield Case("avif/nclx/display-p3", lambda: _told(avif("--nclx", "12/13/6"), profiles.DISPLAY_P3))
+    yield Case(
+        "avif/nclx/display-p3", lambda: _told(avif("--nclx", "12/13/6"), profiles.DISPLAY_P3)
+    )
 
 
 def _told(data: bytes, colours: profiles.Colours, picture: Array | None = None) -> Made:
@@ -182,7 +188,8 @@ def _grid(family: str, size: tuple[int, int], *more: bytes) -> bytes:
         b"dimg", tuple(range(2, 8)),
     )  # fmt: skip
     parts = [
-        _picture(family, NCLX, config=config, data=data, size=(SIDE, SIDE)) for config, data in tiles
+        _picture(family, NCLX, config=config, data=data, size=(SIDE, SIDE))
+        for config, data in tiles
     ]
     return heif.container([whole, *parts], brand=brand)
 
@@ -193,13 +200,18 @@ def _exif_item(block: bytes) -> Item:
 
 def _containers() -> Iterator[Case]:
     for family in ("heic", "avif"):
-        yield Case(f"{family}/boxes/single", lambda f=family: Made(_single(f, NCLX), _square(), LOSSY, second="vips"))
+        yield Case(
+            f"{family}/boxes/single",
+            lambda f=family: Made(_single(f, NCLX), _square(), LOSSY, second="vips"),
+        )
         for quarters in range(4):
             for axis in (None, 0, 1):
                 turns = (heif.irot(quarters),) + (() if axis is None else (heif.imir(axis),))
                 yield Case(
                     f"{family}/boxes/turned-{quarters}-{axis}",
-                    lambda f=family, t=turns, q=quarters, a=axis: Made(_single(f, NCLX, *t), _moved(q, a, _square()), LOSSY),
+                    lambda f=family, t=turns, q=quarters, a=axis: Made(
+                        _single(f, NCLX, *t), _moved(q, a, _square()), LOSSY
+                    ),
                 )
         for turn in range(1, 9):  # HEIF, 7.1: only irot and imir turn a picture
             yield Case(
@@ -219,7 +231,9 @@ def _containers() -> Iterator[Case]:
             icc = profiles.rgb_profile(colours, 4)
             yield Case(
                 f"{family}/icc/{space}",
-                lambda f=family, c=colours, i=icc: _told(_single(f, heif.prof(i), NCLX), c, _square()),
+                lambda f=family, c=colours, i=icc: _told(
+                    _single(f, heif.prof(i), NCLX), c, _square()
+                ),
             )
         for name, icc in profiles.damaged().items():
             if not icc:  # no bytes: libavif takes the box for broken
@@ -260,7 +274,8 @@ def _broken() -> Iterator[Case]:
         for percent in (5, 50, 95):
             yield refusal(
                 f"{family}/broken/cut-at-{percent}-percent",
-                lambda f=family, p=percent: (d := _single(f, NCLX))[: len(d) * p // 100], "broken",
+                lambda f=family, p=percent: (d := _single(f, NCLX))[: len(d) * p // 100],
+                "broken",
             )
         ways = {
             "no-items": lambda f: heif.container([], brand=b"heic" if f == "heic" else b"avif"),
@@ -274,5 +289,7 @@ def _broken() -> Iterator[Case]:
                 b"heic" if f == "heic" else b"avif"),
         }  # fmt: skip
         for name, make in ways.items():
-            reasons = ("broken", "pixels", "memory", "small") if name == "ispe-huge" else ("broken",)
+            reasons = (
+                ("broken", "pixels", "memory", "small") if name == "ispe-huge" else ("broken",)
+            )
             yield refusal(f"{family}/broken/{name}", lambda m=make, f=family: m(f), *reasons)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pictures import exif, profiles, scenes
 from pictures.case import CONVERTED, LOSSY, Array, Case, Made, Within, refusal
-from pictures.tools import as_pnm, as_png, run
+from pictures.tools import as_png, as_pnm, run
 
 SUBSAMPLED = Within(30, 4)
 """Chroma of fewer pixels: off at the edges of the picture."""

@@ -3,31 +3,25 @@
 The corpus is written from the formats' standards, with a second decoder's word on its own numbers.
 """
 
+from collections.abc import Callable
+
 import pytest
 
 from pictures.case import Skip
 from pictures.check import outcome, second_word
 from pictures.corpus import corpus
 
-pytestmark = pytest.mark.pictures
 
-
+@pytest.mark.pictures
 @pytest.mark.parametrize("name", list(corpus()))
 def test_file_is_shown_or_refused_rightly(
-    name: str, record_property: pytest.RecordProperty
+    name: str, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("picture", name)
-    try:
-        record_property("outcome", outcome(corpus()[name]))
-    except Skip as missing:
-        pytest.skip(str(missing))
-
-
-@pytest.mark.parametrize("name", list(corpus()))
-def test_second_decoder_agrees(name: str) -> None:
     case = corpus()[name]
     try:
-        if not second_word(case):
-            pytest.skip("no second decoder is asked")
+        made = case.make()
     except Skip as missing:
         pytest.skip(str(missing))
+    record_property("second", second_word(made))
+    record_property("outcome", outcome(case, made))

@@ -8,7 +8,8 @@ from pictures.corpus import QUICK, corpus
 
 @pytest.mark.parametrize("name", QUICK)
 def test_file_is_shown_or_refused_rightly(name: str) -> None:
-    assert outcome(corpus()[name]) != ALLOWED
+    case = corpus()[name]
+    assert outcome(case, case.make()) != ALLOWED
 
 
 def test_corpus_is_large_and_of_every_format() -> None:
