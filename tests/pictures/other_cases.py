@@ -153,11 +153,13 @@ def _bombs() -> Iterator[Case]:
         "png-16-bit-30000": claims(30_000, 30_000, 16, 6),
         "gif-65535": gif((65535, 65535), [frame], scenes.palette(4)),
         "bmp-2^31": bmp(Head(), (2**31 - 1, 2**31 - 1), bytes(99)),
-        "bmp-rle-60000": bmp(Head(bits=8, compression=1), (60_000, 60_000), b"\0\1", scenes.palette(256)),
+        "bmp-rle-60000": bmp(
+            Head(bits=8, compression=1), (60_000, 60_000), b"\0\1", scenes.palette(256)
+        ),
         "tiff-2^31": tiff_of(2**31 - 1, 2**31 - 1),
         "tiff-60000": tiff_of(60_000, 60_000),
         "tiff-lzw-60000": tiff_of(60_000, 60_000, 5),
-        "tiff-ifd-loop": page[:4] + struct.pack("<I", 8) + struct.pack("<H", 0) + struct.pack("<I", 8),
+        "tiff-ifd-loop": page[:4] + struct.pack("<IHI", 8, 0, 8),
         "webp-16384": b"RIFF\x16\0\0\0WEBPVP8X\x0a" + bytes(7) + b"\xff\x3f\0\xff\x3f\0",
         "jpeg-65500": b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 65500, 65500)
         + b"\x03\x01\x22\0\x02\x11\x01\x03\x11\x01\xff\xda\0\x0c\x03\x01\0\x02\x11\x03\x11\0\x3f\0",

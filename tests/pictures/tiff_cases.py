@@ -39,7 +39,9 @@ COMPRESSIONS = {"none": 1, "lzw": 5, "deflate": 8, "packbits": 32773, "old-defla
 
 def cases() -> Iterator[Case]:
     """All cases of this format."""
-    return chain(_layouts(), _depths(), _alphas(), _inks(), _tools(), _around(), _broken())
+    return chain(
+        _layouts(), _compressions(), _depths(), _alphas(), _inks(), _tools(), _around(), _broken()
+    )
 
 
 def _rgb(layout: Layout, bits: int = 8, second: str = "vips") -> Made:
@@ -63,6 +65,11 @@ def _layouts() -> Iterator[Case]:
                         lambda x=layout: _rgb(x, second="" if x.tile and x.planar else "vips"),
                         may_refuse=UNUSUAL if planar or (big and order == ">") else (),
                     )
+    for strip in (1, 26, 1000):
+        yield Case(f"tiff/strips-of-{strip}", lambda n=strip: _rgb(Layout(strip=n)))
+
+
+def _compressions() -> Iterator[Case]:
     for compression, code in COMPRESSIONS.items():
         for predictor in (1, 2):
             if code in (1, 32773) and predictor == 2:
@@ -72,8 +79,6 @@ def _layouts() -> Iterator[Case]:
                     layout = Layout(order=order, compression=code, predictor=predictor)
                     name = f"{compression}-{predictor}-{bits}-{'II' if order == '<' else 'MM'}"
                     yield Case(f"tiff/compression/{name}", lambda x=layout, b=bits: _rgb(x, b))
-    for strip in (1, 26, 1000):
-        yield Case(f"tiff/strips-of-{strip}", lambda n=strip: _rgb(Layout(strip=n)))
 
 
 def _depths() -> Iterator[Case]:
