@@ -232,8 +232,10 @@ def _animations() -> Iterator[Case]:
     yield Case("gif/animation/cut-in-the-second", lambda: Made(cut[: alone + 60], shown))
     noise = cut[: alone + 30] + b"\xff" * 60 + cut[alone + 90 :]
     yield Case("gif/animation/second-frame-broken", lambda: Made(noise, shown))
-    many = gif(SCREEN, [first, *others * 300], palette)
-    yield Case("gif/animation/1501-frames", lambda: Made(many, shown))
+    yield Case(
+        "gif/animation/1501-frames",
+        lambda: Made(gif(SCREEN, [first, *others * 300], palette), shown),
+    )
 
 
 def _around() -> Iterator[Case]:

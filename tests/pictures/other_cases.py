@@ -5,7 +5,8 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import chain
 
 import numpy as np
@@ -130,13 +131,18 @@ def _unsupported() -> Iterator[Case]:
     yield refusal("other/cr2-header-alone", cr2[:8] + b"CR\2\0" + bytes(40), "broken", "format")
 
 
+@cache
+def _zeros() -> bytes:
+    """300 MiB, packed."""
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
+
+
 def _bombs() -> Iterator[Case]:
     end = chunk(b"IEND", b"")
-    packer = zlib.compressobj(9)
-    zeros = b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
 
     def claims(width: int, height: int, bits: int = 8, colour: int = RGB) -> bytes:
-        return SIGNATURE + header(width, height, bits, colour) + chunk(b"IDAT", zeros) + end
+        return SIGNATURE + header(width, height, bits, colour) + chunk(b"IDAT", _zeros()) + end
 
     samples = scenes.noise(3, 8)
     page = tiff(samples, 8, TIFF_RGB, Layout())
@@ -146,22 +152,22 @@ def _bombs() -> Iterator[Case]:
         return tiff(samples, 8, TIFF_RGB, Layout(compression=compression, tags=tags))
 
     frame = Frame(np.zeros((16, 16), np.int64))
-    bombs = {
-        "png-2^31": claims(2**31 - 1, 2**31 - 1),
-        "png-row-of-2^31": claims(2**31 - 1, 1),
-        "png-60000": claims(60_000, 60_000),
-        "png-16-bit-30000": claims(30_000, 30_000, 16, 6),
-        "gif-65535": gif((65535, 65535), [frame], scenes.palette(4)),
-        "bmp-2^31": bmp(Head(), (2**31 - 1, 2**31 - 1), bytes(99)),
-        "bmp-rle-60000": bmp(
+    bombs: dict[str, Callable[[], bytes]] = {
+        "png-2^31": lambda: claims(2**31 - 1, 2**31 - 1),
+        "png-row-of-2^31": lambda: claims(2**31 - 1, 1),
+        "png-60000": lambda: claims(60_000, 60_000),
+        "png-16-bit-30000": lambda: claims(30_000, 30_000, 16, 6),
+        "gif-65535": lambda: gif((65535, 65535), [frame], scenes.palette(4)),
+        "bmp-2^31": lambda: bmp(Head(), (2**31 - 1, 2**31 - 1), bytes(99)),
+        "bmp-rle-60000": lambda: bmp(
             Head(bits=8, compression=1), (60_000, 60_000), b"\0\1", scenes.palette(256)
         ),
-        "tiff-2^31": tiff_of(2**31 - 1, 2**31 - 1),
-        "tiff-60000": tiff_of(60_000, 60_000),
-        "tiff-lzw-60000": tiff_of(60_000, 60_000, 5),
-        "tiff-ifd-loop": page[:4] + struct.pack("<IHI", 8, 0, 8),
-        "webp-16384": b"RIFF\x16\0\0\0WEBPVP8X\x0a" + bytes(7) + b"\xff\x3f\0\xff\x3f\0",
-        "jpeg-65500": b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 65500, 65500)
+        "tiff-2^31": lambda: tiff_of(2**31 - 1, 2**31 - 1),
+        "tiff-60000": lambda: tiff_of(60_000, 60_000),
+        "tiff-lzw-60000": lambda: tiff_of(60_000, 60_000, 5),
+        "tiff-ifd-loop": lambda: page[:4] + struct.pack("<IHI", 8, 0, 8),
+        "webp-16384": lambda: b"RIFF\x16\0\0\0WEBPVP8X\x0a" + bytes(7) + b"\xff\x3f\0\xff\x3f\0",
+        "jpeg-65500": lambda: b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 65500, 65500)
         + b"\x03\x01\x22\0\x02\x11\x01\x03\x11\x01\xff\xda\0\x0c\x03\x01\0\x02\x11\x03\x11\0\x3f\0",
     }  # fmt: skip
     for name, data in bombs.items():
@@ -169,7 +175,7 @@ def _bombs() -> Iterator[Case]:
     yield Case(  # what is behind the rows is thrown away
         "bomb/png-300-MB-behind-the-rows-of-text",
         lambda: Made(
-            png(samples, 8, RGB, after=chunk(b"zTXt", b"k\0\0" + zeros)), scenes.rgb(samples)
+            png(samples, 8, RGB, after=chunk(b"zTXt", b"k\0\0" + _zeros())), scenes.rgb(samples)
         ),
     )
 
