@@ -13,7 +13,7 @@ from pictures.heif_boxes import Item
 from pictures.tools import as_png, run
 
 LOSSY = Within(30, 4)
-THROUGH = Within(40, 5)
+THROUGH = Within(60, 5)
 SIDE = 64
 """Of a tile."""
 
