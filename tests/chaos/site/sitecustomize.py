@@ -74,12 +74,7 @@ def no_reconciler(store):
 
 def killed_means_damaged(decode):
     """A decoding process that was killed says that its picture is damaged."""
-
-    def damaged(reason):
-        return decode.DecodeError("broken", f"The picture is damaged ({reason}).")
-
-    decode.DecoderUnavailable = damaged
-    decode.PAUSES_S = ()
+    decode._KILLED = ()
 
 
 def no_watchdog(watchdog):
