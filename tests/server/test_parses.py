@@ -127,6 +127,7 @@ pictures/essence.py         -                              re.compile           
 pictures/essence.py         _isobmff                       unpack                  1  child
 pictures/essence.py         _png_numbers                   unpack                  1  child
 pictures/essence.py         _png_transparency              unpack                  1  child
+pictures/essence.py         _tiff_numbers                  unpack                  1  child
 pictures/essence.py         _tiff_profile                  unpack                  1  child
 pictures/essence.py         orientation_of                 int                     1  child
 pictures/essence.py         tiff_number                    int                     1  child

@@ -45,7 +45,7 @@ class Essence(NamedTuple):
 
     ``orientation`` is EXIF's, 1 to 8, 0 where the decoder is to tell. ``transparent_16``: the one
     transparent colour of an RGB PNG with 16 bits a channel. ``is_grey``: also where the decoder
-    makes RGB of it.
+    makes RGB of it. ``is_inverted``: of 16 bits, and 0 is white.
     """
 
     data: bytes
@@ -55,6 +55,7 @@ class Essence(NamedTuple):
     canvas: Canvas | None = None
     transparent_16: tuple[int, ...] | None = None
     is_grey: bool = False
+    is_inverted: bool = False
 
 
 def essence(format_name: str, data: bytes) -> Essence:
@@ -238,7 +239,7 @@ def _png_passes(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _png_filters_are_known(passes: list[tuple[int, int]], at: int, rows: bytes) -> bool:
-    """Whether the rows that begin in ``rows``, which stand at ``at`` of all, have filters 0 to 4."""
+    """Whether the rows that begin in ``rows``, which are at ``at`` of all, have filters 0 to 4."""
     start = 0
     for lines, size in passes:
         end = start + lines * size
@@ -454,7 +455,7 @@ class _TiffKind(NamedTuple):
     """Byte order, and the formats of a count of entries, an entry and an offset."""
 
     order: str
-    count: str
+    number: str
     entry: str
     offset: str
 
@@ -465,9 +466,9 @@ def tiff_pages(data: bytes) -> Iterator[dict[int, bytes]]:
     seen: set[int] = set()
     while at and at not in seen and len(seen) < _TIFF_PAGES:
         seen.add(at)
-        (count,) = struct.unpack_from(kind.order + kind.count, data, at)
+        (count,) = struct.unpack_from(kind.order + kind.number, data, at)
         size = struct.calcsize(kind.order + kind.entry)
-        start = at + struct.calcsize(kind.order + kind.count)
+        start = at + struct.calcsize(kind.order + kind.number)
         page: dict[int, bytes] = {}
         for entry in range(
             start, min(start + size * min(count, _TIFF_ENTRIES), len(data) - size + 1), size
@@ -495,7 +496,7 @@ def tiff_number(data: bytes, entry: bytes) -> int:
     kind, _ = _tiff_kind(data)
     (type_,) = struct.unpack_from(kind.order + "H", entry, 2)
     code = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(type_)
-    value_at = 8 if kind.count == "H" else 12
+    value_at = 8 if kind.number == "H" else 12
     if code is None or len(entry) < value_at + struct.calcsize(kind.order + code):
         return 0
     return int(struct.unpack_from(kind.order + code, entry, value_at)[0])
@@ -518,18 +519,43 @@ def _tiff(data: bytes) -> Essence:
     page = tiff_page(data)
     if _TIFF_RAW in page:
         raise ValueError("a raw photo, whose pages are smaller copies")
+    for places, sizes in ((273, 279), (324, 325)):
+        ends = zip(
+            *(_tiff_numbers(data, page.get(tag), kind) for tag in (places, sizes)), strict=False
+        )
+        if any(at + size > len(data) for at, size in ends):
+            raise ValueError("pixels are cut off")
     kept = [entry for tag, entry in sorted(page.items()) if tag in _TIFF_TAGS]
     start = len(data) + len(data) % 2
-    listed = struct.pack(kind.order + kind.count, len(kept)) + b"".join(kept) + bytes(8)
-    is_big = kind.count == "Q"
+    listed = struct.pack(kind.order + kind.number, len(kept)) + b"".join(kept) + bytes(8)
+    is_big = kind.number == "Q"
     head = data[:8] if is_big else data[:4]
     head += struct.pack(kind.order + kind.offset, start)
     orientation = tiff_number(data, page.get(_TIFF_ORIENTATION, bytes(20)))
+
+    def first(tag: int) -> int | None:
+        return next(iter(_tiff_numbers(data, page.get(tag), kind)), None)
+
     return Essence(
         b"".join((head, data[len(head) :], bytes(len(data) % 2), listed)),
         orientation if 1 <= orientation <= 8 else 1,
         _tiff_profile(data, page.get(_TIFF_PROFILE, b""), kind),
+        is_inverted=(first(258), first(262)) == (16, 0),
     )
+
+
+def _tiff_numbers(data: bytes, entry: bytes | None, kind: _TiffKind) -> tuple[int, ...]:
+    """All values of an entry, none if they are no whole numbers or too many."""
+    if not entry:
+        return ()
+    _, type_, count, at = struct.unpack(kind.order + kind.entry, entry)
+    code = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(type_)
+    if code is None or count > _MAX_PARTS:
+        return ()
+    form, room = f"{kind.order}{count}{code}", 4 if kind.number == "H" else 8
+    if struct.calcsize(form) <= room:
+        return struct.unpack_from(form, entry, len(entry) - room)
+    return struct.unpack_from(form, data, at)
 
 
 def _tiff_profile(data: bytes, entry: bytes, kind: _TiffKind) -> bytes:

@@ -100,6 +100,8 @@ def _opened(
         )
         size, mode, white = image.size, image.mode, white_level(image)
         rows_of = _rows(image)
+        if told.is_inverted and mode.startswith("I;16"):
+            rows_of = _inverted(rows_of)
         del image
     canvas = told.canvas or Canvas(*size, 0, 0)
     to_rgb = _to_rgb(mode, white, told)
@@ -161,18 +163,18 @@ def _loaded(
         image = image.copy()
     if format_name == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
         image.putalpha(255)  # unused, say Windows and browsers
-    if format_name == "PNG" and _may_lack_rows(image, told.data):
-        if png_rows_alone(told.data) is None:
-            raise ValueError("rows are missing")
+    if format_name == "PNG" and _lacks_rows(image, told.data):
+        raise ValueError("rows are missing")
     if told.transparent_16 and image.mode == "RGB":
         image = _keyed(image, told)
     return image, factor
 
 
-def _may_lack_rows(image: Image.Image, png: bytes) -> bool:
-    """Whether the last row is as Pillow leaves those that never came, without a complaint."""
+def _lacks_rows(image: Image.Image, png: bytes) -> bool:
+    """Whether there are fewer than the PNG says, which its decoder leaves black without a word."""
     last = image.crop((0, image.height - 1, image.width, image.height))
-    return png[28] == 1 or last.getbbox(alpha_only=False) is None
+    is_doubtful = png[28] == 1 or last.getbbox(alpha_only=False) is None  # by passes, or black
+    return is_doubtful and png_rows_alone(png) is None
 
 
 def _check_frame(size: tuple[int, int], width: int, height: int) -> None:
@@ -270,6 +272,10 @@ def _heic(told: Essence, check: Check) -> tuple[Essence, tuple[int, int], str, S
 
 
 # --- colours --------------------------------------------------------------------------------------
+
+
+def _inverted(rows_of: Strip) -> Strip:
+    return lambda top, end: ImageChops.invert(eight_bits(rows_of(top, end)))
 
 
 def _to_rgb(mode: str, white: float | None, told: Essence) -> Callable[[Image.Image], Image.Image]:

@@ -13,7 +13,7 @@ import pillow_heif
 import pytest
 from PIL import Image
 
-from redux_server.pictures import pixels
+from redux_server.pictures import essence, pixels
 from redux_server.pictures.pixels import reduction
 from server.hostile_images import chunk, encoded, gradient
 from server.pictures_in_process import REFUSED, chunks_of, decoded, png_of
@@ -436,6 +436,31 @@ def test_tiff(image, options):
     assert np.array_equal(decoded("TIFF", data), expected)
     with pytest.raises(REFUSED):
         decoded("TIFF", data[: len(data) // 2])
+
+
+def test_a_tiff_of_16_bits_in_which_0_is_white():
+    values = np.asarray(NOISE)[..., 0].astype(np.uint16) * 257
+    data = encoded(Image.fromarray(values), "TIFF")
+    at = data.index(struct.pack("<HHIH", 262, 3, 1, 1))
+    data = data[: at + 8] + b"\0" + data[at + 9 :]
+    assert np.array_equal(decoded("TIFF", data)[..., 0], 255 - np.asarray(NOISE)[..., 0])
+
+
+@pytest.mark.parametrize("compression", ["packbits", "tiff_lzw"])
+def test_a_tiff_whose_last_strip_is_cut_is_refused(compression):
+    data = encoded(NOISE, "TIFF", compression=compression, strip_size=140 * 3 * 7)
+    page = essence.tiff_page(data)
+    kind, _ = essence._tiff_kind(data)
+    places = essence._tiff_numbers(data, page[273], kind)
+    sizes = essence._tiff_numbers(data, page[279], kind)
+    assert len(places) == len(sizes) == 15
+    # the page's entries come last: as if the file were cut before its last rows end
+    form = "<15I" if struct.pack("<15I", *sizes) in data else "<15H"
+    most = 60_000
+    longer = data.replace(struct.pack(form, *sizes), struct.pack(form, *sizes[:-1], most))
+    assert longer != data
+    with pytest.raises(REFUSED):
+        decoded("TIFF", longer)
 
 
 def test_of_a_tiff_the_first_page_that_is_no_thumbnail():
