@@ -30,7 +30,7 @@ from PIL import Image, features
 from redux_pipelines.errors import ImageError
 from redux_server.pictures import decode_child, dimensions
 from redux_server.pictures.decode_child import HEADER_BYTES, Order
-from redux_server.pictures.memory_budget import MemoryBudget, NoMemoryInTime
+from redux_server.pictures.memory_budget import MemoryBudget, NoMemoryInTime, return_freed
 from redux_server.pictures.pixels import WHOLE_PIXELS
 
 MAX_PIXELS = 100_000_000
@@ -45,6 +45,7 @@ PAUSES_S = (0.1, 1.0)  # before a decoder that was lost is started again
 PIPE_BYTES = 2**20
 STRIP_BYTES = 2**20  # that are read of a picture at a time
 _TICK_S = 0.5
+_MANY_PIXELS = 2_000_000  # 8 MB, for which it is worth some milliseconds to have the memory back
 # What a decoder holds at its peak for each pixel: 4 bytes of Pillow, and what its codec needs.
 # Measured at 36 MP, over kinds of each format (of AVIF with 8 bits; what 10 bits need is added).
 # Here the picture and a copy of it come after that, and are less.
@@ -234,7 +235,11 @@ def _use_in_turn(
     for pause_s in (*PAUSES_S, None):
         try:
             with memory.reserve(order.memory_bytes, wait_s=wait_s):
-                return use(_decoded(data, order))
+                try:
+                    return use(_decoded(data, order))
+                finally:
+                    if order.expected_pixels >= _MANY_PIXELS:
+                        return_freed()
         except NoMemoryInTime:
             raise DecoderUnavailable(
                 f"{wait_s:g} s were not enough for a turn: other pictures are being decoded in all "

@@ -1,5 +1,8 @@
 """Memory that is shared: never more than there is, in the order of asking, not for ever."""
 
+import platform
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -78,3 +81,43 @@ def test_what_fails_within_gives_its_memory_back() -> None:
     with pytest.raises(KeyError), budget.reserve(50, wait_s=0):
         raise KeyError
     assert budget.free_bytes == 100
+
+
+_HOLD_AND_FREE = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+from PIL import Image
+
+from redux_server.pictures.memory_budget import return_freed
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+def make(_):
+    for _ in range(3):
+        picture = Image.new("RGB", (4096, 3072), "teal")
+        small.append(bytearray(100_000))  # lies behind the picture, and stays
+        together.wait(30)
+        del picture
+
+small, together = [], Barrier(4)
+before = resident()
+with ThreadPoolExecutor(4) as threads:
+    list(threads.map(make, range(4)))
+    kept = resident() - before
+    return_freed()
+    print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is glibc's to keep")
+def test_what_threads_freed_is_the_systems_again() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _HOLD_AND_FREE], capture_output=True, text=True, check=True
+    )
+    kept, left = map(int, ran.stdout.split())
+    assert kept > 48, "glibc keeps no freed pictures, and nothing is tested"
+    assert left < 16
