@@ -30,7 +30,7 @@ def small_disk(place: Path, mib: int) -> Iterator[Path | None]:
     try:
         yield place if made.returncode == 0 else None
     finally:
-        if made.returncode == 0:
+        if place.is_mount():
             subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 

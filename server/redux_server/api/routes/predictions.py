@@ -161,7 +161,7 @@ async def _new_task(
         webhook_url=services.webhooks.register(webhook, str(request.base_url)) if webhook else None,
         shape=wanted.shape,
         fingerprint=services.fleet.last.fingerprint,
-        output_bytes=most_output_bytes(*parse_size(wanted.size), wanted.num_images),
+        output_bytes=most_output_bytes(*parse_size(wanted.size, LEAST_SIDE), wanted.num_images),
         idempotency_key=repeat_key,
         digest=await asyncio.to_thread(wanted.digest, model, webhook) if is_told_apart else "",
     )
