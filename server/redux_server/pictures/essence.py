@@ -217,7 +217,7 @@ def png_rows_alone(data: bytes) -> bytes | None:
     try:
         while got < wanted:
             rows = unpacker.decompress(packed, 2**20) if packed else unpacker.flush()
-            if not (rows or packed) or not _png_filters_are_known(passes, got, rows):
+            if not rows or not _png_filters_are_known(passes, got, rows):
                 return None
             got += len(rows)
             packed = unpacker.unconsumed_tail
