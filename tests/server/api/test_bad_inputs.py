@@ -101,7 +101,7 @@ def get(id_: str, path: Path, *says: str, status: int = 404, **more: Any) -> Bad
     return Bad(id_, says, status=status, method="GET", path=path, **more)
 
 
-def png_of_100_megapixels() -> bytes:
+def png_of_110_megapixels() -> bytes:
     """A well-formed PNG of some kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -343,7 +343,7 @@ FAILING = [
     failing("a truncated PNG", data_uri(picture_as("PNG")[:2000]), "PNG", "damaged"),
     failing("a truncated JPEG", data_uri(picture_as("JPEG")[:300]), "JPEG", "damaged"),
     failing("a PNG in name only", data_uri(b"\x89PNG\r\n\x1a\n" + b"hello" * 9), "PNG", "damaged"),
-    failing("100 megapixels", data_uri(png_of_100_megapixels()), "100,000,000 pixels"),
+    failing("110 megapixels", data_uri(png_of_110_megapixels()), "110,000,000 pixels"),
     failing("one pixel", data_uri(a_picture(1, 1)), "1 × 1 pixels"),
     failing("a truncated PNG by URL", "{site}/truncated.png", "PNG", "damaged"),
 ]
