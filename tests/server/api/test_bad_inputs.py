@@ -109,8 +109,8 @@ def png_of_110_megapixels() -> bytes:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(10_000 * 1251), 9)
+    header = struct.pack(">IIBBBBB", 10_000, 11_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(11_000 * 1251), 9)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     )
