@@ -7,7 +7,7 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class NoMemoryInTime(Exception):
@@ -69,11 +69,5 @@ def return_freed() -> None:
     end of one: after large pictures in six threads it held 0.8 GiB. See malloc_trim(3) and
     ``M_MMAP_THRESHOLD`` in mallopt(3). Of another C library nothing is known, and nothing is done.
     """
-    if _trim is not None:
-        _trim(ctypes.c_size_t(0))
-
-
-try:
-    _trim = ctypes.CDLL(None).malloc_trim
-except (OSError, AttributeError, TypeError):
-    _trim = None
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

@@ -43,6 +43,7 @@ from redux_server.coercion import trimmed
 from redux_server.database.connection import DATABASE_AWAY
 from redux_server.errors import BadRequest, NotFound, Unavailable
 from redux_server.parameters import (
+    MIN_SIDE_OF_ALIASES,
     MODELS,
     PredictionRequest,
     complaint,
@@ -161,7 +162,9 @@ async def _new_task(
         webhook_url=services.webhooks.register(webhook, str(request.base_url)) if webhook else None,
         shape=wanted.shape,
         fingerprint=services.fleet.last.fingerprint,
-        output_bytes=most_output_bytes(*parse_size(wanted.size, LEAST_SIDE), wanted.num_images),
+        output_bytes=most_output_bytes(
+            *parse_size(wanted.size, MIN_SIDE_OF_ALIASES), wanted.num_images
+        ),
         idempotency_key=repeat_key,
         digest=await asyncio.to_thread(wanted.digest, model, webhook) if is_told_apart else "",
     )
