@@ -38,7 +38,7 @@ from redux_server.tasks.store import TaskStore
 from redux_server.tasks.task import NewTask, Outcome, Status, Task
 
 QUICK = Habits(most_open=10, refused_webhooks=0.0)
-FEW, MANY = Goal(tasks=100, strikes=5), Goal(tasks=300, strikes=10)
+TASKS, KILLS = 300, 10
 IMAGE = data_uri(a_picture())
 WAITING = "another worker has this device"  # in the log of whoever waits for its end
 
@@ -289,17 +289,14 @@ def test_device_watch_tells_turns_from_a_sequence() -> None:
     assert overlaps([{one}, {two}, {one}]) == [(one, two)]
 
 
-@pytest.mark.parametrize(
-    "goal", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
-)
-def test_no_task_is_lost_under_random_kills(goal: Goal, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_task_is_lost_under_random_kills(capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(2**16)
     with scenario("local", seed) as server:
         watch = DeviceWatch(server.rows)
         watch.start()
         try:
             faults = [fault for fault in server.faults() if fault.kills]
-            found = Storm(server, faults, seed, habits=QUICK).run(goal)
+            found = Storm(server, faults, seed, habits=QUICK).run(Goal(TASKS, strikes=KILLS))
         finally:
             watch.may_end.set()
             watch.join()
@@ -307,10 +304,9 @@ def test_no_task_is_lost_under_random_kills(goal: Goal, capsys: pytest.CaptureFi
     with capsys.disabled():
         print(f"\n{found.report()}")
     assert found.is_good, log
-    assert (found.accepted >= goal.tasks, found.kills) == (True, goal.strikes)
+    assert (found.accepted >= TASKS, found.kills) == (True, KILLS)
     assert watch.overlaps() == [], f"seed {seed}"
-    if goal is MANY:  # a few may all fall between tasks
-        assert found.attempts_repeated > 0, "no kill hit any work"
+    assert found.attempts_repeated > 0, "no kill hit any work"
 
 
 # --- kill -9, at chosen moments ------------------------------------------------------------------
@@ -320,7 +316,7 @@ def test_an_acknowledged_task_outlives_the_api_process(tmp_path: Path) -> None:
     server = RestartedServer(tmp_path / "data")
     acknowledged = []
     with server:
-        for _ in range(4):
+        for _ in range(6):
             with server.client() as client:
                 answer = client.post(MODEL_PATH, json=body(2))
                 server.crash()
@@ -329,7 +325,7 @@ def test_an_acknowledged_task_outlives_the_api_process(tmp_path: Path) -> None:
             server.wait_live()
             assert server.get(acknowledged[-1])["status"] in ("created", "processing", "completed")
         ended = [server.wait(task_id) for task_id in acknowledged]
-    assert [task["status"] for task in ended] == ["completed"] * 4
+    assert [task["status"] for task in ended] == ["completed"] * 6
 
 
 def test_an_orphaned_worker_finishes_its_task_and_its_successors_wait(tmp_path: Path) -> None:
@@ -345,7 +341,7 @@ def test_an_orphaned_worker_finishes_its_task_and_its_successors_wait(tmp_path: 
             waiting = server.worker()
             wait_until(lambda round_=round_: server.log.count(WAITING) == round_, 60)
             server.crash()
-            wait_until(lambda pid=waiting: not is_running(pid), 30)
+            wait_until(lambda pid=waiting: not is_running(pid), 3)
             server.start(wait=False)
         wait_until(lambda: server.log.count(WAITING) == 3, 60)
         waiting = server.worker()
@@ -356,7 +352,7 @@ def test_an_orphaned_worker_finishes_its_task_and_its_successors_wait(tmp_path: 
         time.sleep(0.3)  # now it knows that its server is gone, and claims nothing more
         short = server.submit(body(1))["id"]
         assert server.wait(long)["status"] == server.wait(short)["status"] == "completed"
-        wait_until(lambda: not is_running(orphan), 30)
+        wait_until(lambda: not is_running(orphan), 5)
         found = rows()
     assert (found[long].attempt, found[short].attempt) == (1, 1)
     assert found[long].finished_at - found[long].started_at >= 200 * SLOW_STEP_S
@@ -376,7 +372,7 @@ def test_a_task_that_kills_its_worker_is_given_up_and_its_neighbours_complete(
                 lambda attempt=attempt: (
                     rows()[poison].attempt == attempt and rows()[poison].progress_step > 0
                 ),
-                60,
+                30,
                 what=lambda: server.log,
             )
             os.kill(server.worker(), signal.SIGKILL)
@@ -400,9 +396,11 @@ def test_a_server_stops_at_once_while_its_worker_waits_for_an_orphan(tmp_path: P
         server.freeze(orphan)  # or it may be done before the next worker is there
         server.start(wait=False)
         wait_until(lambda: WAITING in server.log, 60)
+        began = time.monotonic()
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(60)  # the orphan is stopped: waiting for it would take for ever
+        server.process.wait(15)
+        assert time.monotonic() - began < 5
         os.kill(orphan, signal.SIGCONT)
-        wait_until(lambda: rows()[long].finished_at is not None, 60)
+        wait_until(lambda: rows()[long].finished_at is not None, 20)
         assert (rows()[long].status, rows()[long].attempt) == ("completed", 1)
